@@ -1,0 +1,184 @@
+"""Warmup and learning-rate schedules that survive a resume."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
+
+from sb3_resnet import schedules
+from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.checks import choice, integer, no_unknown, number
+from sb3_resnet.optim import install_effective_lr, set_lr_factor
+
+#: The arguments of each schedule.
+SCHEDULES: dict[str, tuple[str, ...]] = {
+    "constant": (),
+    "linear": ("decay_steps", "min_factor"),
+    "cosine": ("decay_steps", "min_factor"),
+    "step": ("step_size", "gamma"),
+    "plateau": ("patience", "min_delta", "gamma", "min_factor"),
+}
+_STATE = "lr_schedule"  # key of our state in the optimizer's groups, where it is saved
+
+
+class LRScheduleCallback(BaseCallback):
+    """
+    Linear warmup, then a schedule; both multiply the learning rate of every group.
+
+    Counted in gradient updates, from the model's own counter that is saved and never reset: a second ``learn()``,
+    ``reset_num_timesteps=True`` and a resumed model go on where they stopped. Example::
+
+        LRScheduleCallback(warmup_steps=1000, schedule="cosine", decay_steps=200_000)
+
+    :param warmup_steps: length of the warmup in gradient updates (500 to 2000 is usual); 0 for none
+    :param schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"step"`` or ``"plateau"``
+    :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: what the first
+        ``learn()`` has left, kept from then on; give it where training is cut into several calls of unknown length
+    :param min_factor: linear, cosine and plateau: the factor never falls below it (default 0)
+    :param step_size: step: gradient updates between two reductions
+    :param gamma: step and plateau: factor of each reduction (default 0.1, as PyTorch's)
+    :param patience: plateau: evaluations without improvement that are tolerated (default 10, as PyTorch's)
+    :param min_delta: plateau: smallest gain in mean reward that counts (default 0); needs an ``EvalCallback``
+    :param verbose: 1 to print what it does
+    :raises ValueError: for values that cannot work, and for arguments of another schedule
+    :raises TypeError: for unknown arguments
+    """
+
+    def __init__(
+        self,
+        warmup_steps: int = 0,
+        schedule: str = "constant",
+        *,
+        decay_steps: int | None = None,
+        min_factor: float | None = None,
+        step_size: int | None = None,
+        gamma: float | None = None,
+        patience: int | None = None,
+        min_delta: float | None = None,
+        verbose: int = 0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(verbose)
+        names = {name for names in SCHEDULES.values() for name in names}
+        no_unknown("LRScheduleCallback", unknown, {"warmup_steps", "schedule", "verbose", *names})
+        given = {name: value for name, value in locals().items() if name in names and value is not None}
+        self.schedule = choice("schedule", schedule, [*SCHEDULES])
+        for name in given.keys() - {*SCHEDULES[schedule]}:
+            owners = [owner for owner, own in SCHEDULES.items() if name in own]
+            raise ValueError(f"{name} means nothing to schedule={schedule!r}: leave it out, or write one of {owners}")
+        if schedule == "step" and step_size is None:
+            raise ValueError("schedule='step' needs step_size, the gradient updates between two reductions")
+        self.warmup_steps = integer("warmup_steps", warmup_steps)
+        self.decay_steps = None if decay_steps is None else integer("decay_steps", decay_steps, 1)
+        self.min_factor = number("min_factor", 0.0 if min_factor is None else min_factor, 0.0, 1.0)
+        self.step_size = integer("step_size", 1 if step_size is None else step_size, 1)
+        self.gamma = number("gamma", 0.1 if gamma is None else gamma, 0.0, 1.0, above=True)
+        self.patience = integer("patience", 10 if patience is None else patience)
+        self.min_delta = number("min_delta", 0.0 if min_delta is None else min_delta)
+        self._hook: th.utils.hooks.RemovableHandle | None = None
+        self._updates = 0
+        self._horizon: int | None = None
+        self._plateau = schedules.plateau_start()
+        self._evaluations = Evaluations(None)
+
+    def factor(self, n: int) -> float:
+        """:return: the factor of the update that follows ``n`` others, for the current plateau"""
+        after = max(0, n - self.warmup_steps)
+        if self.schedule in ("linear", "cosine"):
+            curve = schedules.linear if self.schedule == "linear" else schedules.cosine
+            value = curve(after, self._horizon or 1, self.min_factor)
+        elif self.schedule == "step":
+            value = schedules.step(after, self.step_size, self.gamma)
+        else:
+            value = self._plateau["factor"]
+        return schedules.warmup(n, self.warmup_steps) * value
+
+    def _on_training_start(self) -> None:
+        optimizer = self._optimizer
+        self._evaluations = Evaluations(self.locals.get("callback"))
+        if self.schedule == "plateau" and not self._evaluations.found:
+            raise ValueError("schedule='plateau' follows the evaluation reward: add an EvalCallback to learn()")
+        saved: dict[str, Any] = next((group[_STATE] for group in optimizer.param_groups if _STATE in group), {})
+        self._updates = saved.get("updates", 0)
+        self._plateau = saved.get("plateau", self._plateau)
+        self._horizon = self.decay_steps or saved.get("horizon")
+        self._follow_counter()
+        if self.schedule in ("linear", "cosine") and self._horizon is None:
+            self._horizon = max(1, self._updates + _planned_updates(self.model) - self.warmup_steps)
+        install_effective_lr(optimizer)
+        # A learn() that was interrupted never reached on_training_end: its hook is still there.
+        hooks = optimizer._optimizer_step_pre_hooks
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), type(self))]:
+            del hooks[key]
+        self._hook = optimizer.register_step_pre_hook(self._before_step)
+        self._apply()
+        if self.verbose:
+            print(f"LRSchedule: warmup {self.warmup_steps} updates, then {self.schedule}, at update {self._updates}")
+
+    def _on_step(self) -> bool:
+        reward = self._evaluations.poll() if self.schedule == "plateau" else None
+        if reward is not None:
+            before = self._plateau["factor"]
+            self._plateau = schedules.plateau(
+                self._plateau, reward, self.patience, self.min_delta, self.gamma, self.min_factor
+            )
+            if self.verbose and self._plateau["factor"] != before:
+                print(f"LRSchedule: no gain on plateau, learning rates x {self._plateau['factor']:g}")
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._on_step()
+        self._follow_counter()
+        self._apply()
+        for group in self._optimizer.param_groups:
+            self.logger.record(f"train/lr_{group.get('name', 'all')}", float(group["effective_lr"]))
+
+    def _on_training_end(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    @property
+    def _optimizer(self) -> th.optim.Optimizer:
+        optimizer = getattr(self.model.policy, "optimizer", None)
+        if not isinstance(optimizer, th.optim.Optimizer):
+            raise ValueError(
+                f"LRScheduleCallback needs a policy with one optimizer; {type(self.model).__name__} has not"
+            )
+        return optimizer
+
+    def _follow_counter(self) -> None:
+        """SB3's counter rules where it counts gradient updates; PPO's counts epochs, so there we keep our own."""
+        if isinstance(self.model, OffPolicyAlgorithm):
+            self._updates = self.model._n_updates
+
+    def _apply(self) -> None:
+        set_lr_factor(self._optimizer, "schedule", self.factor(self._updates))
+        state = {"updates": self._updates, "horizon": self._horizon, "plateau": dict(self._plateau)}
+        for group in self._optimizer.param_groups:
+            group[_STATE] = state
+
+    def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        """SB3 updates its counter only after ``gradient_steps`` optimizer steps, so count them here."""
+        self._apply()
+        self._updates += 1
+
+
+def _planned_updates(model: Any) -> int:
+    """Gradient updates that this ``learn()`` has left."""
+    steps: int = model._total_timesteps - model.num_timesteps
+    if isinstance(model, OffPolicyAlgorithm):
+        frequency: Any = model.train_freq
+        if frequency.unit == TrainFrequencyUnit.EPISODE:
+            raise ValueError("train_freq counts episodes, so the number of updates is unknown: write decay_steps=...")
+        steps = model._total_timesteps - max(model.num_timesteps, model.learning_starts)
+        rollout: int = frequency.frequency * model.n_envs
+        return max(0, steps) // rollout * int(rollout if model.gradient_steps < 0 else model.gradient_steps)
+    rollout = model.n_steps * model.n_envs
+    batches = math.ceil(rollout / getattr(model, "batch_size", rollout))
+    return math.ceil(steps / rollout) * int(getattr(model, "n_epochs", 1)) * batches

@@ -1,0 +1,99 @@
+"""Argument checks that say what to write instead."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+
+def number(
+    name: str,
+    value: Any,
+    minimum: float = 0.0,
+    maximum: float = math.inf,
+    *,
+    above: bool = False,
+) -> float:
+    """
+    Read a finite number, also from a string: PyYAML reads ``1e-5`` (no dot) as a string.
+
+    :param name: argument name for the error
+    :param value: what the user passed
+    :param minimum: smallest accepted value
+    :param maximum: largest accepted value
+    :param above: whether ``minimum`` itself is refused
+    :return: the value as float
+    :raises TypeError: if it is not a number
+    :raises ValueError: if it is not finite or out of range
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    try:
+        result = float(value)
+    except ValueError:
+        raise TypeError(f"{name} must be a number, got {value!r}") from None
+    low = result > minimum if above else result >= minimum
+    if not (math.isfinite(result) and low and result <= maximum):
+        bounds = f"{'>' if above else '>='} {minimum:g}" + (f" and <= {maximum:g}" if math.isfinite(maximum) else "")
+        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+    return result
+
+
+def integer(name: str, value: Any, minimum: int = 0) -> int:
+    """
+    Read a whole number (``1e6`` counts, as YAML and SB3 users write it).
+
+    :param name: argument name for the error
+    :param value: what the user passed
+    :param minimum: smallest accepted value
+    :return: the value as int
+    :raises TypeError: if it is not a number
+    :raises ValueError: if it is not whole or too small
+    """
+    result = number(name, value, minimum)
+    if result != int(result):
+        raise ValueError(f"{name} must be a whole number, got {value!r}")
+    return int(result)
+
+
+def flag(name: str, value: Any) -> bool:
+    """
+    Read a boolean; strings are refused, since ``bool("False")`` is true.
+
+    :raises TypeError: if it is not a boolean
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
+    """
+    Read one of a few names.
+
+    :raises ValueError: with the allowed names and the nearest of them
+    """
+    if value not in allowed:
+        raise ValueError(
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{nearest(value, allowed)}"
+        )
+    return str(value)
+
+
+def no_unknown(owner: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+    """
+    Refuse keyword arguments that nobody reads.
+
+    :raises TypeError: with the allowed names and the nearest of them
+    """
+    names = sorted(allowed)
+    for name in (name for name in given if name not in names):
+        raise TypeError(f"{owner} has no argument {name!r}{nearest(name, names)}. It takes: {', '.join(names)}")
+
+
+def nearest(value: Any, allowed: Iterable[str]) -> str:
+    """:return: ``"; did you mean 'x'?"``, or nothing where no name is near"""
+    match = difflib.get_close_matches(str(value), list(allowed), n=1)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,314 @@
+"""A torchvision ResNet as a Stable-Baselines3 features extractor."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_resnet import backbones
+from sb3_resnet import weights as weight_files
+from sb3_resnet.checks import choice, flag, integer, no_unknown, number
+from sb3_resnet.phases import FreezeBoundary
+from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
+
+#: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+ADAPTERS = ("conv1x1", "per_frame")
+
+SelfExtractor = TypeVar("SelfExtractor", bound="ResNetExtractor")
+
+
+class ResNetExtractor(BaseFeaturesExtractor):
+    """
+    ResNet features of image observations, channels first: ``(batch, C, H, W)`` to ``(batch, features_dim)``.
+
+    Scaling follows the observation *space*, never the values of a batch: uint8 0..255 is divided by 255 by SB3,
+    float 0..255 is divided by 255 here, float 0..1 is left alone. (Guessing from a batch's maximum scales a dark
+    frame differently from a bright one.)
+
+    :param observation_space: image space, ``(C, H, W)``; SB3 transposes ``(H, W, C)`` uint8 images itself
+    :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
+    :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
+    :param weights: other weights: a name of torchvision's enum, or the path of a ``.pth``, ``.pt`` or
+        ``.safetensors`` file; goes before ``pretrained``
+    :param freeze_backbone: start with all stages frozen (``set_freeze_boundary`` moves the boundary later)
+    :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
+        begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
+        multiple of three), features concatenated
+    :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
+        x and y in -1..1 per channel (arXiv 1504.00702)
+    :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
+        the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
+    :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
+    :param input_mean: own mean of three channels, on the 0..1 scale; goes before ``use_imagenet_norm``
+    :param input_std: own standard deviation, likewise
+    :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
+    :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
+    :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
+    :raises ValueError: for values that cannot work, with what to write instead
+    :raises TypeError: for unknown arguments and wrong types
+    :raises FileNotFoundError: if the weights are not there
+    """
+
+    input_mean: th.Tensor
+    input_std: th.Tensor
+
+    def __init__(
+        self,
+        observation_space: spaces.Box,
+        *,
+        backbone: str = "resnet18",
+        pretrained: bool = False,
+        weights: str | Path | None = None,
+        freeze_backbone: bool = True,
+        adapter: str = "conv1x1",
+        pooling: str = "avg",
+        norm: str = "frozen",
+        use_imagenet_norm: bool | None = None,
+        input_mean: Sequence[float] | None = None,
+        input_std: Sequence[float] | None = None,
+        image_size: int | Sequence[int] | None = None,
+        features_dim: int | None = None,
+        train_adapter: bool = False,
+        **unknown: Any,
+    ) -> None:
+        no_unknown("ResNetExtractor", unknown, ResNetExtractor.__init__.__kwdefaults__ or ())
+        scale = _scale_of(observation_space)
+        channels, height, width = observation_space.shape
+        image_size = _image_size(image_size)
+        size = image_size or (height, width)
+        choice("adapter", adapter, ADAPTERS)
+        choice("pooling", pooling, POOLINGS)
+        _check_size(size, pooling)
+        has_weights = flag("pretrained", pretrained) or weights is not None
+        if norm == "group" and has_weights:
+            raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
+        per_frame = adapter == "per_frame" and channels != 3
+        if flag("train_adapter", train_adapter) and (per_frame or channels == 3):
+            raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
+        trunk = backbones.build(backbone, norm)
+        frame_channels = 3 if channels % 3 == 0 else 1
+        n_frames = channels // frame_channels if per_frame else 1
+        pooled = n_frames * pooled_dim(pooling, trunk.out_channels, backbones.map_size(*size))
+        out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
+        super().__init__(observation_space, out)
+
+        self.pooling = pooling
+        self.image_size = image_size
+        self._scale = scale
+        self._frame_channels = frame_channels if per_frame else channels
+        self._n_frames = n_frames
+        mean, std = _statistics(has_weights, use_imagenet_norm, input_mean, input_std)
+        self._normalize = mean is not None
+        self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
+        self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
+        self.adapter = None if per_frame or channels == 3 else _information_keeping_adapter(channels)
+        self.backbone = trunk
+        self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
+        if has_weights and not weight_files.checkpoint_follows():
+            _read_weights(trunk, backbone, weights)
+        self.boundary = FreezeBoundary(
+            {name: self.stage_modules(name) for name in self.stages},
+            None if flag("freeze_backbone", freeze_backbone) else "all",
+            train_adapter,
+            live_norm=norm in ("batch", "sync"),
+        )
+        if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
+            warnings.warn(
+                "The backbone is frozen with random weights and learns little. Write pretrained=True (or "
+                "weights=PATH), or unfreeze it: freeze_backbone=False, or an UnfreezeCallback.",
+                stacklevel=2,
+            )
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Stages from the input up; ``adapter`` only where there is one."""
+        return backbones.STAGES if self.adapter is None else ("adapter", *backbones.STAGES)
+
+    def stage_modules(self, stage: str) -> tuple[nn.Module, ...]:
+        """:return: the modules of one stage in the order in which they run"""
+        if stage == "adapter":
+            assert self.adapter is not None
+            return (self.adapter,)
+        return backbones.stage_modules(self.backbone, stage)
+
+    @property
+    def freeze_boundary(self) -> str | None:
+        """The lowest stage that trains, or ``None``."""
+        return self.boundary.stage
+
+    def set_freeze_boundary(self, stage: str | None, at_update: int = 0) -> None:
+        """
+        Train ``stage`` and everything above it; freeze what is below.
+
+        :param stage: a stage, ``"all"`` for the lowest, ``None`` to freeze all
+        :param at_update: gradient updates done so far, saved with the model
+        :raises ValueError: for an unknown stage
+        """
+        self.boundary.move(stage, at_update)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
+        :return: float32 features ``(batch, features_dim)``
+        """
+        x = self.preprocess(observations)
+        frozen = self.boundary.frozen_stages
+        with th.no_grad():
+            x = self.run_stages(x, frozen)
+        x = self.run_stages(x, self.stages[len(frozen) :])
+        return self.head(x, len(observations))
+
+    def preprocess(self, observations: th.Tensor) -> th.Tensor:
+        """:return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``"""
+        x = observations.float()
+        if self._scale != 1.0:
+            x = x * self._scale
+        if self.image_size is not None and x.shape[-2:] != self.image_size:
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
+        if self._n_frames > 1 or self._frame_channels == 1:
+            x = x.reshape(-1, self._frame_channels, *x.shape[-2:])
+            if self.adapter is None and self._frame_channels == 1:
+                x = x.expand(-1, 3, -1, -1)
+        return x
+
+    def run_stages(self, x: th.Tensor, stages: Sequence[str]) -> th.Tensor:
+        """Run some successive stages; the input is normalised right before the stem."""
+        for name in stages:
+            if name == "stem" and self._normalize:
+                x = (x - self.input_mean) / self.input_std
+            for module in self.stage_modules(name):
+                x = module(x)
+        return x
+
+    def head(self, x: th.Tensor, batch_size: int) -> th.Tensor:
+        """Pool the last map and project: ``(batch * frames, C, h, w)`` to ``(batch, features_dim)``."""
+        pooled = pooled_features(self.pooling, x).reshape(batch_size, -1)
+        features: th.Tensor = self.projection(pooled)
+        return features
+
+    def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
+        """
+        Switch the mode of what depends on it: the projection, and BatchNorm above the boundary.
+
+        SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
+        """
+        self.training = mode
+        self.projection.train(mode)
+        for norm in self.boundary.live_norms:
+            norm.train(mode)
+        return self
+
+    def apply(self: SelfExtractor, fn: Callable[[nn.Module], None]) -> SelfExtractor:
+        """As ``nn.Module.apply``, but PPO's and A2C's orthogonal initialisation spares trunk and adapter."""
+        if isinstance(fn, partial) and fn.func is BasePolicy.init_weights:
+            self.projection.apply(fn)
+            return self
+        return super().apply(fn)
+
+
+def _read_weights(trunk: nn.Module, backbone: str, weights: str | Path | None) -> None:
+    if weights is not None and _is_path(weights):
+        weight_files.load_into(trunk, weight_files.read_file(weights), str(weights))
+        return
+    url = backbones.pretrained_source(backbone, None if weights is None else str(weights))
+    state = backbones.legacy_pretrained_state(backbone) if url is None else weight_files.read_url(url)
+    weight_files.load_into(trunk, state, f"{backbone} weights {url or ''}".strip())
+
+
+def _is_path(weights: str | Path) -> bool:
+    path = Path(weights).expanduser()
+    return path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1 or path.exists()
+
+
+def _scale_of(space: Any) -> float:
+    """The factor that brings what SB3 hands over to 0..1, decided by the space alone."""
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        raise ValueError(
+            f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
+            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
+        )
+    if int(np.argmin(space.shape)) == 2 and space.shape[0] != space.shape[2]:
+        raise ValueError(
+            f"Images must come channels first, got shape {space.shape}. SB3 transposes uint8 0..255 images by itself; "
+            f"transpose others in a wrapper, to {(space.shape[2], *space.shape[:2])}."
+        )
+    low, high = float(space.low.min()), float(space.high.max())
+    uniform = float(space.low.max()) == low and float(space.high.min()) == high
+    if uniform and (low, high) == (0.0, 255.0):
+        return 1.0 if space.dtype == np.uint8 else 1.0 / 255.0
+    if uniform and (low, high) == (0.0, 1.0) and np.issubdtype(space.dtype, np.floating):
+        return 1.0
+    raise ValueError(
+        f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. Declare the "
+        "bounds of the space, or rescale the observation in a wrapper; normalize_images cannot repair other bounds."
+    )
+
+
+def _image_size(value: Any) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    sides = [value] * 2 if isinstance(value, (int, float, str)) else list(value)
+    if len(sides) != 2:
+        raise ValueError(f"image_size must be one number or [height, width], got {value!r}")
+    return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
+
+
+def _check_size(size: tuple[int, int], pooling: str) -> None:
+    smallest = 33 if pooling == "spatial_softmax" else backbones.MIN_SIZE
+    if min(size) < smallest:
+        why = "its last map is a single pixel" if pooling == "spatial_softmax" else "the trunk sees little but padding"
+        raise ValueError(
+            f"Images of {size[0]}x{size[1]} are too small for a ResNet with pooling={pooling!r}: {why}. "
+            f"The smallest size that works is {smallest}x{smallest}: write image_size={smallest} or more."
+        )
+
+
+def _statistics(
+    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    if use_imagenet_norm is not None:
+        flag("use_imagenet_norm", use_imagenet_norm)
+    if (mean is None) != (std is None):
+        raise ValueError("input_mean and input_std go together: write both, each with three numbers")
+    if mean is not None:
+        return _three("input_mean", mean, above=False), _three("input_std", std, above=True)
+    wanted = has_weights if use_imagenet_norm is None else use_imagenet_norm
+    return (IMAGENET_MEAN, IMAGENET_STD) if wanted else (None, None)
+
+
+def _three(name: str, values: Any, *, above: bool) -> tuple[float, ...]:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
+        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {values!r}")
+    return tuple(number(name, value, 0.0 if above else -1e6, above=above) for value in values)
+
+
+def _information_keeping_adapter(channels: int) -> nn.Conv2d:
+    """
+    A 1x1 convolution that begins as newest, middle and oldest frame (SB3 stacks the newest last).
+
+    Rows are non-negative and sum to 1, so its output stays in range for the ImageNet statistics. Where the channels
+    are RGB triples, a frame is the mean of its three.
+    """
+    size = 3 if channels % 3 == 0 else 1
+    frames = channels // size
+    conv = nn.Conv2d(channels, 3, 1)
+    with th.no_grad():
+        conv.weight.zero_()
+        assert conv.bias is not None
+        conv.bias.zero_()
+        for row, frame in enumerate((frames - 1, frames // 2, 0)):
+            conv.weight[row, frame * size : (frame + 1) * size] = 1.0 / size
+    return conv

@@ -1,0 +1,85 @@
+"""The MLP head: normalise the features, then Linear-ReLU-Linear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch as th
+from stable_baselines3.common.torch_layers import create_mlp
+from torch import nn
+
+#: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
+FEATURE_NORMS = ("standardize", "layer", "none")
+
+
+class FeatureStandardizer(nn.Module):
+    """
+    Standardise each feature by its mean and variance over the observations seen in training.
+
+    A frozen ResNet's features are mostly constant: on Pong a random one gives a mean of 0.7 and a standard deviation
+    over frames of 0.09, and the head sees only what varies. Unlike BatchNorm1d, training normalises by the running
+    statistics too, so that online and target network, training and acting compute the same function. The buffers'
+    names begin with ``running_``: SB3 copies such buffers to the target network.
+
+    :param dim: number of features
+    :param horizon: after so many samples the average becomes an exponential one, to follow an unfrozen trunk
+    :param eps: added to the variance, as in BatchNorm
+    :param clip: largest magnitude of a standardised feature, as SB3's ``VecNormalize``
+    """
+
+    running_mean: th.Tensor
+    running_var: th.Tensor
+    running_count: th.Tensor
+
+    def __init__(self, dim: int, horizon: float = 100_000, eps: float = 1e-5, clip: float = 10.0) -> None:
+        super().__init__()
+        self.horizon = horizon
+        self.eps = eps
+        self.clip = clip
+        self.register_buffer("running_mean", th.zeros(dim))
+        self.register_buffer("running_var", th.ones(dim))
+        # A float: SB3 multiplies these buffers by 0.0 in place before it copies them.
+        self.register_buffer("running_count", th.zeros(()))
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """:return: standardised features of the same shape, ``(batch, dim)``"""
+        if self.training:
+            self._update(features.detach())
+        scaled = (features - self.running_mean) * th.rsqrt(self.running_var + self.eps)
+        return scaled.clamp(-self.clip, self.clip)
+
+    @th.no_grad()
+    def _update(self, features: th.Tensor) -> None:
+        """Merge the batch's moments into the running ones (Chan et al. 1983)."""
+        share = len(features) / (self.running_count + len(features)).clamp(max=self.horizon)
+        delta = features.mean(dim=0) - self.running_mean
+        spread = features.var(dim=0, unbiased=False) - self.running_var
+        self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
+        self.running_mean.add_(share * delta)
+        self.running_count.add_(len(features)).clamp_(max=self.horizon)
+
+
+def make_head(
+    features_dim: int,
+    output_dim: int,
+    net_arch: list[int],
+    activation_fn: type[nn.Module] = nn.ReLU,
+    dropout: float = 0.0,
+    feature_norm: str = "none",
+) -> nn.Sequential:
+    """
+    :param features_dim: number of features
+    :param output_dim: number of outputs
+    :param net_arch: widths of the hidden layers; empty for a linear head
+    :param activation_fn: activation after each hidden layer
+    :param dropout: probability after each activation, in training only
+    :param feature_norm: one of :data:`FEATURE_NORMS`
+    :return: the head
+    """
+    norms: dict[str, Callable[[int], nn.Module]] = {"standardize": FeatureStandardizer, "layer": nn.LayerNorm}
+    layers: list[nn.Module] = [norms[feature_norm](features_dim)] if feature_norm in norms else []
+    for layer in create_mlp(features_dim, output_dim, net_arch, activation_fn):
+        layers.append(layer)
+        if dropout > 0 and isinstance(layer, activation_fn):
+            layers.append(nn.Dropout(dropout))
+    return nn.Sequential(*layers)

@@ -1,0 +1,209 @@
+"""Q-learning policies with a ResNet for eyes: ``DQN("ResNetCnnPolicy", env)``."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, ClassVar
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from torch import nn
+
+from sb3_resnet.checks import choice, integer, no_unknown, number
+from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.heads import FEATURE_NORMS, make_head
+from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
+from sb3_resnet.weights import about_to_be_overwritten
+
+POLICY_NAME = "ResNetCnnPolicy"
+
+
+class ResNetPolicyMixin:
+    """
+    What DQN's and QR-DQN's ResNet policies share; goes before SB3's policy class.
+
+    :param observation_space: image space
+    :param action_space: discrete actions
+    :param lr_schedule: SB3's learning rate, the head's
+    :param net_arch: widths of the head's hidden layers; ``[]`` for a linear head
+    :param dropout: dropout probability in the head
+    :param feature_norm: how features are normalised before the head: ``"standardize"``, ``"layer"`` or ``"none"``
+    :param lr_head: the head's learning rate at the start; ``None``: SB3's ``learning_rate``
+    :param lr_backbone: the backbone's and adapter's at the start; ``None``: a tenth of the head's
+    :param weight_decay: of weights; norm layers and biases do not decay
+    :param optimizer_class: a torch optimizer, or its name: AdamW, Adam, SGD, RMSprop
+    :param activation_fn: activation of the head, or its name in ``torch.nn``
+    :param features_extractor_class: :class:`ResNetExtractor` or a subclass
+    :param kwargs: SB3's own arguments, such as ``features_extractor_kwargs`` and ``optimizer_kwargs``
+    :raises ValueError: for values that cannot work
+    :raises TypeError: for unknown arguments
+    """
+
+    #: Attribute names of the online network and of its head, as SB3 and sb3-contrib call them.
+    _network: ClassVar[str]
+    _head: ClassVar[str]
+
+    optimizer: th.optim.Optimizer
+
+    def __init__(
+        self,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Discrete,
+        lr_schedule: Schedule,
+        *,
+        net_arch: Sequence[int] | None = None,
+        dropout: float = 0.0,
+        feature_norm: str = "standardize",
+        lr_head: float | None = None,
+        lr_backbone: float | None = None,
+        weight_decay: float = 1e-4,
+        optimizer_class: str | type[th.optim.Optimizer] = th.optim.AdamW,
+        activation_fn: str | type[nn.Module] = nn.ReLU,
+        features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
+        **kwargs: Any,
+    ) -> None:
+        host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
+        no_unknown(POLICY_NAME, kwargs, {*host} - {"self", "args", "kwargs", "unknown"})
+        if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
+            raise TypeError(
+                f"features_extractor_class must be ResNetExtractor or a subclass, got {features_extractor_class}"
+            )
+        if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
+            raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
+        for name in {"lr", "weight_decay"} & {*(kwargs.get("optimizer_kwargs") or {})}:
+            raise ValueError(f"optimizer_kwargs must not hold {name!r}: write lr_head, lr_backbone or weight_decay")
+        self.dropout = number("dropout", dropout, 0.0, 0.99)
+        self.feature_norm = choice("feature_norm", feature_norm, FEATURE_NORMS)
+        self.lr_head = lr_head
+        self.lr_backbone = lr_backbone
+        self.weight_decay = number("weight_decay", weight_decay)
+        super().__init__(
+            observation_space,  # type: ignore[call-arg]  # SB3's policy is next in the MRO
+            action_space,
+            lr_schedule,
+            net_arch=[256] if net_arch is None else _widths(net_arch),
+            optimizer_class=optimizer_class_of(optimizer_class),
+            activation_fn=_activation_of(activation_fn),
+            features_extractor_class=features_extractor_class,
+            **kwargs,
+        )
+
+    @property
+    def online(self) -> Any:
+        """The network that acts and learns: ``q_net``, or ``quantile_net`` for QR-DQN."""
+        return getattr(self, self._network)
+
+    @property
+    def target(self) -> Any:
+        """The target network."""
+        return getattr(self, f"{self._network}_target")
+
+    @property
+    def freeze_boundary(self) -> str | None:
+        """The lowest stage that trains, or ``None`` where the whole backbone is frozen."""
+        boundary: str | None = self.online.features_extractor.freeze_boundary
+        return boundary
+
+    def set_freeze_boundary(self, stage: str | None, at_update: int = 0) -> None:
+        """
+        Train ``stage`` and everything above it, freeze what is below; the optimizer stays as it is.
+
+        :param stage: ``"adapter"`` (where there is one), ``"stem"``, ``"layer1"`` to ``"layer4"``, ``"all"`` for the
+            lowest, or ``None`` to freeze the whole backbone
+        :param at_update: gradient updates done so far, saved with the model
+        :raises ValueError: for an unknown stage
+        """
+        for network in (self.online, self.target):
+            network.features_extractor.set_freeze_boundary(stage, at_update)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
+        lr = float(lr_schedule(1))
+        extractor = self.online.features_extractor
+        backbone = [
+            parameter
+            for stage in extractor.stages
+            for module in extractor.stage_modules(stage)
+            for parameter in module.parameters()
+        ]
+        known = {id(parameter) for parameter in backbone}
+        head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
+        self.optimizer = build_optimizer(
+            self.optimizer_class,  # type: ignore[attr-defined]
+            {"head": head, "backbone": backbone},
+            lr,
+            lr_ratios(lr, self.lr_head, self.lr_backbone),
+            self.weight_decay,
+            **self.optimizer_kwargs,  # type: ignore[attr-defined]
+        )
+        audit(self.online, self.optimizer)
+
+    def _make_network(self, make: Callable[[], nn.Module]) -> Any:
+        """Let SB3 build a network, then put our head into it. The second is the target, which copies the first."""
+        if hasattr(self, self._network):
+            with about_to_be_overwritten():
+                network: Any = make()
+        else:
+            network = make()
+        head = getattr(network, self._head)
+        new = make_head(
+            network.features_dim,
+            head[-1].out_features,
+            network.net_arch,
+            network.activation_fn,
+            self.dropout,
+            self.feature_norm,
+        )
+        setattr(network, self._head, new.to(network.device))
+        return network
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
+        own = ("dropout", "feature_norm", "weight_decay")
+        # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
+        return {**data, **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
+        install_effective_lr(self.optimizer)
+
+
+class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
+    """Policy of DQN with a ResNet; :class:`ResNetPolicyMixin` lists its arguments."""
+
+    _network = "q_net"
+    _head = "q_net"
+
+    def make_q_net(self) -> QNetwork:
+        network: QNetwork = self._make_network(super().make_q_net)
+        return network
+
+
+def register_policies() -> None:
+    """Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again."""
+    DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
+    if find_spec("sb3_contrib") is not None:
+        from sb3_contrib import QRDQN
+
+        from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
+
+        QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
+
+
+def _widths(net_arch: Any) -> list[int]:
+    if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
+        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {net_arch!r}")
+    return [integer("net_arch", width, 1) for width in net_arch]
+
+
+def _activation_of(value: str | type[nn.Module]) -> type[nn.Module]:
+    found = getattr(nn, value.removeprefix("torch.nn.").removeprefix("nn."), None) if isinstance(value, str) else value
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"activation_fn must be a class of torch.nn or its name, such as 'ReLU', got {value!r}")
+    return found

@@ -1,0 +1,31 @@
+"""The same policy for sb3-contrib's QR-DQN."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
+
+from sb3_resnet.policies import ResNetPolicyMixin
+
+
+class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
+    """Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments."""
+
+    _network = "quantile_net"
+    _head = "quantile_net"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # QRDQN writes its own default, Adam with eps = 0.01 / batch_size, into policy_kwargs where the user named no
+        # optimizer. The eps is the paper's advice (arXiv 1710.10044); our default stays AdamW, for its weight decay.
+        host_default = kwargs.get("optimizer_class") is th.optim.Adam and {*(kwargs.get("optimizer_kwargs") or {})} == {
+            "eps"
+        }
+        if host_default:
+            kwargs["optimizer_class"] = th.optim.AdamW
+        super().__init__(*args, **kwargs)
+
+    def make_quantile_net(self) -> QuantileNetwork:
+        network: QuantileNetwork = self._make_network(super().make_quantile_net)
+        return network
