@@ -123,8 +123,9 @@ class ResNetPolicyMixin:
             network.features_extractor.set_freeze_boundary(stage, at_update)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
         lr = float(lr_schedule(1))
+        ratios = lr_ratios(lr, self.lr_head, self.lr_backbone)
+        super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
         extractor = self.online.features_extractor
         backbone = [
             parameter
@@ -138,7 +139,7 @@ class ResNetPolicyMixin:
             self.optimizer_class,  # type: ignore[attr-defined]
             {"head": head, "backbone": backbone},
             lr,
-            lr_ratios(lr, self.lr_head, self.lr_backbone),
+            ratios,
             self.weight_decay,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]
         )

@@ -159,14 +159,18 @@ class LRScheduleCallback(BaseCallback):
 
     def _apply(self) -> None:
         set_lr_factor(self._optimizer, "schedule", self.factor(self._updates))
+        self._remember()
+
+    def _remember(self) -> None:
         state = {"updates": self._updates, "horizon": self._horizon, "plateau": dict(self._plateau)}
         for group in self._optimizer.param_groups:
             group[_STATE] = state
 
     def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
         """SB3 updates its counter only after ``gradient_steps`` optimizer steps, so count them here."""
-        self._apply()
+        set_lr_factor(optimizer, "schedule", self.factor(self._updates))
         self._updates += 1
+        self._remember()
 
 
 def _planned_updates(model: Any) -> int:

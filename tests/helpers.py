@@ -1,0 +1,118 @@
+"""A tiny image game, a tiny ResNet, and models of both: real SB3 parts at 32x32 pixels."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import torch as th
+import torchvision
+from gymnasium import spaces
+from sb3_contrib import QRDQN
+from stable_baselines3 import DQN
+from torchvision.models.resnet import BasicBlock, ResNet
+
+import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
+
+ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
+
+
+class _TinyResNet(ResNet):
+    def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
+        return super()._make_layer(block, planes // 2, blocks, stride, dilate)
+
+
+def resnet_tiny(*, weights=None, progress=True, **kwargs):
+    """A ResNet of one block a stage and half the width: a tenth of ResNet-18's parameters."""
+    resnet = _TinyResNet(BasicBlock, [1, 1, 1, 1], **kwargs)
+    resnet.fc = th.nn.Linear(256, 1000)
+    return resnet
+
+
+torchvision.models.resnet_tiny = torchvision.models.resnet.resnet_tiny = resnet_tiny
+
+
+class TinyGame(gym.Env):
+    """A bar moves; naming its column pays. Deterministic given the seed; episodes end or are truncated in turn."""
+
+    def __init__(self, shape=(4, 32, 32), length=13):
+        self.observation_space = spaces.Box(0, 255, shape, np.uint8)
+        self.action_space = spaces.Discrete(3)
+        self.length = length
+        self.episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.clock = 0
+        self.episode += 1
+        self.frames = np.zeros(self.observation_space.shape, np.uint8)
+        return self._observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.column)
+        self.clock += 1
+        over = self.clock >= self.length
+        return self._observe(), reward, over and self.episode % 2 == 0, over and self.episode % 2 == 1, {}
+
+    def _observe(self):
+        self.column = int(self.np_random.integers(3))
+        frame = np.full(self.frames.shape[1:], 20 * self.clock % 256, np.uint8)
+        frame[:, 10 * self.column : 10 * self.column + 10] = 255
+        self.frames = np.concatenate([self.frames[1:], frame[None]])
+        return self.frames.copy()
+
+
+def make_model(algorithm="dqn", env=None, policy_kwargs=None, extractor=None, **kwargs):
+    """A model on the tiny game that trains from the first steps on."""
+    policy_kwargs = {**(policy_kwargs or {})}
+    if algorithm == "qrdqn":
+        policy_kwargs.setdefault("n_quantiles", 5)
+    policy_kwargs["features_extractor_kwargs"] = {"backbone": "resnet_tiny", **(extractor or {})}
+    options = {
+        "buffer_size": 300,
+        "learning_starts": 8,
+        "batch_size": 4,
+        "train_freq": 4,
+        "target_update_interval": 24,
+        "seed": 0,
+        "device": "cpu",
+        **kwargs,
+    }
+    return ALGORITHMS[algorithm]("ResNetCnnPolicy", env or TinyGame(), policy_kwargs=policy_kwargs, **options)
+
+
+def fill(model, n=64, seed=0):
+    """Put random transitions into the buffer and set up a logger, so that ``train()`` runs without ``learn()``."""
+    rng = np.random.default_rng(seed)
+    shape = (model.n_envs, *model.observation_space.shape)
+    for _ in range(n):
+        obs, following = (rng.integers(0, 256, shape, dtype=np.uint8) for _ in range(2))
+        action = rng.integers(0, model.action_space.n, (model.n_envs, 1))
+        model.replay_buffer.add(obs, following, action, rng.normal(size=model.n_envs), np.zeros(model.n_envs), [{}])
+    model._setup_learn(1, None)
+    return model
+
+
+def observations(model, n=8, seed=1):
+    """Random images of the model's space."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (n, *model.observation_space.shape), dtype=np.uint8)
+
+
+def q_values(model_or_policy, obs):
+    """Values of the online network in eval mode."""
+    policy = getattr(model_or_policy, "policy", model_or_policy)
+    policy.set_training_mode(False)
+    with th.no_grad():
+        return policy.online(th.as_tensor(obs, device=policy.device)).cpu()
+
+
+def snapshot(module):
+    """A copy of everything in the state dict."""
+    return copy.deepcopy(module.state_dict())
+
+
+def assert_same(left, right):
+    """Two state dicts are equal bit for bit."""
+    assert left.keys() == right.keys()
+    different = [key for key in left if not th.equal(left[key], right[key])]
+    assert not different, different
