@@ -1,11 +1,20 @@
 """ResNet features for Stable-Baselines3 agents."""
 
+from sb3_resnet.callbacks import newest_checkpoint
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import param_group_summary
 from sb3_resnet.policies import ResNetCnnPolicy, register_policies
+from sb3_resnet.recipes import fine_tuning_callbacks
 
 __version__ = "0.1.0"
 
-__all__ = ["ResNetCnnPolicy", "ResNetExtractor", "param_group_summary", "register_policies"]
+__all__ = [
+    "ResNetCnnPolicy",
+    "ResNetExtractor",
+    "fine_tuning_callbacks",
+    "newest_checkpoint",
+    "param_group_summary",
+    "register_policies",
+]
 
 register_policies()

@@ -67,23 +67,27 @@ def build_optimizer(
     lr: float,
     ratios: Mapping[str, float],
     weight_decay: float,
+    scales: Mapping[str, float] | None = None,
     **kwargs: Any,
 ) -> th.optim.Optimizer:
     """
     An optimizer with two groups a part: ``name`` and ``name_no_decay`` for norm weights and biases.
 
     :param optimizer_class: any torch optimizer
-    :param parts: all parameters by part, frozen ones included (a gradient of ``None`` costs nothing)
+    :param parts: all parameters by part, frozen ones included (a gradient of ``None`` costs nothing); what follows a
+        dot, as in ``backbone.layer4``, divides a part
     :param lr: SB3's learning rate at the start
     :param ratios: learning rate of each part relative to it
     :param weight_decay: of the groups that decay
+    :param scales: further factor of the rate by full name, such as ``{"backbone.layer3": 0.5}``
     :param kwargs: further arguments of the optimizer
     :return: the optimizer, its groups' learning rates kept as :func:`install_effective_lr` says
     :raises ValueError: if the optimizer knows no weight decay
     """
     groups = [group for name, parameters in parts.items() for group in _split(name, parameters, weight_decay)]
     for group in groups:
-        group["lr_ratio"] = ratios[group["name"].removesuffix("_no_decay")]
+        group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
+        group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
@@ -145,9 +149,46 @@ def set_lr_factor(
         _refresh(group)
 
 
+def set_lr_ratio(optimizer: th.optim.Optimizer, part: str, ratio: float) -> None:
+    """
+    Change the learning rate of a part relative to the host's, from now on and in the checkpoint.
+
+    :param optimizer: an optimizer of :func:`build_optimizer`
+    :param part: ``"head"`` or ``"backbone"``
+    :param ratio: the new ratio; the groups' scales stay
+    """
+    for group in optimizer.param_groups:
+        if is_part(group, part):
+            group["lr_ratio"] = ratio * group["lr_scale"]
+            _refresh(group)
+
+
 def is_part(group: Group, part: str) -> bool:
-    """:return: whether the group belongs to ``"head"`` or ``"backbone"``"""
-    return str(group.get("name", "")).removesuffix("_no_decay") == part
+    """:return: whether the group belongs to ``"head"`` or ``"backbone"``, whatever its stage"""
+    return str(group.get("name", "")).removesuffix("_no_decay").split(".")[0] == part
+
+
+def recall(optimizer: th.optim.Optimizer, key: str) -> dict[str, Any]:
+    """
+    Read what :func:`remember` kept.
+
+    :param optimizer: the optimizer of a policy
+    :param key: whose state it is
+    :return: a copy of the state; empty if there is none
+    """
+    return next((dict(group[key]) for group in optimizer.param_groups if key in group), {})
+
+
+def remember(optimizer: th.optim.Optimizer, key: str, state: Mapping[str, Any]) -> None:
+    """
+    Keep a callback's state in the optimizer's groups: SB3 saves them with the model, but not the callbacks.
+
+    :param optimizer: the optimizer of a policy
+    :param key: whose state it is
+    :param state: plain numbers, strings and dicts of them, which ``weights_only=True`` can load
+    """
+    for group in optimizer.param_groups:
+        group[key] = dict(state)
 
 
 def param_group_summary(model: Any, show: bool = True) -> list[dict[str, Any]]:

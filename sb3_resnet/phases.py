@@ -53,6 +53,11 @@ class FreezeBoundary(nn.Module):
         return None if self._position == _ALL_FROZEN else STAGES[self._position]
 
     @property
+    def moved_at_update(self) -> int:
+        """Gradient updates done when the boundary last moved."""
+        return self._moved_at
+
+    @property
     def frozen_stages(self) -> tuple[str, ...]:
         """Stages that need no gradient: those below the boundary, and none if the adapter under them trains."""
         return () if self._train_adapter else tuple(name for name in self._stages if not self._trains(name))
@@ -88,6 +93,7 @@ class FreezeBoundary(nn.Module):
         """Make the modules obey the buffer: the only code that touches ``requires_grad``."""
         # A copy on the Python side: reading the buffer on a GPU would wait for the device in each forward pass.
         self._position = int(self.index)
+        self._moved_at = int(self.moved_at)
         self._live: list[nn.Module] = []
         for name, modules in self._stages.items():
             trains = self._trains(name)

@@ -36,6 +36,7 @@ class ResNetPolicyMixin:
     :param feature_norm: how features are normalised before the head: ``"standardize"``, ``"layer"`` or ``"none"``
     :param lr_head: the head's learning rate at the start; ``None``: SB3's ``learning_rate``
     :param lr_backbone: the backbone's and adapter's at the start; ``None``: a tenth of the head's
+    :param lr_decay_per_stage: each stage below ``layer4`` learns by this factor more slowly than the one above it
     :param weight_decay: of weights; norm layers and biases do not decay
     :param optimizer_class: a torch optimizer, or its name: AdamW, Adam, SGD, RMSprop
     :param activation_fn: activation of the head, or its name in ``torch.nn``
@@ -62,6 +63,7 @@ class ResNetPolicyMixin:
         feature_norm: str = "standardize",
         lr_head: float | None = None,
         lr_backbone: float | None = None,
+        lr_decay_per_stage: float = 1.0,
         weight_decay: float = 1e-4,
         optimizer_class: str | type[th.optim.Optimizer] = th.optim.AdamW,
         activation_fn: str | type[nn.Module] = nn.ReLU,
@@ -82,6 +84,7 @@ class ResNetPolicyMixin:
         self.feature_norm = choice("feature_norm", feature_norm, FEATURE_NORMS)
         self.lr_head = lr_head
         self.lr_backbone = lr_backbone
+        self.lr_decay_per_stage = number("lr_decay_per_stage", lr_decay_per_stage, 0.0, 1.0, above=True)
         self.weight_decay = number("weight_decay", weight_decay)
         super().__init__(
             observation_space,  # type: ignore[call-arg]  # SB3's policy is next in the MRO
@@ -126,24 +129,34 @@ class ResNetPolicyMixin:
         lr = float(lr_schedule(1))
         ratios = lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        extractor = self.online.features_extractor
-        backbone = [
-            parameter
-            for stage in extractor.stages
-            for module in extractor.stage_modules(stage)
-            for parameter in module.parameters()
-        ]
-        known = {id(parameter) for parameter in backbone}
+        backbone, scales = self._backbone_parts()
+        known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
         head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
         self.optimizer = build_optimizer(
             self.optimizer_class,  # type: ignore[attr-defined]
-            {"head": head, "backbone": backbone},
+            {"head": head, **backbone},
             lr,
             ratios,
             self.weight_decay,
+            scales,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]
         )
         audit(self.online, self.optimizer)
+
+    def _backbone_parts(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
+        """The backbone's parameters, by stage where stages learn at rates of their own, and the stages' scales."""
+        extractor = self.online.features_extractor
+        stages = {
+            stage: [parameter for module in extractor.stage_modules(stage) for parameter in module.parameters()]
+            for stage in extractor.stages
+        }
+        if self.lr_decay_per_stage == 1.0:
+            return {"backbone": [parameter for parameters in stages.values() for parameter in parameters]}, {}
+        scales = {
+            f"backbone.{stage}": self.lr_decay_per_stage**depth
+            for depth, stage in enumerate(reversed(extractor.stages))
+        }
+        return {f"backbone.{stage}": parameters for stage, parameters in stages.items()}, scales
 
     def _make_network(self, make: Callable[[], nn.Module]) -> Any:
         """Let SB3 build a network, then put our head into it. The second is the target, which copies the first."""
@@ -166,7 +179,7 @@ class ResNetPolicyMixin:
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
-        own = ("dropout", "feature_norm", "weight_decay")
+        own = ("dropout", "feature_norm", "lr_decay_per_stage", "weight_decay")
         # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
         return {**data, **{name: getattr(self, name) for name in own}}
 

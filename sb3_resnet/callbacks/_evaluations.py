@@ -8,6 +8,17 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
 
 
+def walk(callback: Any) -> Iterator[BaseCallback]:
+    """:return: a callback and all inside it"""
+    if isinstance(callback, BaseCallback):
+        yield callback
+    if isinstance(callback, CallbackList):
+        for child in callback.callbacks:
+            yield from walk(child)
+    elif isinstance(callback, EventCallback):
+        yield from walk(callback.callback)
+
+
 class Evaluations:
     """
     Watches the first ``EvalCallback`` of a ``learn()`` call.
@@ -16,8 +27,13 @@ class Evaluations:
     """
 
     def __init__(self, root: Any) -> None:
-        self._source = next(_eval_callbacks(root), None)
+        self._source = next((child for child in walk(root) if isinstance(child, EvalCallback)), None)
         self._seen = self._count()
+
+    @property
+    def folder(self) -> str | None:
+        """Where the ``EvalCallback`` saves its best model."""
+        return None if self._source is None else self._source.best_model_save_path
 
     @property
     def found(self) -> bool:
@@ -36,13 +52,3 @@ class Evaluations:
         if self._source is None or self._source.eval_freq <= 0:
             return 0
         return int(self._source.n_calls // self._source.eval_freq)
-
-
-def _eval_callbacks(callback: Any) -> Iterator[EvalCallback]:
-    if isinstance(callback, EvalCallback):
-        yield callback
-    if isinstance(callback, CallbackList):
-        for child in callback.callbacks:
-            yield from _eval_callbacks(child)
-    elif isinstance(callback, EventCallback) and isinstance(callback.callback, BaseCallback):
-        yield from _eval_callbacks(callback.callback)

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet import schedules
 from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
 from sb3_resnet.checks import choice, integer, no_unknown, number
-from sb3_resnet.optim import install_effective_lr, set_lr_factor
+from sb3_resnet.optim import recall, remember, set_lr_factor
 
 #: The arguments of each schedule.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -80,8 +80,7 @@ class LRScheduleCallback(BaseCallback):
         self.gamma = number("gamma", 0.1 if gamma is None else gamma, 0.0, 1.0, above=True)
         self.patience = integer("patience", 10 if patience is None else patience)
         self.min_delta = number("min_delta", 0.0 if min_delta is None else min_delta)
-        self._hook: th.utils.hooks.RemovableHandle | None = None
-        self._updates = 0
+        self._updates = UpdateHook(self._apply)
         self._horizon: int | None = None
         self._plateau = schedules.plateau_start()
         self._evaluations = Evaluations(None)
@@ -99,26 +98,18 @@ class LRScheduleCallback(BaseCallback):
         return schedules.warmup(n, self.warmup_steps) * value
 
     def _on_training_start(self) -> None:
-        optimizer = self._optimizer
         self._evaluations = Evaluations(self.locals.get("callback"))
         if self.schedule == "plateau" and not self._evaluations.found:
             raise ValueError("schedule='plateau' follows the evaluation reward: add an EvalCallback to learn()")
-        saved: dict[str, Any] = next((group[_STATE] for group in optimizer.param_groups if _STATE in group), {})
-        self._updates = saved.get("updates", 0)
+        saved = recall(optimizer_of(self.model), _STATE)
+        self._updates.attach(self.model, saved.get("updates", 0))
         self._plateau = saved.get("plateau", self._plateau)
         self._horizon = self.decay_steps or saved.get("horizon")
-        self._follow_counter()
         if self.schedule in ("linear", "cosine") and self._horizon is None:
-            self._horizon = max(1, self._updates + _planned_updates(self.model) - self.warmup_steps)
-        install_effective_lr(optimizer)
-        # A learn() that was interrupted never reached on_training_end: its hook is still there.
-        hooks = optimizer._optimizer_step_pre_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), type(self))]:
-            del hooks[key]
-        self._hook = optimizer.register_step_pre_hook(self._before_step)
-        self._apply()
+            self._horizon = max(1, self._updates.n + _planned_updates(self.model) - self.warmup_steps)
+        self._apply(self._updates.n)
         if self.verbose:
-            print(f"LRSchedule: warmup {self.warmup_steps} updates, then {self.schedule}, at update {self._updates}")
+            print(f"LRSchedule: warmup {self.warmup_steps} updates, then {self.schedule}, at update {self._updates.n}")
 
     def _on_step(self) -> bool:
         reward = self._evaluations.poll() if self.schedule == "plateau" else None
@@ -133,44 +124,19 @@ class LRScheduleCallback(BaseCallback):
 
     def _on_rollout_end(self) -> None:
         self._on_step()
-        self._follow_counter()
-        self._apply()
-        for group in self._optimizer.param_groups:
+        self._updates.follow(self.model)
+        self._apply(self._updates.n)
+        for group in optimizer_of(self.model).param_groups:
             self.logger.record(f"train/lr_{group.get('name', 'all')}", float(group["effective_lr"]))
 
     def _on_training_end(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        self._updates.detach()
 
-    @property
-    def _optimizer(self) -> th.optim.Optimizer:
-        optimizer = getattr(self.model.policy, "optimizer", None)
-        if not isinstance(optimizer, th.optim.Optimizer):
-            raise ValueError(
-                f"LRScheduleCallback needs a policy with one optimizer; {type(self.model).__name__} has not"
-            )
-        return optimizer
-
-    def _follow_counter(self) -> None:
-        """SB3's counter rules where it counts gradient updates; PPO's counts epochs, so there we keep our own."""
-        if isinstance(self.model, OffPolicyAlgorithm):
-            self._updates = self.model._n_updates
-
-    def _apply(self) -> None:
-        set_lr_factor(self._optimizer, "schedule", self.factor(self._updates))
-        self._remember()
-
-    def _remember(self) -> None:
-        state = {"updates": self._updates, "horizon": self._horizon, "plateau": dict(self._plateau)}
-        for group in self._optimizer.param_groups:
-            group[_STATE] = state
-
-    def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        """SB3 updates its counter only after ``gradient_steps`` optimizer steps, so count them here."""
-        set_lr_factor(optimizer, "schedule", self.factor(self._updates))
-        self._updates += 1
-        self._remember()
+    def _apply(self, n: int) -> None:
+        optimizer = optimizer_of(self.model)
+        set_lr_factor(optimizer, "schedule", self.factor(n))
+        state = {"updates": self._updates.n, "horizon": self._horizon, "plateau": dict(self._plateau)}
+        remember(optimizer, _STATE, state)
 
 
 def _planned_updates(model: Any) -> int:

@@ -1,0 +1,75 @@
+"""Act before each gradient update, with the number of updates done so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_resnet.optim import install_effective_lr
+
+
+class UpdateHook:
+    """
+    Calls ``act(n)`` before each optimizer step; ``n`` counts gradient updates.
+
+    SB3 updates its own counter only after the ``gradient_steps`` updates of one ``train()``, and PPO's counts epochs.
+
+    :param act: what to do
+    """
+
+    def __init__(self, act: Callable[[int], None]) -> None:
+        self.n = 0
+        self._act = act
+        self._handle: th.utils.hooks.RemovableHandle | None = None
+
+    def attach(self, model: BaseAlgorithm, n: int = 0) -> None:
+        """
+        Start at the optimizer of the model.
+
+        :param model: an SB3 model
+        :param n: where to start if the model has no such counter
+        :raises ValueError: if the policy has not exactly one optimizer
+        """
+        optimizer = optimizer_of(model)
+        install_effective_lr(optimizer)
+        self.n = n
+        self.follow(model)
+        # A learn() that was interrupted never reached on_training_end: its hook is still there.
+        owner = getattr(self._act, "__self__", None)
+        hooks = optimizer._optimizer_step_pre_hooks
+        for key, hook in [*hooks.items()]:
+            other = getattr(hook, "__self__", None)
+            if isinstance(other, UpdateHook) and type(getattr(other._act, "__self__", None)) is type(owner):
+                del hooks[key]
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    def follow(self, model: BaseAlgorithm) -> None:
+        """Take over the model's counter where it counts gradient updates; it is saved and never reset."""
+        if isinstance(model, OffPolicyAlgorithm):
+            self.n = model._n_updates
+
+    def detach(self) -> None:
+        """Stop; may be called again (RL-Zoo calls ``on_training_end`` twice)."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        n, self.n = self.n, self.n + 1
+        self._act(n)
+
+
+def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:
+    """
+    :param model: an SB3 model
+    :return: the one optimizer of its policy
+    :raises ValueError: if it has several, as SAC
+    """
+    optimizer = getattr(model.policy, "optimizer", None)
+    if not isinstance(optimizer, th.optim.Optimizer):
+        raise ValueError(f"This callback needs a policy with one optimizer; {type(model).__name__} has not")
+    return optimizer

@@ -1,0 +1,261 @@
+"""Train the head first, then unfreeze the backbone in steps."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_resnet import schedules
+from sb3_resnet.callbacks._best import find_keeper, restore_best
+from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
+from sb3_resnet.checks import choice, flag, integer, no_unknown, number
+from sb3_resnet.optim import is_part, recall, remember, set_lr_factor, set_lr_ratio
+from sb3_resnet.phases import STAGES
+
+TRIGGERS = ("at_timestep", "at_update", "on_plateau")
+_STATE = "unfreeze"  # key of our state in the optimizer's groups, where it is saved
+_log = logging.getLogger("sb3_resnet")
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One step of the schedule; :class:`UnfreezeCallback` documents the fields."""
+
+    trigger: str
+    when: int | None
+    unfreeze_from: str
+    lr_backbone: float | None
+    ramp: int
+    restore_best: bool
+    patience: int = 0
+    min_delta: float = 0.0
+
+    def __str__(self) -> str:
+        name = self.trigger.removeprefix("at_").removeprefix("on_")
+        return f"unfreeze_from={self.unfreeze_from!r} at {name}{'' if self.when is None else f' {self.when}'}"
+
+
+class UnfreezeCallback(BaseCallback):
+    """
+    Move the freeze boundary down in phases.
+
+    Where training stands is saved with the model: a resumed run, a second ``learn()`` and
+    ``reset_num_timesteps=True`` go on in the phase that was reached, and no phase begins twice. Example::
+
+        UnfreezeCallback(phases=[
+            {"at_timestep": 300_000, "unfreeze_from": "layer4", "ramp": 1000},
+            {"on_plateau": {"patience": 5, "latest_timestep": 900_000}, "unfreeze_from": "stem", "restore_best": True},
+        ])
+
+    Each phase is a dict with one trigger, ``unfreeze_from``, and what else it needs:
+
+    * ``at_timestep``: environment steps of the whole training; ``at_update``: gradient updates; ``on_plateau``: a
+      dict of ``patience`` (evaluations without improvement that are tolerated), ``min_delta`` (reward, default 0) and
+      ``latest_timestep`` (environment steps; begins then in any case). A plateau needs an ``EvalCallback``.
+    * ``unfreeze_from``: this stage and all above it train from then on; must be lower in each phase
+    * ``lr_backbone``: the backbone's learning rate from then on, as in the policy; default: unchanged
+    * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value, and then stays; default 0
+    * ``restore_best``: first return to the best weights and optimizer moments of the phase that ends (default false);
+      needs a ``BestCheckpointCallback``
+
+    :param phases: the phases in order
+    :param verbose: 1 to print a line at each transition (it is logged in any case); 0 for silence
+    :raises ValueError: for phases that cannot work
+    :raises TypeError: for unknown arguments and wrong types
+    """
+
+    def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1, **unknown: Any) -> None:
+        super().__init__(verbose)
+        no_unknown("UnfreezeCallback", unknown, ("phases", "verbose"))
+        if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
+            raise ValueError(f"phases must be a list of dicts, one a phase, got {phases!r}")
+        self.phases = [_read_phase(index, phase) for index, phase in enumerate(phases)]
+        _check_order(self.phases)
+        self._updates = UpdateHook(self._apply_ramp)
+        self._evaluations = Evaluations(None)
+        self._plateau = schedules.plateau_start()
+        self._offset = 0
+        self._ended = False
+
+    @property
+    def phase(self) -> int:
+        """How many phases have begun, read from the model."""
+        policy: Any = self.model.policy
+        reached = policy.freeze_boundary
+        if reached is None:
+            return 0
+        lowest = STAGES.index(reached)
+        return sum(self._position(phase) >= lowest for phase in self.phases)
+
+    @property
+    def timesteps(self) -> int:
+        """Environment steps of the whole training; ``reset_num_timesteps`` does not reset them."""
+        return self._offset + self.model.num_timesteps
+
+    def _on_training_start(self) -> None:
+        policy: Any = self.model.policy
+        if not hasattr(policy, "set_freeze_boundary"):
+            raise TypeError(f"UnfreezeCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+        stages = policy.online.features_extractor.stages
+        for phase in self.phases:
+            choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])
+        saved = recall(optimizer_of(self.model), _STATE)
+        if self.phase > 0 and not saved and self.model._n_updates == 0:
+            raise ValueError(
+                f"The boundary only moves down, but the model already trains from {policy.freeze_boundary!r} and "
+                f"phases[0] says {self.phases[0].unfreeze_from!r}. Write freeze_backbone=True, or name lower stages."
+            )
+        self._evaluations = Evaluations(self.locals.get("callback"))
+        if any(phase.trigger == "on_plateau" for phase in self._ahead) and not self._evaluations.found:
+            raise ValueError("on_plateau follows the evaluation reward: add an EvalCallback to learn()")
+        if any(phase.restore_best for phase in self._ahead) and self._keeper is None:
+            raise ValueError("restore_best needs a BestCheckpointCallback in the same learn()")
+        self._offset = max(0, saved.get("timesteps", 0) - self.model.num_timesteps)
+        self._plateau = saved.get("plateau", self._plateau)
+        self._ended = False
+        self._updates.attach(self.model)
+        self._apply_ramp(self._updates.n)
+
+    def _on_step(self) -> bool:
+        reward = self._evaluations.poll()
+        if reward is not None and self._ahead and self._ahead[0].trigger == "on_plateau":
+            phase = self._ahead[0]
+            self._plateau = schedules.plateau(self._plateau, reward, phase.patience, phase.min_delta, gamma=0.0)
+        self._remember()
+        return True
+
+    def _on_rollout_end(self) -> None:
+        """After all ``on_step``, evaluations included, and before ``train()``, whatever the order of the callbacks."""
+        self._on_step()
+        self._updates.follow(self.model)
+        ahead = self._ahead
+        due = [index for index, phase in enumerate(ahead, 1) if self._is_due(phase)]
+        for phase in ahead[: due[-1] if due else 0]:
+            self._begin(phase)
+        policy: Any = self.model.policy
+        stage = policy.freeze_boundary
+        self.logger.record("train/phase", self.phase)
+        self.logger.record("train/freeze_boundary", len(STAGES) if stage is None else STAGES.index(stage))
+
+    def _on_training_end(self) -> None:
+        self._updates.detach()
+        if self._ended:  # RL-Zoo ends training twice
+            return
+        self._ended = True
+        for phase in self._ahead:
+            warnings.warn(
+                f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
+                f"{self.model._n_updates}. Train longer, or let it begin earlier.",
+                stacklevel=2,
+            )
+
+    @property
+    def _ahead(self) -> list[Phase]:
+        return self.phases[self.phase :]
+
+    @property
+    def _keeper(self) -> Any:
+        return find_keeper(self.locals.get("callback"))
+
+    def _position(self, phase: Phase) -> int:
+        policy: Any = self.model.policy
+        lowest = policy.online.features_extractor.stages[0]
+        return STAGES.index(lowest if phase.unfreeze_from == "all" else phase.unfreeze_from)
+
+    def _is_due(self, phase: Phase) -> bool:
+        if phase.trigger == "at_update":
+            return phase.when is not None and self.model._n_updates >= phase.when
+        if phase.when is not None and self.timesteps >= phase.when:
+            return True
+        return phase.trigger == "on_plateau" and phase is self._ahead[0] and self._plateau["factor"] == 0.0
+
+    def _begin(self, phase: Phase) -> None:
+        """Restore the best, then move the boundary, then set the learning rates."""
+        policy: Any = self.model.policy
+        before = policy.freeze_boundary
+        restored = restore_best(self.model, self._keeper) if phase.restore_best else ""
+        policy.set_freeze_boundary(phase.unfreeze_from, at_update=self.model._n_updates)
+        optimizer = optimizer_of(self.model)
+        if phase.lr_backbone is not None:
+            initial = float(self.model.lr_schedule(1))
+            if initial == 0:
+                raise ValueError("lr_backbone is relative to learning_rate at the start of training, which is 0")
+            set_lr_ratio(optimizer, "backbone", phase.lr_backbone / initial)
+        self._plateau = schedules.plateau_start()
+        self._apply_ramp(self.model._n_updates)
+        self._remember()
+        line = (
+            f"Phase {self.phase} of {len(self.phases)} begins at timestep {self.timesteps}, update "
+            f"{self.model._n_updates}: trains from {policy.freeze_boundary} up (was {before}){restored}"
+        )
+        _log.info(line)
+        if self.verbose:
+            print(line)
+
+    def _apply_ramp(self, n: int) -> None:
+        """The ramp's factor before the update that follows ``n`` others."""
+        policy: Any = self.model.policy
+        reached = self.phase
+        factor = 1.0
+        if reached > 0:
+            started = policy.online.features_extractor.boundary.moved_at_update
+            factor = schedules.ramp(n, started, self.phases[reached - 1].ramp)
+        set_lr_factor(optimizer_of(self.model), "ramp", factor, lambda group: is_part(group, "backbone"))
+
+    def _remember(self) -> None:
+        remember(optimizer_of(self.model), _STATE, {"timesteps": self.timesteps, "plateau": dict(self._plateau)})
+
+
+def _read_phase(index: int, phase: Any) -> Phase:
+    name = f"phases[{index}]"
+    if not isinstance(phase, Mapping):
+        example = "{'at_timestep': 300000, 'unfreeze_from': 'layer4'}"
+        raise TypeError(f"{name} must be a dict such as {example}, got {phase!r}")
+    no_unknown(name, phase, (*TRIGGERS, "unfreeze_from", "lr_backbone", "ramp", "restore_best"))
+    triggers = [key for key in TRIGGERS if phase.get(key) is not None]
+    if len(triggers) != 1:
+        raise ValueError(f"{name} needs exactly one of {', '.join(TRIGGERS)}, got {triggers or 'none'}")
+    if phase.get("unfreeze_from") is None:
+        raise ValueError(f"{name} needs unfreeze_from, one of {', '.join(STAGES)}, all")
+    trigger = triggers[0]
+    plateau: Mapping[str, Any] = {}
+    when = phase[trigger]
+    if trigger == "on_plateau":
+        if not isinstance(when, Mapping) or "patience" not in when:
+            raise ValueError(f"{name}: on_plateau must be a dict with patience, got {when!r}")
+        no_unknown(f"{name}: on_plateau", when, ("patience", "min_delta", "latest_timestep"))
+        plateau, when = when, when.get("latest_timestep")
+    lr = phase.get("lr_backbone")
+    return Phase(
+        trigger=trigger,
+        when=None if when is None else integer(f"{name}: {trigger}", when),
+        unfreeze_from=choice("unfreeze_from", phase["unfreeze_from"], [*STAGES, "all"]),
+        lr_backbone=None if lr is None else number(f"{name}: lr_backbone", lr),
+        ramp=integer(f"{name}: ramp", phase.get("ramp", 0)),
+        restore_best=flag(f"{name}: restore_best", phase.get("restore_best", False)),
+        patience=integer(f"{name}: patience", plateau.get("patience", 0)),
+        min_delta=number(f"{name}: min_delta", plateau.get("min_delta", 0.0)),
+    )
+
+
+def _check_order(phases: Sequence[Phase]) -> None:
+    for earlier, later in pairwise(phases):
+        # "all" is the lowest stage that the model has, so nothing can follow it.
+        if earlier.unfreeze_from == "all" or (
+            later.unfreeze_from != "all" and STAGES.index(later.unfreeze_from) >= STAGES.index(earlier.unfreeze_from)
+        ):
+            raise ValueError(
+                f"The boundary only moves down, but {later.unfreeze_from!r} is not below {earlier.unfreeze_from!r}: "
+                f"order the phases from layer4 to {STAGES[0]}"
+            )
+    for clock, triggers in {"update": ("at_update",), "timestep": ("at_timestep", "on_plateau")}.items():
+        times = [phase.when for phase in phases if phase.when is not None and phase.trigger in triggers]
+        if times != sorted({*times}):
+            raise ValueError(f"Each phase must begin after the one before it, but their {clock}s are {times}")
