@@ -107,11 +107,17 @@ def pretrained_source(name: str, weights: str | None = None) -> str | None:
         known = [*enum.__members__]
         raise ValueError(
             f"weights={weights!r} is neither a file nor one of {enum.__name__}: {', '.join(known)}"
-            f"{nearest(member, known)} Write one of these names, or the path of a .pth, .pt or .safetensors file."
+            f"{nearest(member, known)}. Write one of these names, or the path of a .pth, .pt or .safetensors file."
         )
     return str(enum[member].url)
 
 
 def legacy_pretrained_state(name: str) -> dict[str, th.Tensor]:
     """:return: the ImageNet weights through ``pretrained=True``, for torchvision without the ``weights=`` API"""
-    return dict(getattr(tvm, name)(pretrained=True).state_dict())
+    try:
+        return dict(getattr(tvm, name)(pretrained=True).state_dict())
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"Could not get torchvision's weights for {name} ({error}). Name a file with weights=PATH, or write "
+            "pretrained=False."
+        ) from error

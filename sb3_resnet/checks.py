@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Real
 from typing import Any
 
 
@@ -28,7 +29,7 @@ def number(
     :raises TypeError: if it is not a number
     :raises ValueError: if it is not finite or out of range
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+    if isinstance(value, bool) or not isinstance(value, (Real, str)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     try:
         result = float(value)

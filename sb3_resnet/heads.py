@@ -51,7 +51,7 @@ class FeatureStandardizer(nn.Module):
     @th.no_grad()
     def _update(self, features: th.Tensor) -> None:
         """Merge the batch's moments into the running ones (Chan et al. 1983)."""
-        share = len(features) / (self.running_count + len(features)).clamp(max=self.horizon)
+        share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
         delta = features.mean(dim=0) - self.running_mean
         spread = features.var(dim=0, unbiased=False) - self.running_var
         self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))

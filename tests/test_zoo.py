@@ -1,0 +1,104 @@
+"""RL-Zoo's own commands with the shipped configurations, on real games."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import pytest
+import torch as th
+import yaml
+from rl_zoo3.exp_manager import ExperimentManager
+
+from tests.helpers import ALGORITHMS
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = {name: ROOT / "zoo_configs" / f"{name}.yml" for name in ALGORITHMS}
+PONG = "PongNoFrameskip-v4"
+SECTIONS = {"default": "FakeRGBImage-v0", "atari": "BreakoutNoFrameskip-v4", PONG: PONG}
+# The first update comes after step 24, so that 60 steps make 10 updates.
+SMALL = {"learning_starts": 20, "buffer_size": 100, "batch_size": 4}
+STEPS, UPDATES = 60, 10
+
+
+@pytest.fixture
+def _image_env(monkeypatch):
+    monkeypatch.setattr(gym.envs.registration, "registry", dict(gym.registry))
+    monkeypatch.setattr(gym.envs, "registry", gym.envs.registration.registry)
+    entry_point = "stable_baselines3.common.envs:FakeImageEnv"
+    gym.register(SECTIONS["default"], entry_point, kwargs={"screen_height": 64, "screen_width": 64, "n_channels": 3})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_train_enjoy_and_continue(algorithm, tmp_path):
+    small = [f"{key}:{value}" for key, value in SMALL.items()]
+    train = ["--conf-file", CONFIGS[algorithm], "-n", STEPS, "--eval-freq", -1, "--seed", 0, "-params", *small]
+    zoo("train", algorithm, tmp_path, *train)
+    first = tmp_path / algorithm / f"{PONG}_1" / f"{PONG}.zip"
+    assert "Loading" in zoo("enjoy", algorithm, tmp_path, "-n", 20, "--no-render")
+    zoo("train", algorithm, tmp_path, "-i", first, *train)
+    second = tmp_path / algorithm / f"{PONG}_2" / f"{PONG}.zip"
+
+    (section,) = yaml.safe_load(CONFIGS[algorithm].read_text())[PONG]["callback"]
+    (arguments,) = section.values()
+    for path, updates in ((first, UPDATES), (second, 2 * UPDATES)):
+        model = ALGORITHMS[algorithm].load(path, device="cpu")
+        assert model._n_updates == updates
+        # RL-Zoo sets the step counter back to 0 for the second run; the warmup goes on nevertheless.
+        rates = {group["name"]: group["lr"] for group in model.policy.optimizer.param_groups}
+        assert rates["head"] == pytest.approx(model.lr_schedule(1.0) * updates / arguments["warmup_steps"])
+        assert rates["backbone"] == pytest.approx(rates["head"] / 10)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_image_env")
+@pytest.mark.parametrize("section", SECTIONS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_each_section_trains(algorithm, section, tmp_path, hub_weights):
+    manager = ExperimentManager(
+        argparse.Namespace(),
+        algorithm,
+        SECTIONS[section],
+        str(tmp_path),
+        n_timesteps=28,
+        eval_freq=-1,
+        log_interval=-1,
+        hyperparams=dict(SMALL),
+        config=str(CONFIGS[algorithm]),
+        device="cpu",
+    )
+    model, _ = manager.setup_experiment()
+    extractor = model.policy.online.features_extractor
+    shipped = extractor.backbone.conv1.weight.detach().clone()
+    manager.learn(model)
+
+    assert model._n_updates == 2
+    assert extractor.freeze_boundary is None
+    assert th.equal(extractor.backbone.conv1.weight, shipped)
+    # The demo must work offline; the other sections have the file of torch's hub cache.
+    pretrained = th.load(hub_weights, weights_only=True)["conv1.weight"]
+    assert th.equal(shipped, pretrained) == (section != PONG)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_values_mean_what_they_look_like(algorithm):
+    sections = yaml.safe_load(CONFIGS[algorithm].read_text())
+    assert {*sections} == {*SECTIONS}  # an anchor at the top level would be taken for an environment
+    for values in sections.values():
+        assert isinstance(values["policy_kwargs"], dict)  # RL-Zoo evaluates a string as Python code
+        assert isinstance(values["learning_rate"], float)  # and reads one here as a linear schedule
+        assert values["optimize_memory_usage"] is False
+        assert values["buffer_size"] * 2 * 84 * 84 * 4 < 4e9
+
+
+def zoo(command, algorithm, folder, *arguments):
+    """Run one of RL-Zoo's commands on Pong; return what it prints."""
+    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", PONG, "-f", folder]
+    line += ["--gym-packages", "sb3_resnet", "--device", "cpu", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
