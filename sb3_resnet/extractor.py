@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
 from sb3_resnet.checks import choice, flag, integer, no_unknown, number
+from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
 
@@ -48,7 +49,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
         multiple of three), features concatenated
     :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
-        x and y in -1..1 per channel (arXiv 1504.00702)
+        row and column in -1..1 per channel (arXiv 1504.00702)
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
@@ -105,10 +106,15 @@ class ResNetExtractor(BaseFeaturesExtractor):
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
+        self.encoder: FrozenEncoder | None = None
         self.pooling = pooling
+        self.norm_name = norm
+        self.trains_adapter = train_adapter
         self.image_size = image_size
         self._scale = scale
-        self._frame_channels = frame_channels if per_frame else channels
+        self._is_uint8 = observation_space.dtype == np.uint8
+        self._per_frame = per_frame
+        self._frame_channels = frame_channels
         self._n_frames = n_frames
         mean, std = _statistics(has_weights, use_imagenet_norm, input_mean, input_std)
         self._normalize = mean is not None
@@ -164,12 +170,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
         """
-        x = self.preprocess(observations)
-        frozen = self.boundary.frozen_stages
-        with th.no_grad():
-            x = self.run_stages(x, frozen)
-        x = self.run_stages(x, self.stages[len(frozen) :])
-        return self.head(x, len(observations))
+        return self.live_part(self.frozen_part(self.preprocess(observations)))
+
+    def scale_raw(self, observations: th.Tensor) -> th.Tensor:
+        """:return: raw observations of the space as SB3 hands them to ``forward``: uint8 images divided by 255"""
+        return observations.float() / 255.0 if self._is_uint8 else observations.float()
 
     def preprocess(self, observations: th.Tensor) -> th.Tensor:
         """:return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``"""
@@ -178,26 +183,48 @@ class ResNetExtractor(BaseFeaturesExtractor):
             x = x * self._scale
         if self.image_size is not None and x.shape[-2:] != self.image_size:
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
-        if self._n_frames > 1 or self._frame_channels == 1:
-            x = x.reshape(-1, self._frame_channels, *x.shape[-2:])
-            if self.adapter is None and self._frame_channels == 1:
-                x = x.expand(-1, 3, -1, -1)
+        if self._per_frame:
+            x = x.reshape(-1, self._frame_channels, *x.shape[-2:]).expand(-1, 3, -1, -1)
         return x
+
+    def frozen_part(self, x: th.Tensor) -> th.Tensor:
+        """
+        Run what is below the freeze boundary, without a gradient.
+
+        :param x: preprocessed images
+        :return: pooled features ``(batch, n)`` if all stages are frozen, else the map that the lowest trainable stage
+            takes, ``(batch, frames, c, h, w)``
+        """
+        with th.no_grad():
+            return self.entries_of(self.run_stages(x, self.boundary.frozen_stages))
+
+    def live_part(self, entries: th.Tensor) -> th.Tensor:
+        """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
+        frozen = self.boundary.frozen_stages
+        if len(frozen) < len(self.stages):
+            x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(frozen) :])
+            entries = pooled_features(self.pooling, x).reshape(len(entries), -1)
+        features: th.Tensor = self.projection(entries.float()).float()
+        return features
+
+    def entries_of(self, x: th.Tensor) -> th.Tensor:
+        """Bring the last frozen activations into the form that ``frozen_part`` returns."""
+        if len(self.boundary.frozen_stages) == len(self.stages):
+            return pooled_features(self.pooling, x).reshape(len(x) // self._n_frames, -1)
+        return x.reshape(-1, self._n_frames, *x.shape[1:])
 
     def run_stages(self, x: th.Tensor, stages: Sequence[str]) -> th.Tensor:
         """Run some successive stages; the input is normalised right before the stem."""
         for name in stages:
-            if name == "stem" and self._normalize:
-                x = (x - self.input_mean) / self.input_std
+            if name == "stem":
+                x = self.normalize(x)
             for module in self.stage_modules(name):
                 x = module(x)
         return x
 
-    def head(self, x: th.Tensor, batch_size: int) -> th.Tensor:
-        """Pool the last map and project: ``(batch * frames, C, h, w)`` to ``(batch, features_dim)``."""
-        pooled = pooled_features(self.pooling, x).reshape(batch_size, -1)
-        features: th.Tensor = self.projection(pooled)
-        return features
+    def normalize(self, x: th.Tensor) -> th.Tensor:
+        """:return: images by mean and standard deviation of the input, if there is such a normalisation"""
+        return (x - self.input_mean) / self.input_std if self._normalize else x
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
         """
@@ -229,6 +256,8 @@ def _read_weights(trunk: nn.Module, backbone: str, weights: str | Path | None) -
 
 
 def _is_path(weights: str | Path) -> bool:
+    if not isinstance(weights, (str, Path)):
+        raise TypeError(f"weights must be a path or a name of torchvision's enum such as 'DEFAULT', got {weights!r}")
     path = Path(weights).expanduser()
     return path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1 or path.exists()
 
@@ -247,9 +276,10 @@ def _scale_of(space: Any) -> float:
         )
     low, high = float(space.low.min()), float(space.high.max())
     uniform = float(space.low.max()) == low and float(space.high.min()) == high
-    if uniform and (low, high) == (0.0, 255.0):
-        return 1.0 if space.dtype == np.uint8 else 1.0 / 255.0
-    if uniform and (low, high) == (0.0, 1.0) and np.issubdtype(space.dtype, np.floating):
+    is_float = np.issubdtype(space.dtype, np.floating)
+    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
+        return 1.0 / 255.0 if is_float else 1.0
+    if uniform and (low, high) == (0.0, 1.0) and is_float:
         return 1.0
     raise ValueError(
         f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. Declare the "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -16,6 +17,7 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from sb3_resnet.checks import choice, integer, no_unknown, number
+from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.heads import FEATURE_NORMS, make_head
 from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
@@ -46,9 +48,8 @@ class ResNetPolicyMixin:
     :raises TypeError: for unknown arguments
     """
 
-    #: Attribute names of the online network and of its head, as SB3 and sb3-contrib call them.
+    #: Name of the online network, as SB3 and sb3-contrib call it.
     _network: ClassVar[str]
-    _head: ClassVar[str]
 
     optimizer: th.optim.Optimizer
 
@@ -158,24 +159,11 @@ class ResNetPolicyMixin:
         }
         return {f"backbone.{stage}": parameters for stage, parameters in stages.items()}, scales
 
-    def _make_network(self, make: Callable[[], nn.Module]) -> Any:
-        """Let SB3 build a network, then put our head into it. The second is the target, which copies the first."""
-        if hasattr(self, self._network):
-            with about_to_be_overwritten():
-                network: Any = make()
-        else:
-            network = make()
-        head = getattr(network, self._head)
-        new = make_head(
-            network.features_dim,
-            head[-1].out_features,
-            network.net_arch,
-            network.activation_fn,
-            self.dropout,
-            self.feature_norm,
-        )
-        setattr(network, self._head, new.to(network.device))
-        return network
+    def _make_network(self, network_class: Callable[..., Any]) -> Any:
+        """Build a network; the second is the target, which copies the first and so reads no weights."""
+        with about_to_be_overwritten() if hasattr(self, self._network) else nullcontext():
+            net_args = self._update_features_extractor(self.net_args, features_extractor=None)  # type: ignore[attr-defined]
+        return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(self.device)  # type: ignore[attr-defined]
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
@@ -188,14 +176,50 @@ class ResNetPolicyMixin:
         install_effective_lr(self.optimizer)
 
 
+class ResNetNetworkMixin:
+    """
+    What DQN's and QR-DQN's networks share; goes before SB3's network class.
+
+    :param dropout: dropout probability in the head
+    :param feature_norm: how features are normalised before the head
+    :param kwargs: SB3's own arguments
+    """
+
+    _head: ClassVar[str]
+
+    def __init__(self, *, dropout: float, feature_norm: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        network: Any = self
+        outputs = getattr(self, self._head)[-1].out_features
+        shape = (network.features_dim, outputs, network.net_arch, network.activation_fn)
+        setattr(self, self._head, make_head(*shape, dropout, feature_norm))
+
+    def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
+        """Features of pixels, or of what the frozen prefix has already made of them."""
+        if isinstance(obs, EncodedBatch):
+            features: th.Tensor = features_extractor.live_part(obs.features)
+            return features
+        encoder = features_extractor.encoder
+        if encoder is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]
+            features = features_extractor.live_part(encoder.act(obs))
+            return features
+        features = super().extract_features(obs, features_extractor)  # type: ignore[misc]
+        return features
+
+
+class ResNetQNetwork(ResNetNetworkMixin, QNetwork):
+    """DQN's network."""
+
+    _head = "q_net"
+
+
 class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
     """Policy of DQN with a ResNet; :class:`ResNetPolicyMixin` lists its arguments."""
 
     _network = "q_net"
-    _head = "q_net"
 
     def make_q_net(self) -> QNetwork:
-        network: QNetwork = self._make_network(super().make_q_net)
+        network: QNetwork = self._make_network(ResNetQNetwork)
         return network
 
 

@@ -7,14 +7,19 @@ from typing import Any
 import torch as th
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
-from sb3_resnet.policies import ResNetPolicyMixin
+from sb3_resnet.policies import ResNetNetworkMixin, ResNetPolicyMixin
+
+
+class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
+    """QR-DQN's network."""
+
+    _head = "quantile_net"
 
 
 class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
     """Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments."""
 
     _network = "quantile_net"
-    _head = "quantile_net"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # QRDQN writes its own default, Adam with eps = 0.01 / batch_size, into policy_kwargs where the user named no
@@ -27,5 +32,5 @@ class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
         super().__init__(*args, **kwargs)
 
     def make_quantile_net(self) -> QuantileNetwork:
-        network: QuantileNetwork = self._make_network(super().make_quantile_net)
+        network: QuantileNetwork = self._make_network(ResNetQuantileNetwork)
         return network

@@ -209,7 +209,7 @@ def test_invariant_14_wrong_arguments_fail_at_construction(policy, extractor, er
 def test_invariant_14_spaces_that_are_no_images_fail_at_construction(space):
     game = TinyGame()
     game.observation_space = space
-    with pytest.raises(ValueError, match="bounds.*normalize_images|needs images"):
+    with pytest.raises(ValueError, match=r"bounds.*normalize_images|needs images"):
         make_model(env=game)
 
 

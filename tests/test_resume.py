@@ -16,6 +16,8 @@ from tests.helpers import ALGORITHMS, TinyGame, fill, make_model
 TOTAL = 22
 BEGINS = 6  # rounds before the transition; the ramp takes 6 updates more
 SAVES = {"before": 3, "at": BEGINS, "right after": BEGINS + 1, "in the ramp": 9, "long after": 16}
+# Where it was saved, whether the step counter starts anew, and whether UnfreezeCallback is there again.
+VARIANTS = [(point, reset, True) for point in SAVES for reset in (False, True)] + [("long after", False, False)]
 
 
 def callbacks(unfreeze=True):
@@ -79,7 +81,6 @@ def runs(request, tmp_path_factory):
     th.manual_seed(0)
     np.random.seed(0)
     drive(model, callbacks(), TOTAL, save)
-    variants = [(point, reset, True) for point in SAVES for reset in (False, True)] + [("long after", False, False)]
     jobs = [
         {
             "algorithm": algorithm,
@@ -91,18 +92,16 @@ def runs(request, tmp_path_factory):
             "rounds": TOTAL - SAVES[point],
             "result": str(folder / f"{point}-{reset}-{callback}.pth"),
         }
-        for point, reset, callback in variants
+        for point, reset, callback in VARIANTS
     ]
     script = "import json, sys; from tests.test_resume import resume; [resume(job) for job in json.load(sys.stdin)]"
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], input=json.dumps(jobs), text=True, check=True, env=environment)
-    results = {v: th.load(job["result"], weights_only=True) for v, job in zip(variants, jobs, strict=True)}
+    results = {v: th.load(job["result"], weights_only=True) for v, job in zip(VARIANTS, jobs, strict=True)}
     return everything(model), results
 
 
-VARIANTS = [(point, reset, True) for point in SAVES for reset in (False, True)] + [("long after", False, False)]
-
-
+@pytest.mark.xdist_group("resume")  # the runs are made once a process
 @pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: f"{v[0]}, reset={v[1]}, callback={v[2]}")
 def test_invariant_7_golden_resume(runs, variant):
     whole, results = runs
@@ -122,6 +121,7 @@ def test_invariant_7_golden_resume(runs, variant):
         }
 
 
+@pytest.mark.xdist_group("resume")
 def test_the_golden_run_crosses_the_transition(runs):
     """Else the comparison would prove nothing."""
     whole, results = runs

@@ -1,0 +1,180 @@
+"""SB3's replay buffers, with frames stored once and observations encoded once."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+
+from sb3_resnet.cache import EntryCache
+from sb3_resnet.encoder import EncodedBatch
+from sb3_resnet.frames import Array, ObservationStore
+
+
+class Observations:
+    """
+    What the columns of one buffer share: the pixels, and the entries while there is an encoder.
+
+    :param shape: of an observation
+    :param dtype: of its pixels
+    :param n_envs: number of environments
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any, n_envs: int) -> None:
+        self.store = ObservationStore(shape, dtype, n_envs)
+        self.cache: EntryCache | None = None
+
+    def add(self, env: int, pixels: Array) -> int:
+        """:return: the number of an observation, stored and, if it was just acted upon, already encoded"""
+        number, gone = self.store.add(env, pixels)
+        self._forget(gone)
+        if self.cache is not None and number not in self.cache:
+            entry = self.cache.encoder.recall(env, pixels)
+            if entry is not None:
+                self._guard(self.cache.put, number, entry.to(self.cache.device))
+        return number
+
+    def release(self, number: int) -> None:
+        """One row less has the observation."""
+        self._forget(self.store.release(number))
+
+    def batch(self, numbers: Array) -> EncodedBatch | Array:
+        """:return: entries of sampled observations, or their pixels where nothing encodes"""
+        entries = None if self.cache is None else self._guard(self.cache.get, numbers, self.store)
+        return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
+
+    def _forget(self, gone: int | None) -> None:
+        if gone is not None and self.cache is not None:
+            self.cache.forget(gone)
+
+    def _guard(self, act: Any, *args: Any) -> Any:
+        """Out of memory ends the cache, not the training: the pixels are all there."""
+        try:
+            return act(*args)
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+                raise
+            warnings.warn(
+                f"No memory for encoded observations ({error}): going on without the cache, more slowly. "
+                "Give it a limit with FeatureCacheCallback(max_bytes=...), or device='cpu'.",
+                stacklevel=3,
+            )
+            self.cache = None
+            return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cache": None}  # entries are cheap to make anew, and stale in another model
+
+
+class Column:
+    """
+    Takes the place of an observation array in SB3's replay buffers: assign rows, gather batches.
+
+    :param observations: shared by all columns of a buffer
+    :param rows: rows of the buffer
+    :param n_envs: number of environments
+    """
+
+    def __init__(self, observations: Observations, rows: int, n_envs: int) -> None:
+        self.numbers = np.full((rows, n_envs), -1, np.int64)
+        self._observations = observations
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """As that of the array in its place."""
+        return (*self.numbers.shape, *self._observations.store.shape)
+
+    def __setitem__(self, row: int, values: Array) -> None:
+        for env, pixels in enumerate(values):
+            number = self._observations.add(env, pixels)
+            self._observations.store.refer(number)
+            old, self.numbers[row, env] = int(self.numbers[row, env]), number
+            if old >= 0:
+                self._observations.release(old)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, tuple) and len(key) >= 2 and all(isinstance(index, np.ndarray) for index in key[:2]):
+            return self._observations.batch(self.numbers[key[0], key[1]])
+        return self._observations.store.pixels(self.numbers)[key]
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
+        return np.asarray(self._observations.store.pixels(self.numbers), dtype=dtype)
+
+
+class _ColumnBuffer(ReplayBuffer):
+    """Puts columns in the place of SB3's observation arrays; SB3's own code adds and samples."""
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space[Any],
+        action_space: spaces.Space[Any],
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        # With its full size SB3 would reserve the memory that the columns save.
+        super().__init__(n_envs, observation_space, action_space, device, n_envs, **kwargs)
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        for name in ("actions", "rewards", "dones", "timeouts"):
+            array = getattr(self, name)
+            setattr(self, name, np.zeros((self.buffer_size, *array.shape[1:]), array.dtype))
+        self._make_columns()
+
+    def _make_columns(self) -> None:
+        shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs)
+        for name in self._column_names():
+            setattr(self, name, Column(shared, self.buffer_size, self.n_envs))
+        self.shared = shared
+
+    def _column_names(self) -> tuple[str, ...]:
+        return ("observations",) if self.optimize_memory_usage else ("observations", "next_observations")
+
+    def reset(self) -> None:
+        super().reset()
+        self._make_columns()
+
+    def to_torch(self, array: Any, copy: bool = True) -> Any:
+        if isinstance(array, EncodedBatch):
+            return EncodedBatch(array.features.to(self.device))
+        return super().to_torch(array, copy)
+
+
+class FrameReplayBuffer(_ColumnBuffer):
+    """SB3's ``ReplayBuffer`` in about an eighth of the memory for stacks of four frames; same arguments."""
+
+
+class FrameNStepReplayBuffer(_ColumnBuffer, NStepReplayBuffer):
+    """SB3's ``NStepReplayBuffer``, likewise."""
+
+
+_CLASSES: dict[type, type[_ColumnBuffer]] = {ReplayBuffer: FrameReplayBuffer, NStepReplayBuffer: FrameNStepReplayBuffer}
+
+
+def with_columns(buffer: Any) -> _ColumnBuffer:
+    """
+    :param buffer: a buffer of SB3, possibly filled
+    :return: the same content with columns; itself if it has them
+    :raises ValueError: for other classes, which may read the arrays in ways of their own
+    """
+    if isinstance(buffer, _ColumnBuffer):
+        return buffer
+    if type(buffer) not in _CLASSES:
+        known = ", ".join(cls.__name__ for cls in _CLASSES)
+        raise ValueError(f"{type(buffer).__name__} cannot be cached, only {known} can: leave replay_buffer_class out")
+    new = object.__new__(_CLASSES[type(buffer)])
+    new.__dict__.update(buffer.__dict__)
+    new._make_columns()
+    filled = buffer.buffer_size if buffer.full else buffer.pos + int(buffer.optimize_memory_usage)
+    start = buffer.pos + 1 if buffer.full and buffer.optimize_memory_usage else buffer.pos if buffer.full else 0
+    for row in ((start + index) % buffer.buffer_size for index in range(filled)):
+        for name in new._column_names():
+            getattr(new, name)[row] = getattr(buffer, name)[row]
+    return new

@@ -1,0 +1,108 @@
+"""Encoded observations, each encoded once."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch as th
+
+from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.frames import Array, ObservationStore
+
+_ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
+_CHUNK_BYTES = 32 * 2**20  # memory grows in steps of this size
+
+
+class EntryCache:
+    """
+    Keeps what a :class:`~sb3_resnet.encoder.FrozenEncoder` made of observations, by their number.
+
+    :param encoder: encodes what is missing
+    :param device: where entries live
+    :param max_bytes: limit of their memory, beyond which the oldest go; ``None``: none
+    """
+
+    def __init__(self, encoder: FrozenEncoder, device: th.device | str, max_bytes: int | None = None) -> None:
+        self.encoder = encoder
+        self.device = th.device(device)
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all entries."""
+        self._chunks: list[th.Tensor] = []
+        self._slots: dict[int, int] = {}  # by observation, in the order of encoding
+        self._free: list[int] = []
+        self._rows = 1
+
+    def get(self, numbers: Array, store: ObservationStore) -> th.Tensor:
+        """
+        :param numbers: of observations, ``(batch,)``
+        :param store: has their pixels
+        :return: their entries, encoded now where they are missing, ``(batch, ...)`` on :attr:`device`
+        """
+        if self.encoder.refresh():
+            self.clear()
+        wanted = numbers.tolist()
+        missing = [number for number in dict.fromkeys(wanted) if number not in self._slots]
+        fresh: dict[int, th.Tensor] = {}
+        for start in range(0, len(missing), _ENCODE_BATCH):
+            some = missing[start : start + _ENCODE_BATCH]
+            fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
+        if self._chunks and self._chunks[0].dtype != self.encoder.entry_dtype:
+            self.clear()  # the encoder found its precision too low, and went over to float32
+            return self.get(numbers, store)
+        self.hits += len(wanted) - len(missing)
+        self.misses += len(missing)
+        entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted])
+        for number, entry in fresh.items():
+            self.put(number, entry)
+        return entries
+
+    def put(self, number: int, entry: th.Tensor) -> None:
+        """Keep the entry of an observation."""
+        if not self._free and not self._grow(entry):
+            oldest = next(iter(self._slots), None)
+            if oldest is None:
+                return  # not even one entry fits
+            self._free.append(self._slots.pop(oldest))
+        slot = self._free.pop()
+        self._row(slot).copy_(entry)
+        self._slots[number] = slot
+
+    def forget(self, number: int) -> None:
+        """The observation is gone, and its number will be another's."""
+        slot = self._slots.pop(number, None)
+        if slot is not None:
+            self._free.append(slot)
+
+    def __contains__(self, number: int) -> bool:
+        return number in self._slots
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory reserved for entries."""
+        return sum(chunk.element_size() * chunk.numel() for chunk in self._chunks)
+
+    def _grow(self, entry: th.Tensor) -> bool:
+        """:return: whether there was room for more entries"""
+        size = entry.element_size() * entry.numel()
+        room = _CHUNK_BYTES if self.max_bytes is None else min(_CHUNK_BYTES, self.max_bytes - self.nbytes)
+        if not self._chunks:
+            self._rows = max(1, room // size)
+        if self.max_bytes is not None and self.nbytes + self._rows * size > self.max_bytes:
+            return False
+        start = len(self._chunks) * self._rows
+        self._chunks.append(th.empty((self._rows, *entry.shape), dtype=entry.dtype, device=self.device))
+        self._free = [*range(start + self._rows - 1, start - 1, -1)]
+        return True
+
+    def _row(self, slot: int) -> th.Tensor:
+        return self._chunks[slot // self._rows][slot % self._rows]
+
+    def _encode(self, pixels: Array) -> th.Tensor:
+        return self.encoder(th.as_tensor(pixels, device=self.encoder.device)).to(self.device)

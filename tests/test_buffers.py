@@ -1,0 +1,252 @@
+"""Column buffers give the batches of SB3's own buffers, as pixels and as entries (invariant 10)."""
+
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer, with_columns
+from sb3_resnet.cache import EntryCache
+from sb3_resnet.encoder import EncodedBatch, FrozenEncoder
+from sb3_resnet.extractor import ResNetExtractor
+from tests.helpers import TinyGame
+
+SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
+ACTIONS = spaces.Discrete(3)
+KINDS = {
+    "one step": (ReplayBuffer, FrameReplayBuffer, {}),
+    "three steps": (NStepReplayBuffer, FrameNStepReplayBuffer, {"n_steps": 3, "gamma": 0.9}),
+    "one array": (
+        ReplayBuffer,
+        FrameReplayBuffer,
+        {"optimize_memory_usage": True, "handle_timeout_termination": False},
+    ),
+}
+
+
+class Player:
+    """Adds the same transitions to several buffers: stacks of frames, episodes that end or are truncated."""
+
+    def __init__(self, n_envs, seed):
+        self.rng = np.random.default_rng(seed)
+        self.n_envs = n_envs
+        self.obs = np.stack([self.first() for _ in range(n_envs)])
+
+    def frame(self):
+        return self.rng.integers(0, 256, (1, 32, 32), dtype=np.uint8)
+
+    def first(self):
+        return np.concatenate([np.zeros((3, 32, 32), np.uint8), self.frame()])
+
+    def step(self, event, buffers):
+        following = np.stack([np.concatenate([stack[1:], self.frame()]) for stack in self.obs])
+        done = np.full(self.n_envs, event in ("done", "truncated"))
+        infos = [{"TimeLimit.truncated": event == "truncated"}] * self.n_envs
+        action, reward = self.rng.integers(0, 3, (self.n_envs, 1)), self.rng.normal(size=self.n_envs)
+        for buffer in buffers:
+            buffer.add(self.obs, following, action, reward, done, infos)
+        self.obs = np.stack([self.first() if over else stack for over, stack in zip(done, following, strict=True)])
+
+
+def same_batch(plain, other, seed, encode=None):
+    batches = []
+    for buffer in (plain, other):
+        np.random.seed(seed)
+        batches.append(buffer.sample(8))
+    for name, expected, got in zip(batches[0]._fields, *batches, strict=True):
+        if isinstance(got, EncodedBatch):
+            assert th.allclose(encode(expected), got.features, rtol=1e-4, atol=1e-5), name
+        elif expected is not None:
+            assert expected.dtype == got.dtype
+            assert th.equal(expected, got), name
+
+
+EVENTS = st.lists(st.sampled_from(["step"] * 6 + ["done", "truncated"]), min_size=2, max_size=30)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=12, deadline=None)
+@given(events=EVENTS, n_envs=st.integers(1, 3), seed=st.integers(0, 99), rows=st.integers(3, 12))
+def test_pixels_are_those_of_the_stock_buffer(kind, events, n_envs, seed, rows):
+    stock, ours, options = KINDS[kind]
+    buffers = [cls(rows * n_envs, SPACE, ACTIONS, "cpu", n_envs=n_envs, **options) for cls in (stock, ours)]
+    player = Player(n_envs, seed)
+    for index, event in enumerate(events):
+        player.step(event, buffers)
+        if index > 0:
+            same_batch(*buffers, seed)
+    converted, copied = with_columns(buffers[0]), pickle.loads(pickle.dumps(buffers[1]))
+    for event in ("step", "done", "step"):
+        player.step(event, [*buffers, converted, copied])
+        same_batch(buffers[0], converted, seed)
+        same_batch(buffers[1], copied, seed)
+
+
+@pytest.fixture(scope="module")
+def extractor():
+    th.manual_seed(0)
+    return ResNetExtractor(SPACE, backbone="resnet_tiny")
+
+
+OPERATIONS = st.lists(
+    st.sampled_from(["step"] * 8 + ["done", "truncated", "boundary", "weights", "save", "act"]), min_size=3, max_size=25
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=8, deadline=None)
+@given(operations=OPERATIONS, n_envs=st.integers(1, 2), seed=st.integers(0, 99), limit=st.sampled_from([None, 5000]))
+def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_makes_of_the_stock_batch(
+    extractor, kind, operations, n_envs, seed, limit
+):
+    stock, ours, options = KINDS[kind]
+    buffers = [cls(9 * n_envs, SPACE, ACTIONS, "cpu", n_envs=n_envs, **options) for cls in (stock, ours)]
+    extractor.set_freeze_boundary(None)
+    encoder = FrozenEncoder(extractor, "float32")
+    boundaries = iter(["layer4", "layer2", "adapter", None] * 10)
+
+    def encode(pixels):
+        return extractor.frozen_part(extractor.preprocess(extractor.scale_raw(pixels)))
+
+    buffers[1].shared.cache = EntryCache(encoder, "cpu", limit)
+    player = Player(n_envs, seed)
+    player.step("step", buffers)
+    for operation in operations:
+        if operation == "boundary":
+            extractor.set_freeze_boundary(next(boundaries))
+        elif operation == "weights":
+            with th.no_grad():
+                extractor.backbone.conv1.weight.mul_(-1.0)
+        elif operation == "save":
+            buffers[1] = pickle.loads(pickle.dumps(buffers[1]))
+            assert buffers[1].shared.cache is None
+            buffers[1].shared.cache = EntryCache(encoder, "cpu", limit)
+        elif operation == "act":
+            encoder.act(th.as_tensor(player.obs))
+        else:
+            player.step(operation, buffers)
+        same_batch(*buffers, seed, encode)
+
+
+def test_each_observation_is_encoded_once(extractor):
+    extractor.set_freeze_boundary(None)
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    player = Player(1, 0)
+    for event in ["step"] * 9 + ["done"] + ["step"] * 10:
+        player.step(event, [buffer])
+    for seed in range(30):
+        np.random.seed(seed)
+        buffer.sample(16)
+    assert cache.encoder.images == len(cache) == 22  # 20 transitions and two last observations
+    assert cache.misses == 22
+    assert cache.hits > 20 * cache.misses
+
+
+def test_what_was_acted_upon_is_not_encoded_again(extractor):
+    extractor.set_freeze_boundary(None)
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu", n_envs=2)
+    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    player = Player(2, 0)
+    for event in ["step"] * 4 + ["done"] + ["step"] * 5:
+        cache.encoder.act(th.as_tensor(player.obs))
+        player.step(event, [buffer])
+    assert cache.encoder.images == len(cache) == 20
+    for seed in range(20):
+        np.random.seed(seed)
+        buffer.sample(16)
+    assert cache.encoder.images == 24  # and the last observations of two episodes in two environments
+
+
+def test_a_limit_of_bytes_keeps_the_newest(extractor):
+    extractor.set_freeze_boundary(None)
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    entry = 256 * 4
+    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=5 * entry + 10)
+    player = Player(1, 0)
+    for _ in range(12):
+        cache.encoder.act(th.as_tensor(player.obs))
+        player.step("step", [buffer])
+        assert cache.nbytes <= 5 * entry + 10
+    assert len(cache) == 5
+    assert [int(buffer.observations.numbers[row, 0]) in cache for row in range(12)] == [False] * 7 + [True] * 5
+    tiny = EntryCache(cache.encoder, "cpu", max_bytes=10)
+    assert tiny.get(buffer.observations.numbers[:3, 0], buffer.shared.store).shape == (3, 256)
+    assert len(tiny) == 0
+
+
+@pytest.mark.parametrize("error", [MemoryError("no"), th.OutOfMemoryError("CUDA out of memory")])
+def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, monkeypatch, error):
+    extractor.set_freeze_boundary(None)
+    plain, buffer = ReplayBuffer(40, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    player = Player(1, 0)
+    player.step("step", [plain, buffer])
+
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(EntryCache, "_grow", fail)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for seed in range(3):
+            player.step("step", [plain, buffer])
+            same_batch(plain, buffer, seed)
+    assert ["going on without the cache" in str(warning.message) for warning in caught] == [True]
+    assert buffer.shared.cache is None
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch):
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    Player(1, 0).step("step", [buffer])
+    monkeypatch.setattr(EntryCache, "_encode", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        buffer.sample(4)
+
+
+def test_vecnormalize_of_rewards_alone_is_fine(extractor):
+    env = VecNormalize(make_vec_env(TinyGame), norm_obs=False)
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    Player(1, 0).step("step", [buffer])
+    assert isinstance(buffer.sample(4, env=env).observations, EncodedBatch)
+
+
+def test_buffers_reserve_no_memory_in_advance():
+    buffer = FrameReplayBuffer(10**6, spaces.Box(0, 255, (4, 84, 84), np.uint8), ACTIONS, "cpu")
+    assert buffer.buffer_size == 10**6
+    assert len(buffer.rewards) == 10**6
+    assert buffer.observations.shape == (10**6, 1, 4, 84, 84)
+    assert len(buffer.observations) == 10**6
+    assert buffer.shared.store.capacity == 0
+
+
+def test_a_column_reads_like_an_array():
+    plain, buffer = ReplayBuffer(10, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(10, SPACE, ACTIONS, "cpu")
+    player = Player(1, 0)
+    for _ in range(3):
+        player.step("step", [plain, buffer])
+    assert np.array_equal(np.asarray(buffer.observations), plain.observations)
+    assert np.array_equal(buffer.observations[1], plain.observations[1])
+    buffer.reset()
+    assert buffer.pos == 0
+    assert not np.asarray(buffer.observations).any()
+
+
+def test_buffers_of_other_classes_are_refused():
+    class Other(ReplayBuffer):
+        pass
+
+    with pytest.raises(ValueError, match=r"Other cannot be cached.*leave replay_buffer_class out"):
+        with_columns(Other(10, SPACE, ACTIONS, "cpu"))
+    buffer = FrameReplayBuffer(10, SPACE, ACTIONS, "cpu")
+    assert with_columns(buffer) is buffer

@@ -1,0 +1,210 @@
+"""FeatureCacheCallback: the same training, fewer passes through the trunk (invariants 8 to 11)."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3 import DQN, PPO
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecNormalize
+
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.encoder import EncodedBatch
+from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
+
+
+def start(model, *callbacks):
+    for callback in callbacks:
+        callback.init_callback(model)
+        callback.on_training_start({}, {})
+    return callbacks
+
+
+def train(algorithm, optimizer, n_steps, cached, updates):
+    """Updates on the same transitions, across a phase transition."""
+    options = {"optimizer_class": optimizer, "lr_backbone": 1e-5}
+    model = fill(make_model(algorithm, learning_rate=1e-4, n_steps=n_steps, buffer_size=60, policy_kwargs=options), 60)
+    phases = [{"at_update": updates * 4 // 5, "unfreeze_from": "layer4"}]
+    callbacks = [UnfreezeCallback(phases, verbose=0), *([FeatureCacheCallback("float32")] if cached else [])]
+    start(model, *callbacks)
+    np.random.seed(0)
+    th.manual_seed(0)
+    for _ in range(updates // 20):
+        for callback in callbacks:
+            callback.on_rollout_end()
+        model.train(20, 4)
+        model._n_calls = model.target_update_interval - 1
+        model._on_step()
+    assert model.policy.freeze_boundary == "layer4"
+    return model
+
+
+@pytest.mark.parametrize(("optimizer", "tolerance"), [("SGD", 1e-5), ("AdamW", 1e-3)])
+@pytest.mark.parametrize(("n_steps", "updates"), [(1, 100), (3, 500)])
+def test_with_and_without_the_cache_training_gives_the_same_parameters(optimizer, tolerance, n_steps, updates):
+    plain, cached = (train("dqn", optimizer, n_steps, cached, updates) for cached in (False, True))
+    for (name, expected), got in zip(plain.q_net.named_parameters(), cached.q_net.parameters(), strict=True):
+        assert th.allclose(got, expected, rtol=tolerance, atol=tolerance), name
+
+
+def test_qrdqn_trains_the_same_too():
+    plain, cached = (train("qrdqn", "SGD", 1, cached, updates=100) for cached in (False, True))
+    for expected, got in zip(plain.policy.online.parameters(), cached.policy.online.parameters(), strict=True):
+        assert th.allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_reduced_precision_changes_q_values_by_less_than_2_percent_of_their_spread(dtype):
+    model = fill(make_model(learning_rate=1e-3, policy_kwargs={"feature_norm": "none"}))
+    model.train(50, 8)
+    obs = observations(model, 64)
+    expected = q_values(model, obs)
+    (callback,) = start(model, FeatureCacheCallback(dtype))
+    got = q_values(model, obs)
+    callback.on_training_end()
+    spread = expected.std(dim=0).mean()
+    assert 0 < (got - expected).square().mean().sqrt() < 0.02 * spread
+    assert th.equal(q_values(model, obs), expected)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_learn_encodes_each_observation_once(algorithm):
+    model = make_model(algorithm, learning_starts=40, exploration_fraction=0.01, exploration_final_eps=0.0)
+    seen = {}
+
+    class Watch(FeatureCacheCallback):
+        def _on_rollout_end(self):
+            super()._on_rollout_end()
+            seen["cache"] = self._cache
+
+    model.learn(200, callback=[Watch(), EvalCallback(TinyGame(), eval_freq=70, n_eval_episodes=1)])
+    cache = seen["cache"]
+    evaluated = 2 * 13  # steps of two evaluated episodes
+    assert cache.encoder.images <= 200 + 200 // 13 + 1 + evaluated
+    assert cache.hits > 0
+    assert isinstance(model.replay_buffer, FrameReplayBuffer)
+    assert model.replay_buffer.shared.cache is None
+    assert model.policy.online.features_extractor.encoder is None
+
+
+def test_the_cache_follows_the_boundary_down_to_the_adapter():
+    model = fill(make_model(learning_rate=1e-3))
+    phases = [{"at_update": n, "unfreeze_from": s} for n, s in ((4, "layer4"), (8, "layer2"), (12, "adapter"))]
+    callbacks = start(model, FeatureCacheCallback("float32"), UnfreezeCallback(phases, verbose=0))
+    shapes = []
+    for _ in range(8):
+        for callback in callbacks:
+            callback.on_rollout_end()
+        shapes.append(tuple(model.replay_buffer.sample(3).observations.features.shape))
+        model.train(2, 4)
+    assert shapes == ([(3, 256)] * 2 + [(3, 1, 128, 2, 2)] * 2 + [(3, 1, 32, 8, 8)] * 2 + [(3, 1, 4, 32, 32)] * 2)
+
+
+def test_loading_other_weights_drops_the_entries(tmp_path):
+    other = make_model(seed=9)
+    other.save(tmp_path / "other")
+    model = fill(make_model())
+    start(model, FeatureCacheCallback("float32"))
+    np.random.seed(0)
+    before = model.replay_buffer.sample(4).observations.features
+    model.set_parameters(tmp_path / "other", device="cpu")
+    np.random.seed(0)
+    after = model.replay_buffer.sample(4).observations.features
+    assert not th.allclose(before, after)
+    pixels = th.as_tensor(observations(model, 4))
+    assert th.allclose(q_values(model, pixels), q_values(other, pixels), atol=1e-5)
+
+
+def test_buffers_saved_and_loaded_go_on(tmp_path):
+    model = make_model()
+    model.learn(40, callback=FeatureCacheCallback())
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    loaded = DQN.load(tmp_path / "model", env=TinyGame(), device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    batches = []
+    for buffer in (model.replay_buffer, loaded.replay_buffer):
+        np.random.seed(0)
+        batches.append(buffer.sample(4).observations)
+    assert th.equal(*batches)
+    loaded.learn(20, callback=FeatureCacheCallback(), reset_num_timesteps=False)
+    plain = make_model()
+    plain.load_replay_buffer(tmp_path / "buffer.pkl")
+    plain.learn(20)  # without the callback it is a buffer like any other
+
+
+def test_a_stock_buffer_that_is_full_already_is_taken_over():
+    model = make_model(buffer_size=30)
+    model.learn(50)
+    stock = model.replay_buffer
+    np.random.seed(0)
+    expected = stock.sample(16)
+    assert type(stock) is ReplayBuffer
+    start(model, FeatureCacheCallback("float32"))
+    np.random.seed(0)
+    got = model.replay_buffer.sample(16)
+    extractor = model.q_net.features_extractor
+    plain = extractor.frozen_part(extractor.preprocess(expected.observations.float() / 255))
+    assert th.allclose(got.observations.features, plain, atol=1e-5)
+    assert th.equal(got.rewards, expected.rewards)
+
+
+def test_the_summary_at_the_end(capsys):
+    make_model().learn(40, callback=FeatureCacheCallback(verbose=1))
+    assert "sampled observations were encoded before" in capsys.readouterr().out
+
+
+def test_invariant_10_what_would_not_be_exact_is_refused_with_the_reason():
+    def attempt(message, error=ValueError, **kwargs):
+        with pytest.raises(error, match=message):
+            make_model(**kwargs).learn(4, callback=FeatureCacheCallback())
+
+    attempt("train_adapter=True changes", extractor={"train_adapter": True})
+    attempt("norm='batch' makes an entry depend", extractor={"norm": "batch"})
+    normalized = VecNormalize(make_vec_env(TinyGame), norm_obs=True)
+    normalized.observation_space = TinyGame().observation_space  # with its own, the extractor refuses it already
+    attempt("write norm_obs=False", env=normalized)
+    make_model(env=VecNormalize(make_vec_env(TinyGame), norm_obs=False)).learn(12, callback=FeatureCacheCallback())
+
+    class Other(ReplayBuffer):
+        pass
+
+    attempt("Other cannot be cached", replay_buffer_class=Other)
+    model = make_model()
+    with th.no_grad():
+        model.q_net_target.features_extractor.backbone.conv1.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="differ below the freeze boundary"):
+        model.learn(4, callback=FeatureCacheCallback())
+    for plain in (PPO("MlpPolicy", "CartPole-v1", device="cpu"), DQN("MlpPolicy", "CartPole-v1", device="cpu")):
+        with pytest.raises(ValueError, match="needs ResNetCnnPolicy and a replay buffer"):
+            plain.learn(4, callback=FeatureCacheCallback())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "half"}, ValueError, "dtype must be one of 'auto'"),
+        ({"max_bytes": 0}, ValueError, "max_bytes must be finite and >= 1"),
+        ({"max_byte": 5}, TypeError, "did you mean 'max_bytes'"),
+    ],
+)
+def test_bad_arguments_are_refused_at_construction(arguments, error, message):
+    with pytest.raises(error, match=message):
+        FeatureCacheCallback(**arguments)
+
+
+def test_out_of_memory_loses_nothing(monkeypatch):
+    model = fill(make_model())
+    start(model, FeatureCacheCallback())
+    assert isinstance(model.replay_buffer.sample(2).observations, EncodedBatch)
+    model.replay_buffer.shared.cache.clear()
+    monkeypatch.setattr("sb3_resnet.cache.EntryCache._grow", lambda *args: (_ for _ in ()).throw(MemoryError))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.train(4, 4)
+    assert len([w for w in caught if "going on without the cache" in str(w.message)]) == 1
+    assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
