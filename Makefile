@@ -36,7 +36,7 @@ clean:  ## Remove caches and build output; .venv and logs stay
 
 # The stamp makes a second call start at once, until pyproject.toml changes.
 $(STAMP): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("Needs Python 3.10 or newer: make PYTHON=python3.12")'
 	@echo "Installing into $(VENV). PyTorch is large: the first time takes some minutes."
 	@# A .venv of another tool may have no pip; one that was moved or cut off has not even a Python.
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)

@@ -14,7 +14,7 @@ it also scores higher than each other arm in at least 80 % of the paired runs of
 
 Added after the first run, beside the rule and not part of it: the same scores without *padded* observations, the
 three after a reset whose frame stack still holds empty frames. They are 0.2 % of the data, far from all others, and
-a single one of them can be most of a held-out error.
+six of 2,320 were nearly half of one held-out error.
 """
 
 from __future__ import annotations

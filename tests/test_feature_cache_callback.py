@@ -27,7 +27,7 @@ def start(model, *callbacks):
 def train(algorithm, optimizer, n_steps, cached, updates):
     """Updates on the same transitions, across a phase transition."""
     options = {"optimizer_class": optimizer, "lr_backbone": 1e-5}
-    model = fill(make_model(algorithm, learning_rate=1e-4, n_steps=n_steps, buffer_size=60, policy_kwargs=options), 60)
+    model = fill(make_model(algorithm, learning_rate=1e-4, n_steps=n_steps, buffer_size=30, policy_kwargs=options), 30)
     phases = [{"at_update": updates * 4 // 5, "unfreeze_from": "layer4"}]
     callbacks = [UnfreezeCallback(phases, verbose=0), *([FeatureCacheCallback("float32")] if cached else [])]
     start(model, *callbacks)
@@ -36,7 +36,7 @@ def train(algorithm, optimizer, n_steps, cached, updates):
     for _ in range(updates // 20):
         for callback in callbacks:
             callback.on_rollout_end()
-        model.train(20, 4)
+        model.train(20, 2)
         model._n_calls = model.target_update_interval - 1
         model._on_step()
     assert model.policy.freeze_boundary == "layer4"
