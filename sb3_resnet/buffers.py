@@ -27,12 +27,18 @@ class Observations:
     def __init__(self, shape: tuple[int, ...], dtype: Any, n_envs: int) -> None:
         self.store = ObservationStore(shape, dtype, n_envs)
         self.cache: EntryCache | None = None
+        self.encodes = False  # whether batches come encoded; entries are kept meanwhile
+
+    def encode_with(self, cache: EntryCache) -> None:
+        """Give out encoded batches from now on."""
+        self.cache = cache
+        self.encodes = True
 
     def add(self, env: int, pixels: Array) -> int:
         """:return: the number of an observation, stored and, if it was just acted upon, already encoded"""
         number, gone = self.store.add(env, pixels)
         self._forget(gone)
-        if self.cache is not None and number not in self.cache:
+        if self.encodes and self.cache is not None and number not in self.cache:
             entry = self.cache.encoder.recall(env, pixels)
             if entry is not None:
                 self._guard(self.cache.put, number, entry.to(self.cache.device))
@@ -44,7 +50,8 @@ class Observations:
 
     def batch(self, numbers: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
-        entries = None if self.cache is None else self._guard(self.cache.get, numbers, self.store)
+        cache = self.cache if self.encodes else None
+        entries = None if cache is None else self._guard(cache.get, numbers, self.store)
         return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
 
     def _forget(self, gone: int | None) -> None:
@@ -67,7 +74,11 @@ class Observations:
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cache": None}  # entries are cheap to make anew, and stale in another model
+        return {
+            **self.__dict__,
+            "cache": None,
+            "encodes": False,
+        }  # entries are cheap to make anew, and stale in another model
 
 
 class Column:

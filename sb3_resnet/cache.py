@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch as th
 
@@ -29,6 +31,11 @@ class EntryCache:
         self.misses = 0
         self.clear()
 
+    def suits(self, extractor: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
+        """:return: whether a new cache with these settings would be the same"""
+        mine = (self.encoder.extractor, self.encoder.requested, self.device, self.max_bytes)
+        return mine[0] is extractor and mine[1:] == (dtype, device, max_bytes)
+
     def clear(self) -> None:
         """Forget all entries."""
         self._chunks: list[th.Tensor] = []
@@ -50,9 +57,6 @@ class EntryCache:
         for start in range(0, len(missing), _ENCODE_BATCH):
             some = missing[start : start + _ENCODE_BATCH]
             fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
-        if self._chunks and self._chunks[0].dtype != self.encoder.entry_dtype:
-            self.clear()  # the encoder found its precision too low, and went over to float32
-            return self.get(numbers, store)
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
         entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted])

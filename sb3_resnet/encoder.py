@@ -55,7 +55,10 @@ class FrozenEncoder:
     def __init__(self, extractor: ResNetExtractor, dtype: str = "auto") -> None:
         self.extractor = extractor
         self.device = extractor.input_mean.device
+        self.requested = dtype
         self.dtype = resolve_dtype(dtype, self.device)
+        #: The type of the entries: two bytes, unless float32 was asked for.
+        self.entry_dtype = th.float32 if dtype == "float32" else th.float16
         self.images = 0
         self._checked: list[tuple[th.Tensor, th.Tensor]] = []
         self._acted: tuple[np.ndarray[Any, Any], th.Tensor] | None = None
@@ -81,11 +84,6 @@ class FrozenEncoder:
         if self._acted is None or env >= len(self._acted[0]) or not np.array_equal(self._acted[0][env], pixels):
             return None
         return self._acted[1][env]
-
-    @property
-    def entry_dtype(self) -> th.dtype:
-        """The type in which entries are kept: two bytes, unless the encoder computes in float32."""
-        return th.float32 if self.dtype == th.float32 else th.float16
 
     def __call__(self, observations: th.Tensor) -> th.Tensor:
         """

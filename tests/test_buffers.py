@@ -116,7 +116,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
     def encode(pixels):
         return extractor.frozen_part(extractor.preprocess(extractor.scale_raw(pixels)))
 
-    buffers[1].shared.cache = EntryCache(encoder, "cpu", limit)
+    buffers[1].shared.encode_with(EntryCache(encoder, "cpu", limit))
     player = Player(n_envs, seed)
     player.step("step", buffers)
     for operation in operations:
@@ -128,7 +128,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
         elif operation == "save":
             buffers[1] = pickle.loads(pickle.dumps(buffers[1]))
             assert buffers[1].shared.cache is None
-            buffers[1].shared.cache = EntryCache(encoder, "cpu", limit)
+            buffers[1].shared.encode_with(EntryCache(encoder, "cpu", limit))
         elif operation == "act":
             encoder.act(th.as_tensor(player.obs))
         else:
@@ -139,7 +139,8 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
 def test_each_observation_is_encoded_once(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for event in ["step"] * 9 + ["done"] + ["step"] * 10:
         player.step(event, [buffer])
@@ -154,7 +155,8 @@ def test_each_observation_is_encoded_once(extractor):
 def test_what_was_acted_upon_is_not_encoded_again(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu", n_envs=2)
-    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    buffer.shared.encode_with(cache)
     player = Player(2, 0)
     for event in ["step"] * 4 + ["done"] + ["step"] * 5:
         cache.encoder.act(th.as_tensor(player.obs))
@@ -170,7 +172,8 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
     entry = 256 * 4
-    cache = buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=5 * entry + 10)
+    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=5 * entry + 10)
+    buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for _ in range(12):
         cache.encoder.act(th.as_tensor(player.obs))
@@ -187,7 +190,7 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
 def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, monkeypatch, error):
     extractor.set_freeze_boundary(None)
     plain, buffer = ReplayBuffer(40, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
     player = Player(1, 0)
     player.step("step", [plain, buffer])
 
@@ -206,7 +209,7 @@ def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, mon
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch):
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
     Player(1, 0).step("step", [buffer])
     monkeypatch.setattr(EntryCache, "_encode", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -216,7 +219,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch)
 def test_vecnormalize_of_rewards_alone_is_fine(extractor):
     env = VecNormalize(make_vec_env(TinyGame), norm_obs=False)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
     Player(1, 0).step("step", [buffer])
     assert isinstance(buffer.sample(4, env=env).observations, EncodedBatch)
 

@@ -87,8 +87,22 @@ def test_learn_encodes_each_observation_once(algorithm):
     assert cache.encoder.images <= 200 + 200 // 13 + 1 + evaluated
     assert cache.hits > 0
     assert isinstance(model.replay_buffer, FrameReplayBuffer)
-    assert model.replay_buffer.shared.cache is None
+    assert not model.replay_buffer.shared.encodes
     assert model.policy.online.features_extractor.encoder is None
+
+
+def test_a_second_learn_finds_the_entries_again():
+    model = make_model()
+    model.learn(40, callback=FeatureCacheCallback("float32"))
+    cache = model.replay_buffer.shared.cache
+    images = cache.encoder.images
+    assert isinstance(model.replay_buffer.sample(4).observations, th.Tensor)
+    start(model, FeatureCacheCallback("float32"))
+    assert model.replay_buffer.shared.cache is cache
+    assert isinstance(model.replay_buffer.sample(4).observations, EncodedBatch)
+    assert cache.encoder.images <= images + 4
+    start(model, FeatureCacheCallback("bfloat16"))
+    assert model.replay_buffer.shared.cache is not cache
 
 
 def test_the_cache_follows_the_boundary_down_to_the_adapter():

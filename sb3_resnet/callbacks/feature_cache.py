@@ -27,7 +27,7 @@ class FeatureCacheCallback(BaseCallback):
 
         model.learn(1_000_000, callback=FeatureCacheCallback())
 
-    Entries and encoder have two bytes a number, except in float32. They are dropped on saving.
+    Entries take two bytes a number, and four with ``dtype="float32"``. They are dropped on saving.
 
     :param dtype: precision of the encoder; ``"auto"``: bfloat16 where the hardware has it, float16 on older GPUs,
         float32 elsewhere. Falls back to float32, with a warning, where the error hides what distinguishes observations
@@ -51,12 +51,13 @@ class FeatureCacheCallback(BaseCallback):
         extractor = self._extractor()
         self._refuse_what_is_not_exact(extractor)
         model: Any = self.model
-        buffer = with_columns(model.replay_buffer)
-        encoder = FrozenEncoder(extractor, self.dtype)
+        model.replay_buffer = buffer = with_columns(model.replay_buffer)
         device = model.device if self.device == "auto" else get_device(self.device)
-        buffer.shared.cache = EntryCache(encoder, device, self.max_bytes)
-        model.replay_buffer = buffer
-        extractor.encoder = encoder
+        cache = buffer.shared.cache
+        if cache is None or not cache.suits(extractor, self.dtype, device, self.max_bytes):
+            cache = EntryCache(FrozenEncoder(extractor, self.dtype), device, self.max_bytes)
+        buffer.shared.encode_with(cache)
+        extractor.encoder = cache.encoder
 
     def _on_step(self) -> bool:
         return True
@@ -69,13 +70,13 @@ class FeatureCacheCallback(BaseCallback):
             self.logger.record("cache/megabytes", cache.nbytes / 1e6)
 
     def _on_training_end(self) -> None:
-        """From here on the model computes as without this callback; a second ``learn()`` starts with its pixels."""
+        """From here on the model computes as without this callback; a second ``learn()`` finds the entries again."""
         cache = self._cache
         if cache is not None and self.verbose:
             total = cache.hits + cache.misses
             print(f"FeatureCache: {cache.hits / max(1, total):.1%} of {total} sampled observations were encoded before")
         model: Any = self.model
-        model.replay_buffer.shared.cache = None
+        model.replay_buffer.shared.encodes = False
         self._extractor().encoder = None
 
     @property
