@@ -18,14 +18,12 @@ from torch.nn import functional as F
 
 from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
-from sb3_resnet.checks import choice, flag, integer, no_unknown, number
+from sb3_resnet.checks import choice, flag, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
 
-#: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 ADAPTERS = ("conv1x1", "per_frame")
 
 SelfExtractor = TypeVar("SelfExtractor", bound="ResNetExtractor")
@@ -86,13 +84,13 @@ class ResNetExtractor(BaseFeaturesExtractor):
         **unknown: Any,
     ) -> None:
         no_unknown("ResNetExtractor", unknown, ResNetExtractor.__init__.__kwdefaults__ or ())
-        scale = _scale_of(observation_space)
+        scale = scale_of(observation_space)
         channels, height, width = observation_space.shape
-        image_size = _image_size(image_size)
+        image_size = read_image_size(image_size)
         size = image_size or (height, width)
         choice("adapter", adapter, ADAPTERS)
         choice("pooling", pooling, POOLINGS)
-        _check_size(size, pooling)
+        check_size(size, pooling)
         has_weights = flag("pretrained", pretrained) or weights is not None
         if norm == "group" and has_weights:
             raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
@@ -116,11 +114,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self._per_frame = per_frame
         self._frame_channels = frame_channels
         self._n_frames = n_frames
-        mean, std = _statistics(has_weights, use_imagenet_norm, input_mean, input_std)
+        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std)
         self._normalize = mean is not None
         self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
         self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
-        self.adapter = None if per_frame or channels == 3 else _information_keeping_adapter(channels)
+        self.adapter = None if per_frame or channels == 3 else information_keeping_adapter(channels)
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not weight_files.checkpoint_follows():
@@ -260,85 +258,3 @@ def _is_path(weights: str | Path) -> bool:
         raise TypeError(f"weights must be a path or a name of torchvision's enum such as 'DEFAULT', got {weights!r}")
     path = Path(weights).expanduser()
     return path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1 or path.exists()
-
-
-def _scale_of(space: Any) -> float:
-    """The factor that brings what SB3 hands over to 0..1, decided by the space alone."""
-    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
-        raise ValueError(
-            f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
-            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
-        )
-    if int(np.argmin(space.shape)) == 2 and space.shape[0] != space.shape[2]:
-        raise ValueError(
-            f"Images must come channels first, got shape {space.shape}. SB3 transposes uint8 0..255 images by itself; "
-            f"transpose others in a wrapper, to {(space.shape[2], *space.shape[:2])}."
-        )
-    low, high = float(space.low.min()), float(space.high.max())
-    uniform = float(space.low.max()) == low and float(space.high.min()) == high
-    is_float = np.issubdtype(space.dtype, np.floating)
-    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
-        return 1.0 / 255.0 if is_float else 1.0
-    if uniform and (low, high) == (0.0, 1.0) and is_float:
-        return 1.0
-    raise ValueError(
-        f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. Declare the "
-        "bounds of the space, or rescale the observation in a wrapper; normalize_images cannot repair other bounds."
-    )
-
-
-def _image_size(value: Any) -> tuple[int, int] | None:
-    if value is None:
-        return None
-    sides = [value] * 2 if isinstance(value, (int, float, str)) else list(value)
-    if len(sides) != 2:
-        raise ValueError(f"image_size must be one number or [height, width], got {value!r}")
-    return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
-
-
-def _check_size(size: tuple[int, int], pooling: str) -> None:
-    smallest = 33 if pooling == "spatial_softmax" else backbones.MIN_SIZE
-    if min(size) < smallest:
-        why = "its last map is a single pixel" if pooling == "spatial_softmax" else "the trunk sees little but padding"
-        raise ValueError(
-            f"Images of {size[0]}x{size[1]} are too small for a ResNet with pooling={pooling!r}: {why}. "
-            f"The smallest size that works is {smallest}x{smallest}: write image_size={smallest} or more."
-        )
-
-
-def _statistics(
-    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any
-) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
-    if use_imagenet_norm is not None:
-        flag("use_imagenet_norm", use_imagenet_norm)
-    if (mean is None) != (std is None):
-        raise ValueError("input_mean and input_std go together: write both, each with three numbers")
-    if mean is not None:
-        return _three("input_mean", mean, above=False), _three("input_std", std, above=True)
-    wanted = has_weights if use_imagenet_norm is None else use_imagenet_norm
-    return (IMAGENET_MEAN, IMAGENET_STD) if wanted else (None, None)
-
-
-def _three(name: str, values: Any, *, above: bool) -> tuple[float, ...]:
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
-        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {values!r}")
-    return tuple(number(name, value, 0.0 if above else -1e6, above=above) for value in values)
-
-
-def _information_keeping_adapter(channels: int) -> nn.Conv2d:
-    """
-    A 1x1 convolution that begins as newest, middle and oldest frame (SB3 stacks the newest last).
-
-    Rows are non-negative and sum to 1, so its output stays in range for the ImageNet statistics. Where the channels
-    are RGB triples, a frame is the mean of its three.
-    """
-    size = 3 if channels % 3 == 0 else 1
-    frames = channels // size
-    conv = nn.Conv2d(channels, 3, 1)
-    with th.no_grad():
-        conv.weight.zero_()
-        assert conv.bias is not None
-        conv.bias.zero_()
-        for row, frame in enumerate((frames - 1, frames // 2, 0)):
-            conv.weight[row, frame * size : (frame + 1) * size] = 1.0 / size
-    return conv

@@ -16,7 +16,7 @@ from torch import nn
 
 import sb3_resnet
 from sb3_resnet import weights as weight_files
-from sb3_resnet.extractor import IMAGENET_MEAN
+from sb3_resnet.images import IMAGENET_MEAN
 from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU"))]
@@ -245,6 +245,18 @@ def test_registering_twice_changes_nothing():
     sb3_resnet.register_policies()
     assert before == DQN.policy_aliases
     assert DQN.policy_aliases["ResNetCnnPolicy"] is sb3_resnet.ResNetCnnPolicy
+
+
+def test_a_copied_model_learns_by_itself():
+    model = make_model(extractor={"freeze_backbone": False})
+    model.learn(24)
+    before = snapshot(model.policy)
+    clone = copy.deepcopy(model)
+    clone.learn(24)
+    assert_same(before, model.policy.state_dict())
+    assert not th.equal(before["q_net.q_net.1.weight"], clone.policy.state_dict()["q_net.q_net.1.weight"])
+    rates = {group["name"]: group["lr"] for group in clone.policy.optimizer.param_groups}
+    assert rates["backbone"] == pytest.approx(rates["head"] / 10)
 
 
 def test_the_same_seed_gives_the_same_bits():

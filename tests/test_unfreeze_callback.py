@@ -369,6 +369,14 @@ def test_unknown_arguments_are_refused():
         UnfreezeCallback([LAYER4], phase=1)
 
 
+def test_it_can_be_driven_before_there_is_a_logger():
+    model = make_model()
+    callback = start(model, UnfreezeCallback([{"at_timestep": 4, "unfreeze_from": "layer4"}], verbose=0))
+    model.num_timesteps = 4
+    callback.on_rollout_end()
+    assert model.policy.freeze_boundary == "layer4"
+
+
 def test_the_boundary_is_logged():
     model = fill(make_model())
     callback = start(model, UnfreezeCallback([{"at_update": 0, "unfreeze_from": "layer4"}], verbose=0))

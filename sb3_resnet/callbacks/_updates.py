@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
@@ -61,6 +61,13 @@ class UpdateHook:
     def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
         n, self.n = self.n, self.n + 1
         self._act(n)
+
+
+def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:
+    """Log values with SB3's logger, which a model has only from its first ``learn()`` on."""
+    if hasattr(model, "_logger"):
+        for key, value in values.items():
+            model.logger.record(key, value)
 
 
 def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:

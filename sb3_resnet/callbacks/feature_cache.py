@@ -11,6 +11,7 @@ from stable_baselines3.common.utils import get_device
 
 from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache import EntryCache
+from sb3_resnet.callbacks._updates import record
 from sb3_resnet.checks import choice, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.precision import DTYPES
@@ -65,9 +66,8 @@ class FeatureCacheCallback(BaseCallback):
     def _on_rollout_end(self) -> None:
         cache = self._cache
         if cache is not None:
-            self.logger.record("cache/hits", cache.hits)
-            self.logger.record("cache/misses", cache.misses)
-            self.logger.record("cache/megabytes", cache.nbytes / 1e6)
+            values = {"cache/hits": cache.hits, "cache/misses": cache.misses, "cache/megabytes": cache.nbytes / 1e6}
+            record(self.model, values)
 
     def _on_training_end(self) -> None:
         """From here on the model computes as without this callback; a second ``learn()`` finds the entries again."""

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet import schedules
 from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
+from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
 from sb3_resnet.checks import choice, integer, no_unknown, number
 from sb3_resnet.optim import recall, remember, set_lr_factor
 
@@ -126,8 +126,8 @@ class LRScheduleCallback(BaseCallback):
         self._on_step()
         self._updates.follow(self.model)
         self._apply(self._updates.n)
-        for group in optimizer_of(self.model).param_groups:
-            self.logger.record(f"train/lr_{group.get('name', 'all')}", float(group["effective_lr"]))
+        groups = optimizer_of(self.model).param_groups
+        record(self.model, {f"train/lr_{group.get('name', 'all')}": group["effective_lr"] for group in groups})
 
     def _on_training_end(self) -> None:
         self._updates.detach()

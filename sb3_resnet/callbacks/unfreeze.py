@@ -14,7 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_resnet import schedules
 from sb3_resnet.callbacks._best import find_keeper, restore_best
 from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
+from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
 from sb3_resnet.checks import choice, flag, integer, no_unknown, number
 from sb3_resnet.optim import is_part, recall, remember, set_lr_factor, set_lr_ratio
 from sb3_resnet.phases import STAGES
@@ -141,8 +141,8 @@ class UnfreezeCallback(BaseCallback):
             self._begin(phase)
         policy: Any = self.model.policy
         stage = policy.freeze_boundary
-        self.logger.record("train/phase", self.phase)
-        self.logger.record("train/freeze_boundary", len(STAGES) if stage is None else STAGES.index(stage))
+        position = len(STAGES) if stage is None else STAGES.index(stage)
+        record(self.model, {"train/phase": self.phase, "train/freeze_boundary": position})
 
     def _on_training_end(self) -> None:
         self._updates.detach()
