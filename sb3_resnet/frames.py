@@ -26,7 +26,7 @@ class Pool:
         self._rows = min(2**16, max(1, _CHUNK_BYTES // row_bytes))
         self._chunks: list[Array] = []
         self._free: list[int] = []
-        self.references = np.zeros(0, np.int32)
+        self.references: Array = np.zeros(0, np.int32)
 
     def put(self, row: Array) -> int:
         """:return: the number of a new row with this content, to which nothing refers yet"""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch as th
@@ -226,12 +225,13 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
 def register_policies() -> None:
     """Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again."""
     DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
-    if find_spec("sb3_contrib") is not None:
+    try:
         from sb3_contrib import QRDQN
+    except ImportError:
+        return
+    from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
 
-        from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
-
-        QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
+    QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
 
 
 def _widths(net_arch: Any) -> list[int]:

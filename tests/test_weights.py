@@ -234,7 +234,8 @@ def with_nan(source):
 
 
 def scripted(source, path):
-    with warnings.catch_warnings(action="ignore"):  # torch.jit is deprecated; files of it are around
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.jit is deprecated; files of it are around
         th.jit.save(th.jit.trace(th.nn.Linear(2, 2), th.zeros(1, 2)), path)
 
 
