@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,21 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.frames import Array, ObservationStore
+
+
+@dataclass(frozen=True)
+class Acted:
+    """
+    The observations that were acted upon last.
+
+    :param pixels: one an environment
+    :param entries: what the encoder made of them
+    :param version: of the encoder
+    """
+
+    pixels: Array
+    entries: th.Tensor
+    version: int
 
 
 class Observations:
@@ -28,21 +44,30 @@ class Observations:
         self.store = ObservationStore(shape, dtype, n_envs)
         self.cache: EntryCache | None = None
         self.encodes = False  # whether batches come encoded; entries are kept meanwhile
+        self.acted: Acted | None = None
 
     def encode_with(self, cache: EntryCache) -> None:
         """Give out encoded batches from now on."""
         self.cache = cache
         self.encodes = True
+        self.acted = None
 
     def add(self, env: int, pixels: Array) -> int:
         """:return: the number of an observation, stored and, if it was just acted upon, already encoded"""
         number, gone = self.store.add(env, pixels)
         self._forget(gone)
-        if self.encodes and self.cache is not None and number not in self.cache:
-            entry = self.cache.encoder.recall(env, pixels)
-            if entry is not None:
-                self._guard(self.cache.put, number, entry.to(self.cache.device))
+        if self.entry(number) is None:
+            self.keep(number, self._recall(env, pixels))
         return number
+
+    def entry(self, number: int | None) -> th.Tensor | None:
+        """:return: the entry of an observation, if it was encoded before"""
+        return None if number is None or self.cache is None or not self.encodes else self.cache.find(number)
+
+    def keep(self, number: int | None, entry: th.Tensor | None) -> None:
+        """Keep the entry of an observation that was acted upon, once it has a number."""
+        if number is not None and entry is not None and self.cache is not None and self.encodes:
+            self._guard(self.cache.put, number, entry.to(self.cache.device))
 
     def release(self, number: int) -> None:
         """One row less has the observation."""
@@ -53,6 +78,12 @@ class Observations:
         cache = self.cache if self.encodes else None
         entries = None if cache is None else self._guard(cache.get, numbers, self.store)
         return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
+
+    def _recall(self, env: int, pixels: Array) -> th.Tensor | None:
+        acted, cache = self.acted, self.cache
+        if acted is None or cache is None or acted.version != cache.encoder.version or env >= len(acted.pixels):
+            return None
+        return acted.entries[env] if np.array_equal(acted.pixels[env], pixels) else None
 
     def _forget(self, gone: int | None) -> None:
         if gone is not None and self.cache is not None:
@@ -74,11 +105,8 @@ class Observations:
             return None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **self.__dict__,
-            "cache": None,
-            "encodes": False,
-        }  # entries are cheap to make anew, and stale in another model
+        # Entries are cheap to make anew, and stale in another model.
+        return {**self.__dict__, "cache": None, "encodes": False, "acted": None}
 
 
 class Column:

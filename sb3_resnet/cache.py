@@ -42,6 +42,7 @@ class EntryCache:
         self._slots: dict[int, int] = {}  # by observation, in the order of encoding
         self._free: list[int] = []
         self._rows = 1
+        self._version = self.encoder.version
 
     def get(self, numbers: Array, store: ObservationStore) -> th.Tensor:
         """
@@ -49,14 +50,16 @@ class EntryCache:
         :param store: has their pixels
         :return: their entries, encoded now where they are missing, ``(batch, ...)`` on :attr:`device`
         """
-        if self.encoder.refresh():
-            self.clear()
+        self.encoder.refresh()
+        self._drop_stale()
         wanted = numbers.tolist()
         missing = [number for number in dict.fromkeys(wanted) if number not in self._slots]
         fresh: dict[int, th.Tensor] = {}
         for start in range(0, len(missing), _ENCODE_BATCH):
             some = missing[start : start + _ENCODE_BATCH]
             fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
+        if self.encoder.version != self._version:
+            return self.get(numbers, store)  # its precision fell back: the others are of the wrong one
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
         entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted])
@@ -65,7 +68,8 @@ class EntryCache:
         return entries
 
     def put(self, number: int, entry: th.Tensor) -> None:
-        """Keep the entry of an observation."""
+        """Keep the entry of an observation, made by the encoder as it is now."""
+        self._drop_stale()
         if not self._free and not self._grow(entry):
             oldest = next(iter(self._slots), None)
             if oldest is None:
@@ -81,8 +85,13 @@ class EntryCache:
         if slot is not None:
             self._free.append(slot)
 
+    def find(self, number: int) -> th.Tensor | None:
+        """:return: the entry of an observation, if there is a valid one"""
+        slot = self._slots.get(number) if self._version == self.encoder.version else None
+        return None if slot is None else self._row(slot)
+
     def __contains__(self, number: int) -> bool:
-        return number in self._slots
+        return self.find(number) is not None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -91,6 +100,10 @@ class EntryCache:
     def nbytes(self) -> int:
         """Memory reserved for entries."""
         return sum(chunk.element_size() * chunk.numel() for chunk in self._chunks)
+
+    def _drop_stale(self) -> None:
+        if self._version != self.encoder.version:
+            self.clear()
 
     def _grow(self, entry: th.Tensor) -> bool:
         """:return: whether there was room for more entries"""

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
 from sb3_resnet.checks import choice, flag, integer, no_unknown
-from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
@@ -104,11 +103,13 @@ class ResNetExtractor(BaseFeaturesExtractor):
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
-        self.encoder: FrozenEncoder | None = None
+        #: Encodes what is acted upon, while a FeatureCacheCallback is at work.
+        self.actor: Any = None
         self.pooling = pooling
         self.norm_name = norm
         self.trains_adapter = train_adapter
         self.image_size = image_size
+        self.resizes = image_size is not None and image_size != (height, width)
         self._scale = scale
         self._is_uint8 = observation_space.dtype == np.uint8
         self._per_frame = per_frame
@@ -181,9 +182,25 @@ class ResNetExtractor(BaseFeaturesExtractor):
             x = x * self._scale
         if self.image_size is not None and x.shape[-2:] != self.image_size:
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
-        if self._per_frame:
-            x = x.reshape(-1, self._frame_channels, *x.shape[-2:]).expand(-1, 3, -1, -1)
-        return x
+        return self.as_images(x).expand(-1, 3, -1, -1) if self._per_frame else x
+
+    def as_images(self, x: th.Tensor) -> th.Tensor:
+        """:return: what passes the trunk at once: in ``per_frame`` mode ``(batch * frames, 1 or 3, H, W)``"""
+        return x.reshape(-1, self._frame_channels, *x.shape[-2:]) if self._per_frame else x
+
+    def input_map(self) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
+        """
+        What happens to raw images (of :meth:`as_images`) before the stem, unless they are resized.
+
+        :return: matrix ``(3, channels)`` and offset ``(3,)``, then mean and standard deviation ``(3,)``
+        """
+        scale = 1.0 / 255.0 if self._is_uint8 else self._scale
+        mean, std = self.input_mean.flatten(), self.input_std.flatten()
+        if self.adapter is not None:
+            assert self.adapter.bias is not None
+            return self.adapter.weight[:, :, 0, 0] * scale, self.adapter.bias, mean, std
+        matrix = th.ones(3, 1) if self._per_frame and self._frame_channels == 1 else th.eye(3)
+        return matrix.to(mean) * scale, th.zeros_like(mean), mean, std
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
         """

@@ -94,15 +94,20 @@ class ObservationStore:
         :param pixels: ``(C, H, W)``
         :return: its number, for the caller to refer to before the next call, and that of an observation which is gone
         """
-        last = self._last[env]
-        if last is not None and np.array_equal(last[1], pixels):
-            return last[0], None
+        known, last = self.last(env, pixels), self._last[env]
+        if known is not None:
+            return known, None
         number = self._stacks.put(self._planes_of(pixels, last))
         for plane in self._stacks.take(np.array([number]))[0].tolist():
             self._planes.refer(plane)
         self.refer(number)
         self._last[env] = (number, pixels.copy())
         return number, None if last is None else self.release(last[0])
+
+    def last(self, env: int, pixels: Array) -> int | None:
+        """:return: the number of an observation, if it is the last one of its environment"""
+        last = self._last[env] if env < len(self._last) else None
+        return None if last is None or not np.array_equal(last[1], pixels) else last[0]
 
     def refer(self, number: int) -> None:
         """One more refers to the observation."""

@@ -198,9 +198,9 @@ class ResNetNetworkMixin:
         if isinstance(obs, EncodedBatch):
             features: th.Tensor = features_extractor.live_part(obs.features)
             return features
-        encoder = features_extractor.encoder
-        if encoder is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]
-            features = features_extractor.live_part(encoder.act(obs))
+        actor = features_extractor.actor
+        if actor is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]
+            features = features_extractor.live_part(actor.act(obs))
             return features
         features = super().extract_features(obs, features_extractor)  # type: ignore[misc]
         return features

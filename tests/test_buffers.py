@@ -13,6 +13,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer, with_columns
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.encoder import EncodedBatch, FrozenEncoder
@@ -130,7 +131,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
             assert buffers[1].shared.cache is None
             buffers[1].shared.encode_with(EntryCache(encoder, "cpu", limit))
         elif operation == "act":
-            encoder.act(th.as_tensor(player.obs))
+            Actor(encoder, buffers[1].shared).act(th.as_tensor(player.obs))
         else:
             player.step(operation, buffers)
         same_batch(*buffers, seed, encode)
@@ -159,7 +160,7 @@ def test_what_was_acted_upon_is_not_encoded_again(extractor):
     buffer.shared.encode_with(cache)
     player = Player(2, 0)
     for event in ["step"] * 4 + ["done"] + ["step"] * 5:
-        cache.encoder.act(th.as_tensor(player.obs))
+        Actor(cache.encoder, buffer.shared).act(th.as_tensor(player.obs))
         player.step(event, [buffer])
     assert cache.encoder.images == len(cache) == 20
     for seed in range(20):
@@ -176,7 +177,7 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for _ in range(12):
-        cache.encoder.act(th.as_tensor(player.obs))
+        Actor(cache.encoder, buffer.shared).act(th.as_tensor(player.obs))
         player.step("step", [buffer])
         assert cache.nbytes <= 5 * entry + 10
     assert len(cache) == 5

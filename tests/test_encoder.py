@@ -1,7 +1,6 @@
 """The fast encoder computes what the plain frozen part computes."""
 
 import copy
-import pickle
 
 import numpy as np
 import pytest
@@ -131,29 +130,6 @@ def test_a_stale_encoder_is_built_anew():
         extractor.backbone.layer1[0].conv1.weight.mul_(2.0)
     assert encoder.refresh()
     assert th.allclose(encoder(observations), plain(extractor, observations), rtol=1e-4, atol=1e-5)
-
-
-def test_only_what_was_acted_upon_is_recalled():
-    extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor, "float32")
-    observations = images(extractor, 2)
-    entries = encoder.act(observations)
-    assert th.equal(encoder.recall(1, observations[1].numpy()), entries[1])
-    assert encoder.recall(0, observations[1].numpy()) is None
-    assert encoder.recall(2, observations[1].numpy()) is None
-    with th.no_grad():
-        extractor.backbone.conv1.weight.mul_(2.0)
-    encoder.refresh()
-    assert encoder.recall(1, observations[1].numpy()) is None
-
-
-def test_it_is_in_no_state_dict_copy_or_pickle():
-    extractor = make((4, 32, 32), UINT8, {})
-    keys = extractor.state_dict().keys()
-    extractor.encoder = FrozenEncoder(extractor, "float32")
-    assert extractor.state_dict().keys() == keys
-    assert copy.deepcopy(extractor).encoder is None
-    assert pickle.loads(pickle.dumps(extractor)).encoder is None
 
 
 def test_encoded_batches_have_a_length_and_are_not_copied():

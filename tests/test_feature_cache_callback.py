@@ -88,7 +88,7 @@ def test_learn_encodes_each_observation_once(algorithm):
     assert cache.hits > 0
     assert isinstance(model.replay_buffer, FrameReplayBuffer)
     assert not model.replay_buffer.shared.encodes
-    assert model.policy.online.features_extractor.encoder is None
+    assert model.policy.online.features_extractor.actor is None
 
 
 def test_a_second_learn_finds_the_entries_again():

@@ -9,6 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import get_device
 
+from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.callbacks._updates import record
@@ -58,7 +59,7 @@ class FeatureCacheCallback(BaseCallback):
         if cache is None or not cache.suits(extractor, self.dtype, device, self.max_bytes):
             cache = EntryCache(FrozenEncoder(extractor, self.dtype), device, self.max_bytes)
         buffer.shared.encode_with(cache)
-        extractor.encoder = cache.encoder
+        extractor.actor = Actor(cache.encoder, buffer.shared)
 
     def _on_step(self) -> bool:
         return True
@@ -77,7 +78,7 @@ class FeatureCacheCallback(BaseCallback):
             print(f"FeatureCache: {cache.hits / max(1, total):.1%} of {total} sampled observations were encoded before")
         model: Any = self.model
         model.replay_buffer.shared.encodes = False
-        self._extractor().encoder = None
+        self._extractor().actor = None
 
     @property
     def _cache(self) -> EntryCache | None:

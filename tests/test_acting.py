@@ -1,0 +1,119 @@
+"""Acting with the fast encoder: what is acted upon is encoded once, and never stale."""
+
+import copy
+import pickle
+
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+
+from sb3_resnet import ResNetExtractor
+from sb3_resnet.acting import Actor
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.cache import EntryCache
+from sb3_resnet.encoder import FrozenEncoder
+
+SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
+
+
+@pytest.fixture
+def parts():
+    extractor = ResNetExtractor(SPACE, backbone="resnet_tiny")
+    buffer = FrameReplayBuffer(20, SPACE, spaces.Discrete(3), "cpu", n_envs=2)
+    encoder = FrozenEncoder(extractor, "float32")
+    buffer.shared.encode_with(EntryCache(encoder, "cpu"))
+    return extractor, encoder, buffer, Actor(encoder, buffer.shared)
+
+
+def images(seed, n=2):
+    return np.random.default_rng(seed).integers(0, 256, (n, *SPACE.shape), dtype=np.uint8)
+
+
+def add(buffer, obs, following):
+    buffer.add(obs, following, np.zeros((2, 1)), np.zeros(2), np.zeros(2), [{}, {}])
+
+
+def test_what_was_acted_upon_is_in_the_buffer_encoded(parts):
+    _, encoder, buffer, actor = parts
+    entries = actor.act(th.as_tensor(images(0)))
+    add(buffer, images(0), images(1))
+    assert encoder.images == len(buffer.shared.cache) == 2
+    found = [buffer.shared.entry(number) for number in buffer.observations.numbers[0]]
+    assert th.equal(th.stack(found), entries)
+
+
+def test_what_a_sampled_batch_needed_first_is_not_encoded_again_to_act(parts):
+    _, encoder, buffer, actor = parts
+    actor.act(th.as_tensor(images(0)))
+    add(buffer, images(0), images(1))
+    expected = buffer.next_observations[np.zeros(2, int), np.arange(2)].features
+    assert encoder.images == 4
+    assert th.equal(actor.act(th.as_tensor(images(1))), expected)
+    half_new = np.stack([images(1)[0], images(2)[1]])
+    entries = actor.act(th.as_tensor(half_new))
+    assert encoder.images == 5
+    assert th.equal(entries[0], expected[0])
+    assert th.allclose(entries, encoder(th.as_tensor(half_new)), rtol=1e-5, atol=1e-6)
+
+
+def test_evaluation_between_acting_and_storing_costs_nothing(parts):
+    _, encoder, buffer, actor = parts
+    actor.act(th.as_tensor(images(0)))
+    add(buffer, images(0), images(1))
+    actor.act(th.as_tensor(images(1)))
+    actor.act(th.as_tensor(images(7, 1)))  # an evaluation in one environment
+    add(buffer, images(1), images(2))
+    assert encoder.images == 5
+    assert all(number in buffer.shared.cache for number in buffer.observations.numbers[1].tolist())
+
+
+def test_entries_are_never_stale(parts):
+    extractor, _, buffer, actor = parts
+    actor.act(th.as_tensor(images(0)))
+    add(buffer, images(0), images(1))
+    actor.act(th.as_tensor(images(1)))
+    old = buffer.shared.acted
+    with th.no_grad():
+        extractor.backbone.conv1.weight.mul_(-1.0)
+    acted = actor.act(th.as_tensor(images(1)))  # the first to notice that the weights changed
+    numbers = np.concatenate([buffer.observations.numbers[0], buffer.next_observations.numbers[0]])
+    plain = extractor.frozen_part(extractor.preprocess(th.as_tensor(np.concatenate([images(0), images(1)])) / 255))
+    assert th.allclose(acted, plain[2:], rtol=1e-4, atol=1e-5)
+    assert th.allclose(buffer.shared.batch(numbers).features, plain, rtol=1e-4, atol=1e-5)
+    buffer.shared.acted = old
+    add(buffer, images(3), images(1))
+    add(buffer, images(1), images(4))
+    numbers = buffer.observations.numbers[2]
+    assert th.allclose(buffer.shared.batch(numbers).features, plain[2:], rtol=1e-4, atol=1e-5)
+
+
+def test_without_a_cache_it_goes_on_encoding(parts):
+    _, encoder, buffer, actor = parts
+    buffer.shared.cache = None
+    add(buffer, images(0), images(1))
+    entries = actor.act(th.as_tensor(images(1)))
+    assert th.equal(entries, encoder(th.as_tensor(images(1))))
+
+
+def test_it_acts_in_one_precision_when_that_falls_back(parts):
+    extractor, _, buffer, _ = parts
+    encoder = FrozenEncoder(extractor, "bfloat16")
+    buffer.shared.encode_with(EntryCache(encoder, "cpu"))
+    actor = Actor(encoder, buffer.shared)
+    same = np.repeat(images(0, 1), 2, axis=0)  # without any spread every error is too large
+    with pytest.warns(UserWarning, match="going on in float32"):
+        entries = [actor.act(th.as_tensor(same)) for _ in range(8)][-1]
+    assert encoder.dtype == th.float32
+    assert th.equal(entries, encoder(th.as_tensor(same)))
+    add(buffer, same, images(1))
+    assert th.equal(buffer.shared.entry(int(buffer.observations.numbers[0, 0])), entries[0])
+
+
+def test_it_is_in_no_state_dict_copy_or_pickle(parts):
+    extractor, _, _, actor = parts
+    keys = extractor.state_dict().keys()
+    extractor.actor = actor
+    assert extractor.state_dict().keys() == keys
+    assert copy.deepcopy(extractor).actor is None
+    assert pickle.loads(pickle.dumps(extractor)).actor is None
