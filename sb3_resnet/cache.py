@@ -62,10 +62,10 @@ class EntryCache:
             return self.get(numbers, store)  # its precision fell back: the others are of the wrong one
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
-        entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted])
+        entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted]) if fresh else None
         for number, entry in fresh.items():
             self.put(number, entry)
-        return entries
+        return self._gather(wanted) if entries is None else entries
 
     def put(self, number: int, entry: th.Tensor) -> None:
         """Keep the entry of an observation, made by the encoder as it is now."""
@@ -117,6 +117,16 @@ class EntryCache:
         self._chunks.append(th.empty((self._rows, *entry.shape), dtype=entry.dtype, device=self.device))
         self._free = [*range(start + self._rows - 1, start - 1, -1)]
         return True
+
+    def _gather(self, wanted: list[int]) -> th.Tensor:
+        """:return: entries that are all there; a chunk at a time, as picking single rows takes twice as long"""
+        chunks, rows = np.divmod(np.array([self._slots[number] for number in wanted]), self._rows)
+        out = th.empty((len(wanted), *self._chunks[0].shape[1:]), dtype=self._chunks[0].dtype, device=self.device)
+        for chunk in np.unique(chunks).tolist():
+            places = (chunks == chunk).nonzero()[0]
+            here, there = (th.as_tensor(indices, device=self.device) for indices in (places, rows[places]))
+            out[here] = self._chunks[chunk][there]
+        return out
 
     def _row(self, slot: int) -> th.Tensor:
         return self._chunks[slot // self._rows][slot % self._rows]

