@@ -55,8 +55,9 @@ class EntryCache:
         wanted = numbers.tolist()
         missing = [number for number in dict.fromkeys(wanted) if number not in self._slots]
         fresh: dict[int, th.Tensor] = {}
-        for start in range(0, len(missing), _ENCODE_BATCH):
-            some = missing[start : start + _ENCODE_BATCH]
+        together = self._with_what_is_next(missing, store)
+        for start in range(0, len(together), _ENCODE_BATCH):
+            some = together[start : start + _ENCODE_BATCH]
             fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
         if self.encoder.version != self._version:
             return self.get(numbers, store)  # its precision fell back: the others are of the wrong one
@@ -117,6 +118,13 @@ class EntryCache:
         self._chunks.append(th.empty((self._rows, *entry.shape), dtype=entry.dtype, device=self.device))
         self._free = [*range(start + self._rows - 1, start - 1, -1)]
         return True
+
+    def _with_what_is_next(self, missing: list[int], store: ObservationStore) -> list[int]:
+        """Where one of the environments' last observations is missing, take all: they are acted upon next."""
+        latest = store.latest()
+        if latest.isdisjoint(missing):
+            return missing
+        return [*missing, *(number for number in latest if number not in self._slots and number not in missing)]
 
     def _gather(self, wanted: list[int]) -> th.Tensor:
         """:return: entries that are all there; a chunk at a time, as picking single rows takes twice as long"""

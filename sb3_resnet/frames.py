@@ -109,6 +109,10 @@ class ObservationStore:
         last = self._last[env] if env < len(self._last) else None
         return None if last is None or not np.array_equal(last[1], pixels) else last[0]
 
+    def latest(self) -> set[int]:
+        """:return: the numbers of the last observations of all environments"""
+        return {last[0] for last in self._last if last is not None}
+
     def refer(self, number: int) -> None:
         """One more refers to the observation."""
         self._stacks.refer(number)

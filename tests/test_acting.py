@@ -57,6 +57,19 @@ def test_what_a_sampled_batch_needed_first_is_not_encoded_again_to_act(parts):
     assert th.allclose(entries, encoder(th.as_tensor(half_new)), rtol=1e-5, atol=1e-6)
 
 
+def test_a_sampled_batch_that_needs_one_of_the_next_observations_encodes_all_of_them_at_once(parts):
+    _, encoder, buffer, actor = parts
+    actor.act(th.as_tensor(images(0)))
+    add(buffer, images(0), images(1))
+    buffer.observations[np.zeros(1, int), np.zeros(1, int)]
+    assert encoder.images == 2
+    one = buffer.next_observations[np.zeros(1, int), np.zeros(1, int)].features
+    assert one.shape == (1, 256)
+    assert encoder.images == 4
+    assert th.equal(actor.act(th.as_tensor(images(1)))[:1], one)
+    assert encoder.images == 4
+
+
 def test_evaluation_between_acting_and_storing_costs_nothing(parts):
     _, encoder, buffer, actor = parts
     actor.act(th.as_tensor(images(0)))
