@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch as th
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
+from torch.nn import functional as F
 
 #: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
 FEATURE_NORMS = ("standardize", "layer", "none")
@@ -45,15 +46,15 @@ class FeatureStandardizer(nn.Module):
         """:return: standardised features of the same shape, ``(batch, dim)``"""
         if self.training:
             self._update(features.detach())
-        scaled = (features - self.running_mean) * th.rsqrt(self.running_var + self.eps)
+        scaled = F.batch_norm(features, self.running_mean, self.running_var, eps=self.eps)
         return scaled.clamp(-self.clip, self.clip)
 
     @th.no_grad()
     def _update(self, features: th.Tensor) -> None:
         """Merge the batch's moments into the running ones (Chan et al. 1983)."""
         share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
-        delta = features.mean(dim=0) - self.running_mean
-        spread = features.var(dim=0, unbiased=False) - self.running_var
+        variance, mean = th.var_mean(features, dim=0, unbiased=False)
+        delta, spread = mean - self.running_mean, variance - self.running_var
         self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
         self.running_mean.add_(share * delta)
         self.running_count.add_(len(features)).clamp_(max=self.horizon)
