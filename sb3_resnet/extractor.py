@@ -20,9 +20,11 @@ from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
 from sb3_resnet.checks import choice, flag, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.finite import check_observations
 from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
+from sb3_resnet.precision import MixedPrecision, autocast
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -105,6 +107,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, out)
 
         self.encoder: FrozenEncoder | None = None
+        self.precision: MixedPrecision | None = None
         self.pooling = pooling
         self.norm_name = norm
         self.trains_adapter = train_adapter
@@ -168,7 +171,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
         """
-        return self.live_part(self.frozen_part(self.preprocess(observations)))
+        x = self.preprocess(observations)
+        with autocast(self.precision, x.device):
+            entries = self.frozen_part(x)
+        return self.live_part(entries)
 
     def scale_raw(self, observations: th.Tensor) -> th.Tensor:
         """:return: raw observations of the space as SB3 hands them to ``forward``: uint8 images divided by 255"""
@@ -177,6 +183,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     def preprocess(self, observations: th.Tensor) -> th.Tensor:
         """:return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``"""
         x = observations.float()
+        if not self._is_uint8:
+            check_observations(x)
         if self._scale != 1.0:
             x = x * self._scale
         if self.image_size is not None and x.shape[-2:] != self.image_size:
@@ -200,8 +208,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
         frozen = self.boundary.frozen_stages
         if len(frozen) < len(self.stages):
-            x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(frozen) :])
+            with autocast(self.precision, entries.device):
+                x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(frozen) :])
             entries = pooled_features(self.pooling, x).reshape(len(entries), -1)
+            if self.precision is not None:
+                entries = self.precision.leave_trunk(entries, self)
         features: th.Tensor = self.projection(entries.float()).float()
         return features
 

@@ -52,8 +52,11 @@ class FeatureStandardizer(nn.Module):
     def _update(self, features: th.Tensor) -> None:
         """Merge the batch's moments into the running ones (Chan et al. 1983)."""
         share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
-        delta = features.mean(dim=0) - self.running_mean
-        spread = features.var(dim=0, unbiased=False) - self.running_var
+        mean, var = features.mean(dim=0), features.var(dim=0, unbiased=False)
+        # An overflow in float16 costs one skipped update, not the statistics for ever.
+        finite = var.isfinite()
+        delta = th.where(finite, mean - self.running_mean, 0.0)
+        spread = th.where(finite, var - self.running_var, 0.0)
         self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
         self.running_mean.add_(share * delta)
         self.running_count.add_(len(features)).clamp_(max=self.horizon)
