@@ -22,6 +22,7 @@ from sb3_resnet.checks import choice, flag, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.finite import check_observations
 from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
+from sb3_resnet.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
 from sb3_resnet.precision import MixedPrecision, autocast
@@ -57,6 +58,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param input_std: own standard deviation, likewise
     :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
+    :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
+        is that of the whole batch, activations are kept for one slice and computed again for the others
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for unknown arguments and wrong types
@@ -82,6 +85,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         input_std: Sequence[float] | None = None,
         image_size: int | Sequence[int] | None = None,
         features_dim: int | None = None,
+        micro_batch_size: int | None = None,
         train_adapter: bool = False,
         **unknown: Any,
     ) -> None:
@@ -109,6 +113,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.encoder: FrozenEncoder | None = None
         self.precision: MixedPrecision | None = None
         self.pooling = pooling
+        self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self.norm_name = norm
         self.trains_adapter = train_adapter
         self.image_size = image_size
@@ -172,8 +177,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :return: float32 features ``(batch, features_dim)``
         """
         x = self.preprocess(observations)
-        with autocast(self.precision, x.device):
-            entries = self.frozen_part(x)
+        size = None if self.micro_batch_size is None else self.micro_batch_size * self._n_frames
+        with th.no_grad(), autocast(self.precision, x.device):
+            entries = in_slices(self.frozen_part, x, size)
         return self.live_part(entries)
 
     def scale_raw(self, observations: th.Tensor) -> th.Tensor:
@@ -209,12 +215,15 @@ class ResNetExtractor(BaseFeaturesExtractor):
         frozen = self.boundary.frozen_stages
         if len(frozen) < len(self.stages):
             with autocast(self.precision, entries.device):
-                x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(frozen) :])
-            entries = pooled_features(self.pooling, x).reshape(len(entries), -1)
+                entries = in_slices(self._live_trunk, entries, self.micro_batch_size)
             if self.precision is not None:
                 entries = self.precision.leave_trunk(entries, self)
         features: th.Tensor = self.projection(entries.float()).float()
         return features
+
+    def _live_trunk(self, entries: th.Tensor) -> th.Tensor:
+        x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(self.boundary.frozen_stages) :])
+        return pooled_features(self.pooling, x).reshape(len(entries), -1)
 
     def entries_of(self, x: th.Tensor) -> th.Tensor:
         """Bring the last frozen activations into the form that ``frozen_part`` returns."""
