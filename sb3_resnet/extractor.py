@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
+from sb3_resnet.augment import read_augment
 from sb3_resnet.checks import choice, flag, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.finite import check_observations
@@ -60,6 +61,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
     :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
         is that of the whole batch, activations are kept for one slice and computed again for the others
+    :param augment: change sampled images at random in training, never those acted upon: a list of names as
+        :func:`~sb3_resnet.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in 0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for unknown arguments and wrong types
@@ -86,6 +89,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         image_size: int | Sequence[int] | None = None,
         features_dim: int | None = None,
         micro_batch_size: int | None = None,
+        augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
         **unknown: Any,
     ) -> None:
@@ -113,6 +117,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.encoder: FrozenEncoder | None = None
         self.precision: MixedPrecision | None = None
         self.pooling = pooling
+        self.augmentation = read_augment(
+            augment, (height, width), frame_channels, quiet=weight_files.checkpoint_follows()
+        )
+        #: Whether observations come from a buffer, to be trained on. The target network's policy tells it.
+        self.sees_samples = False
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self.norm_name = norm
         self.trains_adapter = train_adapter
@@ -193,6 +202,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
             check_observations(x)
         if self._scale != 1.0:
             x = x * self._scale
+        if self.augmentation is not None and self.sees_samples:
+            x = self.augmentation(x)
         if self.image_size is not None and x.shape[-2:] != self.image_size:
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
         if self._per_frame:
@@ -250,7 +261,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
         SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
         """
-        self.training = mode
+        self.training = self.sees_samples = mode
         self.projection.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)
