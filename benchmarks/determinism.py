@@ -2,8 +2,8 @@
 What do deterministic algorithms cost?
 
 One process, arms interleaved: updates of DQN with a ResNet-18 on 84x84 frames, with and without
-``seed_everything(deterministic=True)``. CPU seconds of one thread; the result is the median of the ratios of the rounds.
-CUDA is not measured here: there the price is that of cuDNN's and cuBLAS's deterministic algorithms.
+``seed_everything(deterministic=True)``. CPU seconds of one thread; the result is the median of the rounds'
+ratios. CUDA is not measured here: there the price is that of cuDNN's and cuBLAS's deterministic algorithms.
 """
 
 from __future__ import annotations

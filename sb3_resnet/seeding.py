@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import random
 import warnings
-from typing import Any
 
 import numpy as np
 import torch as th
@@ -16,10 +15,11 @@ _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _LARGEST = 2**32 - 1  # NumPy's
 
 
-def seed_everything(seed: Any, deterministic: Any = True) -> int:
+def seed_everything(seed: int, deterministic: bool = True) -> int:
     """
-    Seed Python, NumPy and PyTorch (all devices), and choose deterministic algorithms. Call it first in a script, and give
-    the model its ``seed`` as well, which seeds environments and action space::
+    Seed Python, NumPy and PyTorch (all devices), and choose deterministic algorithms.
+
+    Call it first in a script, and give the model its ``seed`` as well, which seeds environments and action space::
 
         sb3_resnet.seed_everything(0)
         model = DQN("ResNetCnnPolicy", env, seed=0)
@@ -54,7 +54,7 @@ def _fix_cublas() -> None:
     if os.environ.get(_CUBLAS) in (":4096:8", ":16:8"):
         return
     os.environ[_CUBLAS] = ":4096:8"
-    if th.cuda.is_initialized():
+    if th.cuda.is_initialized():  # type: ignore[no-untyped-call]
         warnings.warn(
             f"CUDA is in use already and may not read {_CUBLAS} any more: call seed_everything first, or start Python "
             f"with {_CUBLAS}=:4096:8",

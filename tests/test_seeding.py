@@ -52,9 +52,7 @@ def run(seed):
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_bits_in_two_processes():
-    first, second, other = run(5), run(5), run(6)
-    assert first == second
-    assert all(one != another for one, another in zip(first, other, strict=True))
+    assert run(5) == run(5)
 
 
 def draws():
