@@ -5,6 +5,7 @@ from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
+from sb3_resnet.callbacks.nan_guard import NanGuardCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",
+    "NanGuardCallback",
     "UnfreezeCallback",
     "newest_checkpoint",
 ]

@@ -22,7 +22,7 @@ class RewardCheck:
 
     def __call__(self, model: BaseAlgorithm) -> None:
         """
-        :param model: an SB3 model, right before ``train()``
+        :param model: an SB3 model, right before ``train()``; one without a buffer has nothing to check
         :raises ValueError: if there is a NaN or an infinity among its rewards
         """
         buffer: Any = getattr(model, "replay_buffer", getattr(model, "rollout_buffer", None))
