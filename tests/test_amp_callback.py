@@ -23,6 +23,7 @@ from tests.test_unfreeze_callback import start
 
 LIVE = {"freeze_backbone": False}
 INF, NAN = float("inf"), float("nan")
+DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
 OPTIMIZERS = {
     "AdamW": {},
     "SGD": {"optimizer_kwargs": {"momentum": 0.9}},
@@ -70,7 +71,7 @@ def loss_of(model, policy, batch):
     """What DQN's and QR-DQN's ``train()`` compute, with autocast around the extractor."""
 
     def values(network, obs):
-        with th.autocast("cpu", th.float16):
+        with th.autocast(obs.device.type, th.float16):
             features = network.features_extractor(obs.float() / 255.0)
         return getattr(network, network._head)(features)
 
@@ -90,7 +91,7 @@ def loss_of(model, policy, batch):
 def loop_with_grad_scaler(model, plan, updates, **scaling):
     """The reference: what a user would write by hand, on the batches that ``train()`` is about to sample."""
     policy = copy.deepcopy(model.policy)
-    scaler = th.amp.GradScaler("cpu", **scaling)
+    scaler = th.amp.GradScaler(model.device.type, **scaling)
     update = poison(policy, plan)
     seen = []
     for n in range(updates):
@@ -107,10 +108,12 @@ def loop_with_grad_scaler(model, plan, updates, **scaling):
     return policy, seen
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("algorithm", "optimizer"), [*(("dqn", name) for name in OPTIMIZERS), ("qrdqn", "AdamW")])
-def test_invariant_12_float16_equals_a_loop_with_grad_scaler(algorithm, optimizer):
+def test_invariant_12_float16_equals_a_loop_with_grad_scaler(algorithm, optimizer, device, monkeypatch):
+    monkeypatch.setattr(th.backends.cudnn, "deterministic", True)
     policy_kwargs = {"optimizer_class": optimizer, **OPTIMIZERS[optimizer]}
-    model = small(algorithm, policy_kwargs=policy_kwargs, max_grad_norm=0.05)
+    model = small(algorithm, policy_kwargs=policy_kwargs, max_grad_norm=0.05, device=device)
     plan = {5: ("trunk", INF), 6: ("head", NAN), 9: ("head", -INF), 10: ("trunk", NAN)}
     scaling = {"init_scale": 2.0**20, "growth_interval": 2}
     np.random.seed(3)
