@@ -22,7 +22,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 
 import sb3_resnet
 
-BATCH = 32
+BATCH = 16
 RESULT = Path(__file__).parent / "results" / "determinism.json"
 
 

@@ -1,9 +1,8 @@
 """
-How much memory and time does ``micro_batch_size`` save and cost?
+How much memory does ``micro_batch_size`` save?
 
-One process an arm: build DQN with an unfrozen trunk, make one update with the arm's slice to warm up, then measure the
-peak of resident memory above what the process held before the next update (``VmHWM`` after ``clear_refs``, Linux only).
-Times are CPU seconds, medians over the updates that follow; with one thread a busy machine hardly changes them.
+One process an arm: build DQN with an unfrozen trunk, make one update with a batch of one to warm up, then measure the
+peak of resident memory above what the process held before the next update (``VmHWM`` after ``clear_refs``, Linux).
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +32,7 @@ def status(field: str) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
 
 
-def measure(backbone: str, size: int | None, updates: int) -> dict[str, float]:
+def measure(backbone: str, size: int | None, updates: int) -> float:
     """What one process does."""
     th.set_num_threads(1)
     extractor = {"backbone": backbone, "freeze_backbone": False, "micro_batch_size": size}
@@ -46,21 +44,17 @@ def measure(backbone: str, size: int | None, updates: int) -> dict[str, float]:
         images = rng.integers(0, 256, (2, 1, 4, 84, 84), dtype=np.uint8)
         model.replay_buffer.add(*images, rng.integers(0, 6, (1, 1)), rng.normal(size=1), np.zeros(1), [{}])
     model._setup_learn(1, None)
-    model.train(1, size or BATCH // 4)  # moments and gradients exist, and so do the buffers of the kernels
+    model.train(1, 1)  # moments and gradients exist, and so do the buffers of the kernels
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    times = []
-    for _ in range(updates):
-        start = time.process_time()
-        model.train(1, BATCH)
-        times.append(time.process_time() - start)
-    return {"peak_megabytes": (status("VmHWM") - before) / 1e6, "cpu_seconds": statistics.median(times)}
+    model.train(updates, BATCH)
+    return (status("VmHWM") - before) / 1e6
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--backbone", default="resnet18")
-    parser.add_argument("--updates", type=int, default=3)
+    parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3, help="processes an arm")
     parser.add_argument("--arm", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -68,22 +62,21 @@ def main() -> None:
         size = int(arguments.arm) or None
         print(json.dumps(measure(arguments.backbone, size, arguments.updates)))
         return
-    runs: dict[int, list[dict[str, float]]] = {size: [] for size in (0, BATCH // 2, BATCH // 4, BATCH // 8)}
-    for _ in range(arguments.repeats):  # interleaved: a slow minute of the machine hits all arms
+    runs: dict[int, list[float]] = {size: [] for size in (0, BATCH // 2, BATCH // 4, BATCH // 8)}
+    for _ in range(arguments.repeats):
         for size, done in runs.items():
             options = ["--backbone", arguments.backbone, "--updates", str(arguments.updates), "--arm", str(size)]
             output = subprocess.run([sys.executable, __file__, *options], capture_output=True, text=True, check=True)
             done.append(json.loads(output.stdout))
-    whole = {key: statistics.median(run[key] for run in runs[0]) for key in runs[0][0]}
+    whole = statistics.median(runs[0])
     arms = []
     for size, done in runs.items():
-        medians = {key: statistics.median(run[key] for run in done) for key in whole}
-        row = {"micro_batch_size": size or None, **{key: round(value, 3) for key, value in medians.items()}}
-        row |= {f"{key}_of_whole": round(medians[key] / whole[key], 3) for key in whole}
-        arms.append({**row, "runs": done})
+        peak = statistics.median(done)
+        row = {"micro_batch_size": size or None, "peak_megabytes": round(peak, 1), "of_whole": round(peak / whole, 3)}
+        arms.append({**row, "runs": [round(value, 1) for value in done]})
         print(row)
     result = {
-        "question": "peak resident memory above the resting one, and time, of one DQN update of an unfrozen trunk",
+        "question": "peak resident memory, above the resting one, of DQN updates of an unfrozen trunk",
         "backbone": arguments.backbone,
         "batch": BATCH,
         "observation": [4, 84, 84],
