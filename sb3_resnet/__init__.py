@@ -5,6 +5,7 @@ from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import param_group_summary
 from sb3_resnet.policies import ResNetCnnPolicy, register_policies
 from sb3_resnet.recipes import fine_tuning_callbacks
+from sb3_resnet.seeding import seed_everything
 
 __version__ = "0.1.0"
 
@@ -15,6 +16,7 @@ __all__ = [
     "newest_checkpoint",
     "param_group_summary",
     "register_policies",
+    "seed_everything",
 ]
 
 register_policies()

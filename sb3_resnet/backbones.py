@@ -8,6 +8,7 @@ from typing import Any
 
 import torch as th
 import torchvision.models as tvm
+from torch import distributed as dist
 from torch import nn
 
 from sb3_resnet.checks import choice, nearest
@@ -35,6 +36,18 @@ class FreezableBatchNorm2d(FreezableNorm, nn.BatchNorm2d):
 
 class FreezableSyncBatchNorm(FreezableNorm, nn.SyncBatchNorm):
     """SyncBatchNorm that uses its stored statistics until ``live`` is set; plain BatchNorm in a single process."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        # PyTorch's own refuses a CPU before it asks how many processes there are.
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if not self.training or processes == 1:
+            return nn.BatchNorm2d.forward(self, x)
+        if x.device.type == "cpu":
+            raise ValueError(
+                "norm='sync' synchronises statistics between processes on GPUs only: on CPUs write norm='frozen', or "
+                "norm='group' without pretrained weights"
+            )
+        return super().forward(x)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

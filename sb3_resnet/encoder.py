@@ -11,6 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.convolutions import fold_norms, from_raw_input, pack
+from sb3_resnet.finite import check_observations
 from sb3_resnet.precision import resolve_dtype
 
 if TYPE_CHECKING:
@@ -110,6 +111,8 @@ class FrozenEncoder:
     def _encode(self, observations: th.Tensor) -> th.Tensor:
         extractor = self.extractor
         if self._reads_raw:
+            if observations.is_floating_point():
+                check_observations(observations)
             x = extractor.as_images(observations)
         else:
             x = extractor.preprocess(extractor.scale_raw(observations))

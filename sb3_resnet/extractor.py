@@ -18,10 +18,14 @@ from torch.nn import functional as F
 
 from sb3_resnet import backbones
 from sb3_resnet import weights as weight_files
+from sb3_resnet.augment import read_augment
 from sb3_resnet.checks import choice, flag, integer, no_unknown
+from sb3_resnet.finite import check_observations
 from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
+from sb3_resnet.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
+from sb3_resnet.precision import MixedPrecision, autocast
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -54,6 +58,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param input_std: own standard deviation, likewise
     :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
+    :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
+        is that of the whole batch, activations are kept for one slice and computed again for the others
+    :param augment: change sampled images at random in training, never those acted upon: a list of names as
+        :func:`~sb3_resnet.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in 0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for unknown arguments and wrong types
@@ -79,6 +87,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         input_std: Sequence[float] | None = None,
         image_size: int | Sequence[int] | None = None,
         features_dim: int | None = None,
+        micro_batch_size: int | None = None,
+        augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
         **unknown: Any,
     ) -> None:
@@ -105,7 +115,14 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
         #: Encodes what is acted upon, while a FeatureCacheCallback is at work.
         self.actor: Any = None
+        self.precision: MixedPrecision | None = None
         self.pooling = pooling
+        self.augmentation = read_augment(
+            augment, (height, width), frame_channels, quiet=weight_files.checkpoint_follows()
+        )
+        #: Whether observations come from a buffer, to be trained on. The target network's policy tells it.
+        self.sees_samples = False
+        self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self.norm_name = norm
         self.trains_adapter = train_adapter
         self.image_size = image_size
@@ -170,7 +187,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
         """
-        return self.live_part(self.frozen_part(self.preprocess(observations)))
+        x = self.preprocess(observations)
+        size = None if self.micro_batch_size is None else self.micro_batch_size * self._n_frames
+        with th.no_grad(), autocast(self.precision, x.device):
+            entries = in_slices(self.frozen_part, x, size)
+        return self.live_part(entries)
 
     def scale_raw(self, observations: th.Tensor) -> th.Tensor:
         """:return: raw observations of the space as SB3 hands them to ``forward``: uint8 images divided by 255"""
@@ -179,8 +200,12 @@ class ResNetExtractor(BaseFeaturesExtractor):
     def preprocess(self, observations: th.Tensor) -> th.Tensor:
         """:return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``"""
         x = observations.float()
+        if not self._is_uint8:
+            check_observations(x)
         if self._scale != 1.0:
             x = x * self._scale
+        if self.augmentation is not None and self.sees_samples:
+            x = self.augmentation(x)
         if self.image_size is not None and x.shape[-2:] != self.image_size:
             x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
         return self.as_images(x).expand(-1, 3, -1, -1) if self._per_frame else x
@@ -218,10 +243,16 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
         frozen = self.boundary.frozen_stages
         if len(frozen) < len(self.stages):
-            x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(frozen) :])
-            entries = pooled_features(self.pooling, x).reshape(len(entries), -1)
+            with autocast(self.precision, entries.device):
+                entries = in_slices(self._live_trunk, entries, self.micro_batch_size)
+            if self.precision is not None:
+                entries = self.precision.leave_trunk(entries, self)
         features: th.Tensor = self.projection(entries.float()).float()
         return features
+
+    def _live_trunk(self, entries: th.Tensor) -> th.Tensor:
+        x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(self.boundary.frozen_stages) :])
+        return pooled_features(self.pooling, x).reshape(len(entries), -1)
 
     def entries_of(self, x: th.Tensor) -> th.Tensor:
         """Bring the last frozen activations into the form that ``frozen_part`` returns."""
@@ -248,7 +279,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
         SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
         """
-        self.training = mode
+        self.training = self.sees_samples = mode
         self.projection.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)

@@ -54,7 +54,10 @@ class FeatureStandardizer(nn.Module):
         """Merge the batch's moments into the running ones (Chan et al. 1983)."""
         share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
         variance, mean = th.var_mean(features, dim=0, unbiased=False)
-        delta, spread = mean - self.running_mean, variance - self.running_var
+        # An overflow in float16 costs one skipped update, not the statistics for ever.
+        finite = variance.isfinite()
+        delta = th.where(finite, mean - self.running_mean, 0.0)
+        spread = th.where(finite, variance - self.running_var, 0.0)
         self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
         self.running_mean.add_(share * delta)
         self.running_count.add_(len(features)).clamp_(max=self.horizon)

@@ -125,6 +125,15 @@ class ResNetPolicyMixin:
         for network in (self.online, self.target):
             network.features_extractor.set_freeze_boundary(stage, at_update)
 
+    def set_training_mode(self, mode: bool) -> None:
+        """
+        Switch the online network between acting and training.
+
+        The target network stays in eval mode, but what it sees meanwhile are sampled observations.
+        """
+        super().set_training_mode(mode)  # type: ignore[misc]  # SB3's policy is next in the MRO
+        self.target.features_extractor.sees_samples = mode
+
     def _build(self, lr_schedule: Schedule) -> None:
         lr = float(lr_schedule(1))
         ratios = lr_ratios(lr, self.lr_head, self.lr_backbone)

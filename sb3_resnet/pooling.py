@@ -19,8 +19,9 @@ def pooled_features(pooling: str, x: th.Tensor) -> th.Tensor:
     """
     :param pooling: one of :data:`POOLINGS`
     :param x: feature maps ``(batch, channels, h, w)``
-    :return: ``(batch, pooled_dim)``
+    :return: ``(batch, pooled_dim)`` in float32: rounding a mean to bfloat16 errs more than the values it is made of
     """
+    x = x.float()
     if pooling == "avg":
         return x.mean(dim=(2, 3))
     if pooling == "flatten":
@@ -31,7 +32,8 @@ def pooled_features(pooling: str, x: th.Tensor) -> th.Tensor:
 def _spatial_softmax(x: th.Tensor) -> th.Tensor:
     """Expected row and column of each channel's activation, in -1..1 (arXiv 1504.00702, temperature 1)."""
     height, width = x.shape[-2:]
-    probability = x.float().flatten(2).softmax(dim=-1).reshape(x.shape)
+    probability = x.flatten(2).softmax(dim=-1).reshape(x.shape)
     rows = th.linspace(-1.0, 1.0, height, device=x.device)
     columns = th.linspace(-1.0, 1.0, width, device=x.device)
-    return th.cat([probability.sum(3) @ rows, probability.sum(2) @ columns], dim=1)
+    # Not a matrix product, which autocast would compute in half precision.
+    return th.cat([(probability.sum(3) * rows).sum(2), (probability.sum(2) * columns).sum(2)], dim=1)

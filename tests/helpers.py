@@ -17,8 +17,18 @@ ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
 
 
 class _TinyResNet(ResNet):
+    thinner = 2
+
     def _make_layer(self, block, planes, blocks, stride=1, dilate=False):
-        return super()._make_layer(block, planes // 2, blocks, stride, dilate)
+        return super()._make_layer(block, planes // self.thinner, blocks, stride, dilate)
+
+
+class _MiniResNet(_TinyResNet):
+    thinner = 8
+
+    def __setattr__(self, name, value):
+        first = name == "inplanes" and not hasattr(self, "conv1")  # the stem's width, 64 in torchvision
+        super().__setattr__(name, value // self.thinner if first else value)
 
 
 def resnet_tiny(*, weights=None, progress=True, **kwargs):
@@ -28,7 +38,16 @@ def resnet_tiny(*, weights=None, progress=True, **kwargs):
     return resnet
 
 
-torchvision.models.resnet_tiny = torchvision.models.resnet.resnet_tiny = resnet_tiny
+def resnet_mini(*, weights=None, progress=True, **kwargs):
+    """Thinner still, for float16, which a CPU computes slowly."""
+    resnet = _MiniResNet(BasicBlock, [1, 1, 1, 1], **kwargs)
+    resnet.fc = th.nn.Linear(64, 1000)
+    return resnet
+
+
+for _builder in (resnet_tiny, resnet_mini):
+    for _module in (torchvision.models, torchvision.models.resnet):
+        setattr(_module, _builder.__name__, _builder)
 
 
 class TinyGame(gym.Env):

@@ -123,6 +123,15 @@ def test_it_acts_in_one_precision_when_that_falls_back(parts):
     assert th.equal(buffer.shared.entry(int(buffer.observations.numbers[0, 0])), entries[0])
 
 
+def test_nan_in_an_observation_is_named_before_it_is_encoded():
+    space = spaces.Box(0.0, 1.0, (4, 32, 32), np.float32)
+    extractor = ResNetExtractor(space, backbone="resnet_tiny")
+    buffer = FrameReplayBuffer(20, space, spaces.Discrete(3), "cpu")
+    actor = Actor(FrozenEncoder(extractor), buffer.shared)
+    with pytest.raises(ValueError, match="NaN or inf"):
+        actor.act(th.full((1, 4, 32, 32), float("nan")))
+
+
 def test_it_is_in_no_state_dict_copy_or_pickle(parts):
     extractor, _, _, actor = parts
     keys = extractor.state_dict().keys()

@@ -3,6 +3,7 @@
 import pytest
 import torch as th
 import torchvision.models as tvm
+from torch import distributed as dist
 from torch import nn
 
 from sb3_resnet import backbones
@@ -134,6 +135,27 @@ def test_live_sync_norm_is_batch_norm_in_a_single_process():
     sync.live = True
     th.testing.assert_close(sync.train()(x), batch.train()(x))
     th.testing.assert_close(sync.running_var, batch.running_var)
+
+
+@pytest.fixture
+def process_group():
+    """One process that has joined a group, as torchrun with a single worker does."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_live_sync_norm_is_batch_norm_in_a_group_of_one_process(process_group):
+    test_live_sync_norm_is_batch_norm_in_a_single_process()
+
+
+def test_live_sync_norm_says_that_several_processes_need_gpus(process_group, monkeypatch):
+    sync = backbones.FreezableSyncBatchNorm(3)
+    sync.live = True
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    with pytest.raises(ValueError, match="on GPUs only: on CPUs write norm='frozen', or norm='group'"):
+        sync.train()(images(5, 5))
+    sync.eval()(images(5, 5))
 
 
 @pytest.mark.parametrize(

@@ -179,6 +179,7 @@ def test_invariant_10_what_would_not_be_exact_is_refused_with_the_reason():
 
     attempt("train_adapter=True changes", extractor={"train_adapter": True})
     attempt("norm='batch' makes an entry depend", extractor={"norm": "batch"})
+    attempt("norm='sync' makes an entry depend", extractor={"norm": "sync"})
     normalized = VecNormalize(make_vec_env(TinyGame), norm_obs=True)
     normalized.observation_space = TinyGame().observation_space  # with its own, the extractor refuses it already
     attempt("write norm_obs=False", env=normalized)

@@ -1,16 +1,20 @@
 """Callbacks, one a file; their arguments are plain YAML values."""
 
+from sb3_resnet.callbacks.amp import AMPCallback
 from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_checkpoint
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
+from sb3_resnet.callbacks.nan_guard import NanGuardCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 
 __all__ = [
+    "AMPCallback",
     "BestCheckpointCallback",
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",
+    "NanGuardCallback",
     "UnfreezeCallback",
     "newest_checkpoint",
 ]

@@ -26,12 +26,13 @@ class UpdateHook:
         self._act = act
         self._handle: th.utils.hooks.RemovableHandle | None = None
 
-    def attach(self, model: BaseAlgorithm, n: int = 0) -> None:
+    def attach(self, model: BaseAlgorithm, n: int = 0, first: bool = False) -> None:
         """
         Start at the optimizer of the model.
 
         :param model: an SB3 model
         :param n: where to start if the model has no such counter
+        :param first: act before all that act on the optimizer's step so far
         :raises ValueError: if the policy has not exactly one optimizer
         """
         optimizer = optimizer_of(model)
@@ -46,6 +47,8 @@ class UpdateHook:
             if isinstance(other, UpdateHook) and type(getattr(other._act, "__self__", None)) is type(owner):
                 del hooks[key]
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+        if first:
+            hooks.move_to_end(self._handle.id, last=False)  # type: ignore[attr-defined]  # an OrderedDict
 
     def follow(self, model: BaseAlgorithm) -> None:
         """Take over the model's counter where it counts gradient updates; it is saved and never reset."""

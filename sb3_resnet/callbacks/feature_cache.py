@@ -103,8 +103,15 @@ class FeatureCacheCallback(BaseCallback):
             raise ValueError(
                 "train_adapter=True changes what every entry was made with, at each update: write train_adapter=False"
             )
-        if extractor.norm_name == "batch":
-            raise ValueError("norm='batch' makes an entry depend on the batch it was made in: write norm='frozen'")
+        if extractor.norm_name in ("batch", "sync"):
+            raise ValueError(
+                f"norm={extractor.norm_name!r} makes an entry depend on the batch it was made in: write norm='frozen'"
+            )
+        if extractor.augmentation is not None:
+            raise ValueError(
+                "augment changes an observation each time it is sampled, so no entry would be exact: leave augment "
+                "out, or train without FeatureCacheCallback"
+            )
         same = zip(frozen_tensors(extractor), frozen_tensors(policy.target.features_extractor), strict=True)
         # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
         if not all(th.allclose(mine, other, rtol=1e-4, atol=1e-5) for mine, other in same):

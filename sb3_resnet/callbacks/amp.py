@@ -1,0 +1,116 @@
+"""Mixed precision under Stable-Baselines3's own ``train()``."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_resnet.callbacks._rewards import RewardCheck
+from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
+from sb3_resnet.checks import choice, no_unknown
+from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.optim import recall, remember
+from sb3_resnet.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
+
+_STATE = "amp"  # key of our state in the optimizer's groups, where it is saved
+_log = logging.getLogger("sb3_resnet")
+
+
+class AMPCallback(BaseCallback):
+    """
+    Run the trunk in reduced precision; features, head, targets, loss and optimizer stay in float32.
+
+    float16 uses dynamic loss scaling with the rules and defaults of ``torch.amp.GradScaler``: SB3 clips unscaled
+    gradients, an update with NaN or infinity in its gradient is skipped and counted (``train/amp_skipped``), the scale
+    (``train/amp_scale``) backs off and grows. A skipped update counts as one for learning-rate schedules. The scale is
+    saved with the model; a resumed run goes on with it. For DQN and QR-DQN, and for PPO and A2C with a
+    :class:`~sb3_resnet.extractor.ResNetExtractor`. Example::
+
+        AMPCallback(dtype="auto")
+
+    :param dtype: ``"auto"``: bfloat16 where the device has it in hardware, float16 on older GPUs, float32 elsewhere;
+        or one of these
+    :param verbose: 1 to print what was chosen (it is logged in any case); 0 for silence
+    :param init_scale: float16: the first scale (default 65536, this and the following as GradScaler's)
+    :param growth_factor: float16: factor of the scale after ``growth_interval`` updates in a row (default 2)
+    :param backoff_factor: float16: factor of the scale after a skipped update (default 0.5)
+    :param growth_interval: float16: gradient updates (default 2000)
+    :raises ValueError: for values that cannot work; in training, for NaN or infinity in rewards, and where no scale
+        helps any more
+    :raises TypeError: for unknown arguments, and at the start of training for a policy without a ResNetExtractor
+    """
+
+    def __init__(self, dtype: str = "auto", verbose: int = 1, **scaling: Any) -> None:
+        super().__init__(verbose)
+        names = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
+        no_unknown("AMPCallback", scaling, ("dtype", "verbose", *names))
+        self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
+        LossScaler(**scaling)  # wrong values are an error now
+        self._scaling = scaling
+        self._scaler: LossScaler | None = None
+        self._precision: MixedPrecision | None = None
+        self._rewards = RewardCheck()
+        self._updates = UpdateHook(self._before_step)
+
+    def _on_training_start(self) -> None:
+        extractors = self._extractors()
+        if not extractors:
+            raise TypeError(
+                f"AMPCallback needs ResNetCnnPolicy or features_extractor_class=ResNetExtractor, but "
+                f"{type(self.model.policy).__name__} has no ResNetExtractor"
+            )
+        optimizer = optimizer_of(self.model)
+        dtype = resolve_dtype(self.dtype, self.model.device)
+        name = str(dtype).removeprefix("torch.")
+        self._scaler = None
+        if name == "float16":
+            self._scaler = LossScaler(**self._scaling)
+            self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
+        self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler)
+        self._lend(self._precision)
+        self._updates.attach(self.model, first=True)
+        self._rewards(self.model)
+        scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
+        line = f"AMP: the trunk computes in {name} on {self.model.device.type}{scale} (dtype={self.dtype!r})"
+        _log.info(line)
+        if self.verbose:
+            print(line)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._rewards(self.model)
+        self._record()
+
+    def _on_training_end(self) -> None:
+        """From here on the model computes as without this callback."""
+        self._updates.detach()
+        self._lend(None)
+
+    def _before_step(self, n: int) -> None:
+        if self._scaler is None:
+            return
+        optimizer = optimizer_of(self.model)
+        try:
+            self._scaler.before_step(optimizer)
+        finally:
+            remember(optimizer, _STATE, self._scaler.state)
+            self._record()
+
+    def _record(self) -> None:
+        if self._scaler is not None:
+            values = {"train/amp_skipped": float(self._scaler.skipped), "train/amp_scale": self._scaler.scale}
+            record(self.model, values)
+
+    def _extractors(self) -> list[ResNetExtractor]:
+        """Online and target network's; PPO's may be shared or two."""
+        return [module for module in self.model.policy.modules() if isinstance(module, ResNetExtractor)]
+
+    def _lend(self, precision: MixedPrecision | None) -> None:
+        for extractor in self._extractors():
+            if extractor.precision is not None:
+                extractor.precision.release()
+            extractor.precision = precision

@@ -1,0 +1,40 @@
+"""Stop before NaN or infinite rewards are trained on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_resnet.callbacks._rewards import RewardCheck
+from sb3_resnet.checks import no_unknown
+
+
+class NanGuardCallback(BaseCallback):
+    """
+    Check new rewards before each ``train()``; a NaN or an infinity among them is an error that says where it is.
+
+    ``ResNetCnnPolicy`` itself refuses NaN in gradients, and :class:`~sb3_resnet.extractor.ResNetExtractor` in float
+    observations. Infinite rewards show in neither: DQN's Huber loss makes a gradient of 1 of them. ``AMPCallback``
+    checks rewards too. Works with every SB3 algorithm that has a buffer. Example::
+
+        NanGuardCallback()
+
+    :param verbose: SB3's verbosity
+    :raises ValueError: in training, for NaN or infinity in rewards
+    :raises TypeError: for unknown arguments
+    """
+
+    def __init__(self, verbose: int = 0, **unknown: Any) -> None:
+        super().__init__(verbose)
+        no_unknown("NanGuardCallback", unknown, ("verbose",))
+        self._rewards = RewardCheck()
+
+    def _on_training_start(self) -> None:
+        self._rewards(self.model)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._rewards(self.model)
