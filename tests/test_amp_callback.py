@@ -59,7 +59,7 @@ def poison(policy, plan):
         part, value = plan.get(update[0], (None, None))
         if part == where:
             gradient = gradient.clone()
-            gradient.view(-1)[0] = value
+            gradient[(0,) * gradient.ndim] = value
         return gradient
 
     for where, parameter in parameters.items():
