@@ -1,0 +1,141 @@
+"""The subcommands of ``sb3-resnet``: arguments, one-line errors and exit statuses; the work is in ``tools``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from sb3_resnet.tools.extras import import_extra
+from sb3_resnet.tools.loading import one_line
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables cut option names off where the terminal is narrow
+    help="Look at sb3_resnet's runs: before, while and after they train. Exit status 1 means that something is wrong.",
+)
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL.zip", help="a model saved by DQN, QRDQN, PPO or A2C")]
+EnvId = Annotated[str, typer.Option("--env", metavar="ID", help="environment of gymnasium's registry")]
+Packages = Annotated[
+    list[str] | None, typer.Option("--gym-packages", metavar="NAME", help="package that registers environments; repeat")
+]
+Wrapper = Annotated[
+    str | None, typer.Option(metavar="PATH", help="class that wraps the environment: package.module.Class")
+]
+Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
+
+
+@app.callback()
+def options(
+    context: typer.Context,
+    svg: Annotated[Path | None, typer.Option(metavar="FILE", help="also save what is printed as a picture")] = None,
+) -> None:
+    """Options of all commands."""
+    console = Console(record=svg is not None, width=None if svg is None else 110)
+    context.obj = console
+    if svg is not None:
+        title = f"sb3-resnet {context.invoked_subcommand}"
+        context.call_on_close(lambda: console.save_svg(str(svg), title=title))
+
+
+def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
+    """End a command with its error in one line, and exit status 1."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            typer.echo(f"Error: {one_line(error)}", err=True)
+            raise typer.Exit(1) from None
+
+    return run
+
+
+@app.command(short_help="Parameter groups of a saved model.")
+@one_line_errors
+def groups(context: typer.Context, model: Model) -> None:
+    """What each optimizer group of a saved model trains, and how fast."""
+    from sb3_resnet.optim import param_group_summary
+    from sb3_resnet.tools.loading import load_model
+    from sb3_resnet.tools.show import show_groups
+
+    show_groups(context.obj, param_group_summary(load_model(model), show=False))
+
+
+@app.command(short_help="Before a run: what is set up wrong, memory, time.")
+@one_line_errors
+def check(
+    context: typer.Context,
+    env: EnvId,
+    conf_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="RL-Zoo's YAML; without one, the options below and defaults")
+    ] = None,
+    algo: Annotated[str, typer.Option(metavar="NAME", help="name of the algorithm, as for RL-Zoo")] = "dqn",
+    n_timesteps: Annotated[
+        int, typer.Option("--n-timesteps", "-n", metavar="N", help="steps of the run; 0: the YAML's, else a million")
+    ] = 0,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="torchvision ResNet, such as resnet50")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="observations of an update")] = None,
+    buffer_size: Annotated[int | None, typer.Option(metavar="N", help="transitions in replay memory")] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="RATE", help="of the head")] = None,
+    param: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the algorithm; repeat")
+    ] = None,
+    policy_kwarg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the policy; repeat")
+    ] = None,
+    extractor_kwarg: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of ResNetExtractor; repeat")
+    ] = None,
+    n_envs: Annotated[int, typer.Option(metavar="N", help="environments side by side (without a YAML)")] = 1,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="memory that the run may take; default: what is free now")
+    ] = None,
+    device: Device = "auto",
+    strict: Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")] = False,
+) -> None:
+    """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
+    from sb3_resnet.tools import envs, setups
+    from sb3_resnet.tools.check import check as run_check
+    from sb3_resnet.tools.show import show_report
+
+    given = {"batch_size": batch_size, "buffer_size": buffer_size, "learning_rate": learning_rate}
+    arguments = setups.Arguments(
+        {**_pairs("--param", param), **{key: value for key, value in given.items() if value is not None}},
+        _pairs("--policy-kwarg", policy_kwarg),
+        {**_pairs("--extractor-kwarg", extractor_kwarg), **({} if backbone is None else {"backbone": backbone})},
+    )
+    envs.import_packages(gym_packages or [])
+    if conf_file is not None:
+        setups.read_sections(conf_file)  # a wrong file is no finding about a run
+
+    def build() -> setups.Setup:
+        if conf_file is None:
+            return setups.from_arguments(env, algo, arguments, n_timesteps, device, n_envs, wrapper)
+        return setups.from_zoo(conf_file, env, algo, arguments, n_timesteps, device)
+
+    report = run_check(build, None if memory is None else int(memory * 1e9))
+    show_report(context.obj, report)
+    if report.failed or (strict and report.findings):
+        raise typer.Exit(1)
+
+
+def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """Read KEY=VALUE, the value as YAML."""
+    pairs = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} takes KEY=VALUE, got {text!r}")
+        pairs[key.strip()] = import_extra("yaml").safe_load(value)
+    return pairs

@@ -1,0 +1,73 @@
+"""Findings and tables on the terminal, by rich."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sb3_resnet.diagnosis import Finding
+from sb3_resnet.tools.check import Report, gigabytes
+
+_STYLES = {"error": "bold red", "warning": "yellow"}
+
+
+def show_report(console: Console, report: Report) -> None:
+    """Print what a check found, findings last."""
+    for title, rows in (("Model", report.model), ("Shapes of a batch", report.shapes), ("Speed", report.speed)):
+        if rows:
+            show_pairs(console, title, [(name, str(value)) for name, value in rows])
+    if report.memory:
+        show_pairs(console, "Memory", [(name, gigabytes(count)) for name, count in report.memory])
+    if report.groups:
+        show_groups(console, report.groups)
+    show_findings(console, report.findings)
+
+
+def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print :func:`~sb3_resnet.optim.param_group_summary`'s rows."""
+    table = Table(title="Parameter groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("group", no_wrap=True)
+    for name in ("lr", "weight decay", "parameters", "trainable"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in rows:
+        counts = (f"{row['parameters']:,}", f"{row['trainable_parameters']:,}")
+        style = "" if row["trainable_parameters"] else "dim"
+        table.add_row(row["name"], f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}", *counts, style=style)
+    total = [f"{sum(row[key] for row in rows):,}" for key in ("parameters", "trainable_parameters")]
+    table.add_section()
+    table.add_row("all", "", "", *total)
+    console.print(table)
+
+
+def show_pairs(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """Print one line a finding, errors first; a terminal may wrap it."""
+    for finding in sorted(findings, key=lambda finding: finding.severity != "error"):
+        parts = [finding.seen, finding.why, f"Change: {finding.change}." if finding.change else ""]
+        style = _STYLES.get(finding.severity, "")
+        text = Text.assemble((f"{finding.severity} ", style), (f"{finding.code}: ", "bold"))
+        text.append(" ".join(part for part in parts if part))
+        console.print(text, soft_wrap=not console.record)
+    errors = sum(finding.severity == "error" for finding in findings)
+    if not findings:
+        console.print(Text("Nothing is wrong.", style="bold green"))
+    else:
+        console.print(f"{_count(errors, 'error')}, {_count(len(findings) - errors, 'warning')}", highlight=False)
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
