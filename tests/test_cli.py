@@ -160,8 +160,12 @@ CATCHES = {
     "continuous actions": (["--env", "CarRacing-v3"], 1, "error setup: "),
     "frozen at random": (["--extractor-kwarg", "freeze_backbone=true"], 0, "warning frozen_random_backbone: "),
     "frozen, strictly": (["--extractor-kwarg", "freeze_backbone=true", "--strict"], 1, "frozen_random_backbone: "),
-    "buffer": (["--buffer-size", 10**9, "--memory", 20], 1, "error buffer_memory: the replay buffer of 1,000,000,000"),
-    "rates": (["--policy-kwarg", "lr_backbone=1e-2"], 1, "error lr_order: lr_backbone=0.01 is above the head's 0.0001"),
+    "buffer": (["--buffer-size", 10**9, "--memory", 20], 1, "error buffer_memory: The replay buffer of 1,000,000,000"),
+    "rates": (
+        ["--policy-kwarg", "lr_backbone=1e-2"],
+        1,
+        "error lr_order: The backbone's learning rate is 100 times the head's.",
+    ),
     "unknown game": (["--env", "Pongg-v5"], 1, "error setup: Pongg-v5 is not registered"),
     "unknown backbone": (["--backbone", "resnet19"], 1, "did you mean 'resnet18'?"),
     "unknown argument": (["--param", "batchsize=3"], 1, "error setup: "),
@@ -182,7 +186,7 @@ def test_check_catches_a_batch_below_the_micro_batch(monkeypatch):
     monkeypatch.setattr("sb3_resnet.extractor.ResNetExtractor.micro_batch_size", 16, raising=False)
     status, text, _ = run("check", *HEALTHY)
     assert status == 1
-    assert "error micro_batch: batch_size=8 is smaller than micro_batch_size=16." in text
+    assert "error micro_batch: batch_size is 8 and micro_batch_size 16." in text
 
 
 def test_check_names_the_extra_of_atari(monkeypatch):
@@ -227,14 +231,14 @@ def test_check_reads_rl_zoos_yaml_and_leaves_nothing_behind(tmp_path, monkeypatc
     options = ["check", "--env", TINY, "--conf-file", "zoo.yml", "--memory", 4]
     status, text, _ = run(*options)
     # 2 observations of 4096 bytes, an action of 8, and three numbers of 4, each a million times
-    assert "the replay buffer of 1,000,000 transitions takes 8.2 GB." in text
+    assert "The replay buffer of 1,000,000 transitions takes 8.2 GB." in text
     assert "UnfreezeCallback" in text
     assert "frozen_random_backbone" not in text
     assert status == 1
-    status, text, _ = run(*options, "--buffer-size", 1000, "--extractor-kwarg", "pooling=flatten", "-n", 77)
+    status, text, _ = run(*options, "--buffer-size", 1000, "--extractor-kwarg", "pooling=flatten", "-n", 777)
     assert status == 0
     assert "(flatten)" in text
-    assert "77" in text
+    assert "777" in text
     assert [path.name for path in tmp_path.iterdir()] == ["zoo.yml"]
 
 

@@ -10,11 +10,13 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.diagnosis import Finding
+from sb3_resnet.diagnosis import static_findings
+from sb3_resnet.finding import Finding
 from sb3_resnet.frames import Array
-from sb3_resnet.optim import is_part, param_group_summary
+from sb3_resnet.memory import available_bytes
+from sb3_resnet.optim import param_group_summary
 from sb3_resnet.pooling import pooled_features
-from sb3_resnet.tools import memory, trial
+from sb3_resnet.tools import sizes, trial
 from sb3_resnet.tools.loading import extractor_of, one_line
 from sb3_resnet.tools.network import ScoreNetwork
 from sb3_resnet.tools.setups import Setup
@@ -62,17 +64,17 @@ def check(build: Callable[[], Setup], available: int | None = None) -> Report:
     except Exception as error:  # of the environment, RL-Zoo, the policy or the algorithm: whatever stops a run
         report.findings.append(Finding("setup", one_line(error), "", "", "error"))
         return report
-    available = memory.available_bytes() if available is None else available
+    available = available_bytes() if available is None else available
     try:
         _inspect(report, setup, available)
     except Exception as error:  # of a forward or backward pass, such as a GPU without memory for the batch
-        report.findings.append(Finding("trial", one_line(error), "a trial update failed", "", "error"))
+        report.findings.append(Finding("trial", one_line(error), "So a trial update failed.", "", "error"))
     finally:
         setup.model.get_env().close()
     return report
 
 
-def _inspect(report: Report, setup: Setup, available: int) -> None:
+def _inspect(report: Report, setup: Setup, available: int | None) -> None:
     model = setup.model
     extractor = extractor_of(model)
     report.model = _describe(setup, extractor)
@@ -91,53 +93,31 @@ def _inspect(report: Report, setup: Setup, available: int) -> None:
 
 
 def settings_findings(setup: Setup) -> list[Finding]:
-    """:return: what is wrong with the settings themselves"""
-    model, extractor = setup.model, extractor_of(setup.model)
-    found = []
-    arguments = model.policy_kwargs.get("features_extractor_kwargs") or {}
-    pretrained = arguments.get("pretrained") or arguments.get("weights")
-    if extractor.freeze_boundary is None and not pretrained and "UnfreezeCallback" not in setup.callback_names:
-        seen = "the backbone is frozen with random weights."
-        why = "The head has little to learn from."
-        change = "pretrained=True, weights=PATH, freeze_backbone=False or an UnfreezeCallback"
-        found.append(Finding("frozen_random_backbone", seen, why, change))
-    head, backbone = _rate(model, "head"), _rate(model, "backbone")
-    if head is not None and backbone is not None and backbone > head:
-        seen = f"lr_backbone={backbone:g} is above the head's {head:g}."
-        why = "The backbone would change faster than the head can follow."
-        change = f"lr_backbone={head / 10:g}, a tenth of the head's"
-        found.append(Finding("lr_order", seen, why, change, "error"))
-    micro, batch = getattr(extractor, "micro_batch_size", None), trial.batch_size_of(model)
-    if micro is not None and batch < micro:
-        seen = f"batch_size={batch} is smaller than micro_batch_size={micro}."
-        why = "A batch that is never divided saves no memory."
-        change = f"micro_batch_size={max(1, batch // 2)}, or leave it out"
-        found.append(Finding("micro_batch", seen, why, change, "error"))
-    return found
+    """:return: what can be seen without training; of the model's small buffer nothing can be said"""
+    found = static_findings(setup.model, setup.total_timesteps)
+    later = {"frozen_random_backbone"} if "UnfreezeCallback" in setup.callback_names else set()
+    return [finding for finding in found if finding.code not in {"buffer_memory", *later}]
 
 
 def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     """:return: what of replay and cache does not fit; ``needed`` is ``Report.memory``"""
+    if "available" not in needed or setup.buffer_size is None:
+        return []
     ours = issubclass(setup.model.replay_buffer_class, FrameReplayBuffer)
-    available = needed["available"]
-    buffer, cache = needed["FrameReplayBuffer" if ours else "ReplayBuffer"], needed.get("feature cache", 0)
-    assert setup.buffer_size is not None
+    available, frames = needed["available"], needed["FrameReplayBuffer"]
+    buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
+    why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
     if buffer > available:
-        fits = int(setup.buffer_size * 0.9 * available / buffer)
-        seen = f"the replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
-        why = f"Only {gigabytes(available)} are available."
-        change = f"buffer_size={_round_down(fits)}"
-        if not ours and needed["FrameReplayBuffer"] < available:
-            change += (
-                ", or replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer, which takes about "
-                f"{gigabytes(needed['FrameReplayBuffer'])}"
-            )
-        return [Finding("buffer_memory", seen, why, change, "error")]
+        seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
+        change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
+        if not ours and frames < available:
+            name = "sb3_resnet.buffers.FrameReplayBuffer"
+            change += f", or replay_buffer_class={name}, which takes about {gigabytes(frames)}"
+        return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
     if "FeatureCacheCallback" in setup.callback_names and buffer + cache > available:
-        room = max(available - buffer, 0)
-        seen = f"replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
-        why = f"Only {gigabytes(available)} are available."
-        return [Finding("cache_memory", seen, why, f"FeatureCacheCallback(max_bytes={int(0.9 * room)})")]
+        seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
+        change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
+        return [Finding("cache_memory", seen, why, change)]
     return []
 
 
@@ -147,12 +127,12 @@ def gradient_findings(model: Any) -> list[Finding]:
     online = {name: parameter for name, parameter in trains.items() if "_target" not in name}
     broken = [name for name, value in online.items() if value.grad is not None and not value.grad.isfinite().all()]
     if broken:
-        seen = f"the gradient of {broken[0]} and {len(broken) - 1} others is not finite after some updates."
-        return [Finding("gradients", seen, "The weights become NaN.", "a smaller learning_rate", "error")]
+        seen = f"The gradient of {broken[0]} and {len(broken) - 1} others is not finite after some updates."
+        return [Finding("gradients", seen, "The weights become NaN.", "Write a smaller learning_rate.", "error")]
     silent = [name for name, parameter in online.items() if parameter.grad is None]
     if silent:
-        seen = f"no gradient reaches {silent[0]} and {len(silent) - 1} other trainable parameters."
-        return [Finding("gradients", seen, "They stay as they are.", "the freeze boundary, or the network", "error")]
+        seen = f"No gradient reaches {silent[0]} and {len(silent) - 1} other trainable parameters."
+        return [Finding("gradients", seen, "They stay as they are.", "Freeze them, or look at the network.", "error")]
     return []
 
 
@@ -178,18 +158,18 @@ def _describe(setup: Setup, extractor: Any) -> list[tuple[str, str]]:
     return [*lines, ("callbacks", ", ".join(names))] if names else lines
 
 
-def _memory(setup: Setup, extractor: Any, played: Array, available: int) -> list[tuple[str, int]]:
+def _memory(setup: Setup, extractor: Any, played: Array, available: int | None) -> list[tuple[str, int]]:
     model, size = setup.model, setup.buffer_size
     assert size is not None
     flat = played.reshape(-1, *played.shape[2:])
     rows = [
-        ("ReplayBuffer", memory.stock_buffer_bytes(model, size)),
-        ("FrameReplayBuffer", memory.frame_buffer_bytes(model, size, played)),
+        ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
+        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, played)),
     ]
-    entries = memory.cache_bytes(model, extractor, flat, min(size, setup.total_timesteps))
+    entries = sizes.cache_bytes(model, extractor, flat, min(size, setup.total_timesteps))
     if entries is not None:
         rows.append(("feature cache", entries))
-    return [*rows, ("available", available)]
+    return rows if available is None else [*rows, ("available", available)]
 
 
 def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[int, ...]]]:
@@ -229,12 +209,6 @@ def _speed(speed: trial.Speed, total_timesteps: int) -> list[tuple[str, str]]:
 
 def _name_of(model: Any) -> str:
     return str((model.policy_kwargs.get("features_extractor_kwargs") or {}).get("backbone", "resnet18"))
-
-
-def _rate(model: Any, part: str) -> float | None:
-    """The highest learning rate of a part; without parts, as in PPO, there is none."""
-    rates = [float(group["lr"]) for group in model.policy.optimizer.param_groups if is_part(group, part)]
-    return max(rates, default=None)
 
 
 def _round_down(count: int) -> int:

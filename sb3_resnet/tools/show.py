@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sb3_resnet.diagnosis import Finding
+from sb3_resnet.finding import Finding
 from sb3_resnet.tools.check import Report, gigabytes
 
 _STYLES = {"error": "bold red", "warning": "yellow"}
@@ -57,7 +57,7 @@ def show_pairs(console: Console, title: str, rows: Iterable[tuple[str, str]]) ->
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
     """Print one line a finding, errors first; a terminal may wrap it."""
     for finding in sorted(findings, key=lambda finding: finding.severity != "error"):
-        parts = [finding.seen, finding.why, f"Change: {finding.change}." if finding.change else ""]
+        parts = [finding.seen, finding.why, finding.change]
         style = _STYLES.get(finding.severity, "")
         text = Text.assemble((f"{finding.severity} ", style), (f"{finding.code}: ", "bold"))
         text.append(" ".join(part for part in parts if part))

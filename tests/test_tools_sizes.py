@@ -6,7 +6,7 @@ from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.tools import memory, trial
+from sb3_resnet.tools import sizes, trial
 from tests.helpers import TinyGame, fill, make_model
 
 
@@ -17,7 +17,7 @@ def test_stock_buffer_is_exact(optimize, n_envs):
     env = make_vec_env(TinyGame, n_envs)
     model = make_model(env=env, buffer_size=100, optimize_memory_usage=optimize, **options)
     arrays = [value for value in vars(model.replay_buffer).values() if isinstance(value, np.ndarray)]
-    assert memory.stock_buffer_bytes(model, 100) == sum(array.nbytes for array in arrays)
+    assert sizes.stock_buffer_bytes(model, 100) == sum(array.nbytes for array in arrays)
 
 
 @pytest.mark.parametrize("length", [13, 200])
@@ -27,8 +27,8 @@ def test_frame_buffer_is_close(length):
     store = model.replay_buffer.shared.store
     used = store.n_planes * (32 * 32 + 4) + len(store) * (4 * 8 + 4)
     used += 400 * (8 + 12) + sum(getattr(model.replay_buffer, name).numbers.nbytes for name in ("observations",) * 2)
-    assert memory.frame_buffer_bytes(model, 400, played[:200]) == pytest.approx(used, rel=0.05)
-    assert memory.stock_buffer_bytes(model, 400) > 4 * used
+    assert sizes.frame_buffer_bytes(model, 400, played[:200]) == pytest.approx(used, rel=0.05)
+    assert sizes.stock_buffer_bytes(model, 400) > 4 * used
     assert seconds > 0
 
 
@@ -46,14 +46,10 @@ def test_cache_is_exact(boundary):
     entry = cache.get(np.arange(2), store)
     observations = store.pixels(np.arange(2))
     expected = 50 * entry[0].numel() * entry.element_size()
-    assert memory.cache_bytes(model, extractor, observations, 50) == expected
+    assert sizes.cache_bytes(model, extractor, observations, 50) == expected
 
 
 def test_nothing_frozen_means_nothing_cached():
     model = make_model(extractor={"freeze_backbone": False})
     observations = np.zeros((1, 4, 32, 32), np.uint8)
-    assert memory.cache_bytes(model, model.policy.online.features_extractor, observations, 50) is None
-
-
-def test_available_is_a_number_of_bytes():
-    assert 1e7 < memory.available_bytes() < 1e14
+    assert sizes.cache_bytes(model, model.policy.online.features_extractor, observations, 50) is None

@@ -11,15 +11,9 @@ from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.frames import Array, ObservationStore
-from sb3_resnet.tools.extras import import_extra
 
 _NUMBER = 8  # bytes of the number by which a column, a stack or a plane is found
 _COUNT = 4  # bytes of a reference count
-
-
-def available_bytes() -> int:
-    """:return: memory that this machine can give without swapping"""
-    return int(import_extra("psutil").virtual_memory().available)
 
 
 def stock_buffer_bytes(model: Any, buffer_size: int) -> int:
