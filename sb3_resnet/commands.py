@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,99 @@ def check(
     show_report(context.obj, report)
     if report.failed or (strict and report.findings):
         raise typer.Exit(1)
+
+
+@app.command(short_help="What the agent looks at: heat maps over an episode.")
+@one_line_errors
+def explain(
+    context: typer.Context,
+    model: Model,
+    env: EnvId,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where sheet.png and episode.mp4 go")
+    ] = Path("explain"),
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="gradcam: places that raise the score; saliency: pixels that change it")
+    ] = "gradcam",
+    layer: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="of Grad-CAM; default: the highest whose map has 5 pixels a side"),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="steps to play, at most one episode")] = 500,
+    frames: Annotated[int, typer.Option(metavar="N", help="moments on the sheet")] = 12,
+    gif: Annotated[bool, typer.Option("--gif", help="episode.gif instead of episode.mp4")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="of the environment")] = 0,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    device: Device = "auto",
+) -> None:
+    """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
+    from sb3_resnet.checks import integer
+    from sb3_resnet.tools import envs, pictures
+    from sb3_resnet.tools.explain import default_layer, heat_maps, play_greedily
+    from sb3_resnet.tools.loading import load_model
+
+    steps, frames = integer("--steps", steps, 1), integer("--frames", frames, 1)
+    envs.import_packages(gym_packages or [])
+    agent = load_model(model, device)
+    layer = layer or default_layer(agent)
+    with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
+        episode = play_greedily(agent, game, steps)
+    heat = heat_maps(agent, episode.observations, episode.actions, method, layer)
+    output.mkdir(parents=True, exist_ok=True)
+    how = f"Grad-CAM at {layer}" if method == "gradcam" else "saliency"
+    picture = pictures.sheet(episode, heat, frames, f"{env}: {how} of the greedy action's score")
+    picture.save(output / "sheet.png", optimize=True)
+    video = output / f"episode.{'gif' if gif else 'mp4'}"
+    pictures.write_video(video, episode, heat)
+    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps"
+    context.obj.print(f"{output / 'sheet.png'} and {video}: {returned}", highlight=False, soft_wrap=True)
+
+
+@app.command(short_help="ONNX of preprocessing and network, verified.")
+@one_line_errors
+def export(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.onnx", help="default: beside the model")
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option(metavar="ID", help="compare over frames of this environment; default: over noise")
+    ] = None,
+    frames: Annotated[int, typer.Option(metavar="N", help="observations to compare over")] = 100,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="input (batch, H, W, C) instead of (batch, C, H, W)")
+    ] = False,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+) -> None:
+    """
+    Write preprocessing and network as ONNX that takes raw observations (uint8), and compare it with torch.
+
+    Without --channels-last the input is as in the model's observation space: channels first, frames stacked, the newest
+    last. The output is one score an action: Q-values (QR-DQN: their mean over quantiles), or logits for PPO and A2C.
+    """
+    from sb3_resnet.checks import integer
+    from sb3_resnet.tools import envs, trial
+    from sb3_resnet.tools import export as exporting
+    from sb3_resnet.tools.loading import load_model, model_file
+
+    frames = integer("--frames", frames, 2)
+    envs.import_packages(gym_packages or [])
+    agent = load_model(model)
+    if env is None:
+        observations = exporting.random_observations(agent, frames)
+    else:
+        with contextlib.closing(envs.env_for(agent, env, 0, wrapper)) as game:
+            observations = trial.random_play(game, frames)
+    done = exporting.export(agent, output or model_file(model).with_suffix(".onnx"), observations, channels_last)
+    context.obj.print(
+        f"{done.path}: {done.dtype} {done.shape} to scores; differs from torch by at most {done.difference:.1e} over "
+        f"{done.compared} {'random observations' if env is None else 'frames of ' + env}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from sb3_resnet.commands import app
 from sb3_resnet.tools.envs import register_atari
 from tests.helpers import TinyGame, make_model
 
+pytestmark = pytest.mark.usefixtures("tiny_id")
+
 TINY = "Tiny-v0"
 HEALTHY = ["--env", TINY, "--backbone", "resnet_tiny", "--batch-size", 8, "--buffer-size", 1000]
 HEALTHY += ["--extractor-kwarg", "freeze_backbone=false"]
@@ -30,14 +32,6 @@ default:
     - sb3_resnet.callbacks.UnfreezeCallback:
         phases: [{at_timestep: 500, unfreeze_from: layer4}]
 """
-
-
-@pytest.fixture(autouse=True)
-def _tiny():
-    registry = gym.envs.registration.registry
-    gym.register(TINY, TinyGame)
-    yield
-    del registry[TINY]
 
 
 @pytest.fixture(scope="module")
@@ -277,3 +271,37 @@ def test_yaml_without_a_section_or_with_code(tmp_path):
 def test_pairs_need_an_equals_sign():
     assert "--param takes KEY=VALUE, got 'batch_size'" in error_of("check", *HEALTHY, "--param", "batch_size")
     assert "--gym-packages nothing_here" in error_of("check", *HEALTHY, "--gym-packages", "nothing_here")
+
+
+def test_explain_writes_sheet_and_episode(dqn_zip, tmp_path):
+    output = tmp_path / "new" / "folder"
+    status, text, _ = run("explain", dqn_zip, "--env", "Tiny-v0", "-o", output, "--gif", "--method", "saliency")
+    assert status == 0
+    assert "in 13 steps" in text
+    assert {path.name for path in output.iterdir()} == {"sheet.png", "episode.gif"}
+
+
+OTHER = {
+    "unknown": (["--env", "Nothing-v0"], "Nothing-v0 is not registered"),
+    "vectors": (
+        ["--env", "CartPole-v1"],
+        "was trained on uint8 observations (4, 32, 32) and Discrete(3), but CartPole",
+    ),
+    "wrapper": (["--env", "Tiny-v0", "--wrapper", "nothing.Here"], "--wrapper nothing.Here: No module named 'nothing'"),
+    "method": (["--env", "Tiny-v0", "--method", "gradcamm"], "did you mean 'gradcam'?"),
+    "layer": (["--env", "Tiny-v0", "--layer", "layer9"], "layer must be one of 'stem'"),
+    "steps": (["--env", "Tiny-v0", "--steps", 0], "--steps must be finite and >= 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_explain_says_what_is_wrong(case, dqn_zip, tmp_path):
+    options, message = OTHER[case]
+    assert message in error_of("explain", dqn_zip, "-o", tmp_path / "out", *options)
+
+
+def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
+    assert "is no folder" in error_of("export", dqn_zip, "-o", tmp_path / "none" / "x.onnx")
+    assert "--frames must be finite and >= 2" in error_of("export", dqn_zip, "--frames", 1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install 'sb3_resnet[tools]'" in error_of("export", dqn_zip)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,11 +35,13 @@ def make_env(
     atari = is_atari(env_id)
     wrap = None if wrapper is None else _class_of(wrapper)
     try:
-        if atari and wrap is None:
-            kwargs = {"clip_reward": False, "terminal_on_life_loss": False}
-            env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
-        else:
-            env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 asks for one that it may not need
+            if atari and wrap is None:
+                kwargs = {"clip_reward": False, "terminal_on_life_loss": False}
+                env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
+            else:
+                env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
     except Exception as error:  # a missing game, package or display: each raises its own kind
         raise ValueError(f"{env_id} cannot be made: {one_line(error)}") from error
     return _stacked(env, frame_stack or (ATARI_STACK if atari else 1))

@@ -74,6 +74,14 @@ def play(model: Any, steps: int) -> tuple[Array, float]:
     return np.stack(seen), seconds / steps
 
 
+def random_play(env: Any, count: int) -> Array:
+    """:return: successive observations of one environment under random actions, ``(count, C, H, W)``"""
+    seen = [env.reset()[0]]
+    while len(seen) < count:
+        seen.append(env.step([env.action_space.sample()])[0][0])
+    return np.stack(seen)
+
+
 def measure(model: Any, extractor: Any, played: Array, env_step: float) -> Speed:
     """
     Do real updates, which change the model.
