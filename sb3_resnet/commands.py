@@ -31,6 +31,7 @@ Wrapper = Annotated[
     str | None, typer.Option(metavar="PATH", help="class that wraps the environment: package.module.Class")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
+Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]
 
 
 @app.callback()
@@ -103,7 +104,7 @@ def check(
         float | None, typer.Option(metavar="GB", help="memory that the run may take; default: what is free now")
     ] = None,
     device: Device = "auto",
-    strict: Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")] = False,
+    strict: Strict = False,
 ) -> None:
     """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
     from sb3_resnet.tools import envs, setups
@@ -128,6 +129,29 @@ def check(
     report = run_check(build, None if memory is None else int(memory * 1e9))
     show_report(context.obj, report)
     if report.failed or (strict and report.findings):
+        raise typer.Exit(1)
+
+
+@app.command(short_help="After a run: what its logs say went wrong.")
+@one_line_errors
+def doctor(
+    context: typer.Context,
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as logs/dqn/PongNoFrameskip-v4_1")],
+    strict: Strict = False,
+) -> None:
+    """
+    What the logs of a run say went wrong, what it means, and what to change.
+
+    Reads progress.csv (written where SB3's logger has "csv"; with MonitorCallback it tells more), monitor.csv and
+    evaluations.npz, and looks at the model.
+    """
+    from sb3_resnet.tools.doctor import examine
+    from sb3_resnet.tools.show import show_findings, show_pairs
+
+    found = examine(run_folder)
+    show_pairs(context.obj, "Run", found.facts)
+    show_findings(context.obj, found.findings)
+    if any(finding.severity == "error" for finding in found.findings) or (strict and found.findings):
         raise typer.Exit(1)
 
 
@@ -222,6 +246,37 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command(short_help="Learning curves with confidence bands.")
+@one_line_errors
+def plot(
+    context: typer.Context,
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="of runs, or of folders with runs in them")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="picture: .png, .svg or .pdf")] = Path(
+        "curves.png"
+    ),
+    window: Annotated[int, typer.Option(metavar="N", help="training episodes in a mean")] = 100,
+    confidence: Annotated[float, typer.Option(metavar="PERCENT", help="of the band")] = 95.0,
+) -> None:
+    """
+    Learning curves from evaluations.npz and monitor.csv.
+
+    Runs whose folders differ in the number at the end (Pong_1, Pong_2) are one curve: their mean, and as the band its
+    percentile bootstrap interval over the runs, which is too narrow for fewer than about five. For a single run the
+    band is over its episodes.
+    """
+    from sb3_resnet.checks import integer, number
+    from sb3_resnet.tools.plot import draw
+    from sb3_resnet.tools.runs import find_runs
+
+    if not output.parent.is_dir():
+        raise FileNotFoundError(f"{output.parent} is no folder: make it first, or write another --output")
+    runs = {run.folder.resolve(): run for folder in run_folders for run in find_runs(folder)}
+    curves = draw(output, [*runs.values()], integer("--window", window, 1), number("--confidence", confidence, 1, 99.9))
+    context.obj.print(f"{output}: {len(curves)} curves of {len(runs)} runs", highlight=False, soft_wrap=True)
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:

@@ -81,7 +81,8 @@ def overlay(observation: Array, heat: Array) -> Array:
     colours = import_extra("matplotlib").colormaps["inferno"](smooth)[..., :3] * 255
     alpha = _STRENGTH * smooth[..., None]
     mixed: Array = (1 - alpha) * large + alpha * colours
-    return mixed.round().astype(np.uint8)
+    rounded: Array = mixed.round().astype(np.uint8)
+    return rounded
 
 
 def newest_frame(observation: Array) -> Array:
