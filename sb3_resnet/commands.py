@@ -33,6 +33,8 @@ Wrapper = Annotated[
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]
 
+_PICTURE_WIDTH = 116  # characters
+
 
 @app.callback()
 def options(
@@ -40,9 +42,12 @@ def options(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="also save what is printed as a picture")] = None,
 ) -> None:
     """Options of all commands."""
-    console = Console(record=svg is not None, width=None if svg is None else 110)
+    console = Console(record=svg is not None, width=None if svg is None else _PICTURE_WIDTH)
     context.obj = console
     if svg is not None:
+        if not svg.parent.is_dir():
+            typer.echo(f"Error: --svg {svg}: {svg.parent} is no folder, make it first", err=True)
+            raise typer.Exit(1)
         title = f"sb3-resnet {context.invoked_subcommand}"
         context.call_on_close(lambda: console.save_svg(str(svg), title=title))
 
@@ -54,22 +59,16 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
             return command(*args, **kwargs)
+        except typer.Exit:
+            raise
         except (ValueError, TypeError, OSError, ImportError) as error:
-            typer.echo(f"Error: {one_line(error)}", err=True)
-            raise typer.Exit(1) from None
+            message = one_line(error)
+        except Exception as error:  # of torch, SB3 or an environment
+            message = f"{type(error).__name__}: {one_line(error)}"
+        typer.echo(f"Error: {message}", err=True)
+        raise typer.Exit(1)
 
     return run
-
-
-@app.command(short_help="Parameter groups of a saved model.")
-@one_line_errors
-def groups(context: typer.Context, model: Model) -> None:
-    """What each optimizer group of a saved model trains, and how fast."""
-    from sb3_resnet.optim import param_group_summary
-    from sb3_resnet.tools.loading import load_model
-    from sb3_resnet.tools.show import show_groups
-
-    show_groups(context.obj, param_group_summary(load_model(model), show=False))
 
 
 @app.command(short_help="Before a run: what is set up wrong, memory, time.")
@@ -130,6 +129,17 @@ def check(
     show_report(context.obj, report)
     if report.failed or (strict and report.findings):
         raise typer.Exit(1)
+
+
+@app.command(short_help="Parameter groups of a saved model.")
+@one_line_errors
+def groups(context: typer.Context, model: Model) -> None:
+    """What each optimizer group of a saved model trains, and how fast."""
+    from sb3_resnet.optim import param_group_summary
+    from sb3_resnet.tools.loading import load_model
+    from sb3_resnet.tools.show import show_groups
+
+    show_groups(context.obj, param_group_summary(load_model(model), show=False))
 
 
 @app.command(short_help="After a run: what its logs say went wrong.")
@@ -253,7 +263,7 @@ def export(
 def plot(
     context: typer.Context,
     run_folders: Annotated[
-        list[Path], typer.Argument(metavar="RUN_FOLDER...", help="of runs, or of folders with runs in them")
+        list[Path], typer.Argument(metavar="RUN_FOLDER", help="of runs, or of folders with runs in them")
     ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="picture: .png, .svg or .pdf")] = Path(
         "curves.png"

@@ -7,13 +7,20 @@ import zipfile
 
 import gymnasium as gym
 import pytest
+from stable_baselines3 import PPO
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from sb3_resnet import cli
+from sb3_resnet import ResNetExtractor, cli
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.commands import app
+from sb3_resnet.tools import check as checking
+from sb3_resnet.tools import setups, trial
 from sb3_resnet.tools.envs import register_atari
-from tests.helpers import TinyGame, make_model
+from sb3_resnet.tools.extras import missing_extra
+from sb3_resnet.tools.loading import load_model
+from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
 
@@ -88,7 +95,8 @@ def test_groups_prints_the_table_and_a_picture(dqn_zip, tmp_path):
     svg = tmp_path / "groups.svg"
     status, text, _ = run("--svg", svg, "groups", dqn_zip)
     assert status == 0
-    counts = {line.split()[0]: line.split()[-2:] for line in text.splitlines() if "," in line}
+    rows = [line.strip("│").split() for line in text.splitlines() if "," in line]
+    counts = {row[0]: [cell for cell in row if cell != "│"][-2:] for row in rows}
     model = make_model()
     total = sum(parameter.numel() for parameter in model.policy.q_net.parameters())
     trains = sum(parameter.numel() for parameter in model.policy.q_net.parameters() if parameter.requires_grad)
@@ -305,3 +313,124 @@ def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
     assert "--frames must be finite and >= 2" in error_of("export", dqn_zip, "--frames", 1)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install 'sb3_resnet[tools]'" in error_of("export", dqn_zip)
+
+
+def test_narrow_terminals_lose_no_digit(dqn_zip):
+    wide, narrow = ("".join(run("groups", dqn_zip, width=width)[1].split()) for width in (200, 50))
+    total = next(word for word in wide.split("│") if word.count(",") == 2)
+    assert "…" not in narrow
+    assert total not in narrow  # it is folded
+    assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, wide))
+
+
+def test_unexpected_errors_are_one_line_too(dqn_zip, monkeypatch, tmp_path):
+    def fail(path):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("sb3_resnet.tools.loading.load_model", fail)
+    assert error_of("groups", dqn_zip) == "Error: RuntimeError: out of memory"
+    assert "is no folder" in error_of("--svg", tmp_path / "none" / "x.svg", "groups", dqn_zip)
+
+
+@pytest.mark.parametrize("algorithm", ["qrdqn", "ppo"])
+def test_other_algorithms(algorithm, tmp_path):
+    if algorithm == "ppo":
+        policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+        model = PPO("CnnPolicy", TinyGame((3, 32, 32)), n_steps=8, batch_size=4, policy_kwargs=policy, device="cpu")
+    else:
+        model = make_model(algorithm)
+    path = tmp_path / "model.zip"
+    model.save(path)
+    status, text, _ = run("groups", path)
+    assert status == 0
+    assert f"{sum(parameter.numel() for parameter in model.policy.optimizer.param_groups[0]['params']):,}" in text
+    loaded = load_model(path)
+    assert type(loaded) is type(model)
+    assert_same(snapshot(loaded.policy), snapshot(model.policy))
+    if hasattr(loaded, "replay_buffer"):
+        assert loaded.replay_buffer.buffer_size == 1
+
+
+def test_check_of_ppo():
+    policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+
+    def build(kwargs):
+        model = PPO("MlpPolicy", TinyGame(), n_steps=8, batch_size=4, policy_kwargs=kwargs, device="cpu")
+        return setups.Setup(model, 1000, None)
+
+    report = checking.check(lambda: build(policy), 10**9)
+    assert [finding.code for finding in report.findings] == ["frozen_random_backbone"]
+    assert not report.memory
+    assert dict(report.model)["batch size"] == "4"
+    assert "steps/s" in dict(report.speed)["whole run"]
+    (finding,) = checking.check(lambda: build({}), 10**9).findings
+    assert (finding.code, finding.severity) == ("setup", "error")
+    assert "sees with FlattenExtractor" in finding.seen
+
+
+def test_memory_findings_of_frames_and_cache():
+    model = make_model(replay_buffer_class=FrameReplayBuffer)
+    setup = setups.Setup(model, 10**6, 48_712, [FeatureCacheCallback()])
+    needed = {"ReplayBuffer": 10**10, "FrameReplayBuffer": 10**9, "feature cache": 10**8}
+    assert checking.memory_findings(setup, needed) == []  # where nothing tells what is available
+    assert checking.memory_findings(setup, {**needed, "available": 2 * 10**9}) == []
+    (finding,) = checking.memory_findings(setup, {**needed, "available": 5 * 10**8})
+    assert "takes 1.0 GB" in finding.seen
+    assert finding.change == "Write buffer_size=21000."
+    (finding,) = checking.memory_findings(setup, {**needed, "available": 105 * 10**7})
+    assert (finding.code, finding.change) == ("cache_memory", "Write FeatureCacheCallback(max_bytes=45000000).")
+
+
+def test_gradients_that_are_missing_or_infinite_are_found():
+    model = make_model()
+    (finding,) = checking.gradient_findings(model)
+    assert finding.seen.startswith("No gradient reaches q_net")
+    fill(model).train(1, 4)
+    assert checking.gradient_findings(model) == []
+    model.policy.online.q_net[-1].weight.grad[0, 0] = float("nan")
+    (finding,) = checking.gradient_findings(model)
+    assert "is not finite" in finding.seen
+
+
+def test_missing_extras_are_told_by_the_error():
+    assert missing_extra(ImportError("OpenCV is not installed")) == "pip install 'sb3_resnet[atari]'"
+    assert missing_extra(ModuleNotFoundError("No module named 'x'", name="rl_zoo3")) == "pip install 'sb3_resnet[zoo]'"
+    assert missing_extra(ImportError("something else")) == ""
+    assert missing_extra(ValueError("cv2")) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({"train_freq": 4, "gradient_steps": 2}, 0.5),
+        ({"train_freq": 4, "gradient_steps": -1}, 1.0),
+        ({"train_freq": (1, "episode")}, None),
+    ],
+)
+def test_updates_for_each_step(options, updates):
+    model = make_model(**options)
+    played, env_step = trial.play(model, 4)
+    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    assert speed.updates == updates
+    assert model._n_updates > 0
+    if updates is None:
+        assert speed.steps_per_second(1.0) is None
+    else:
+        assert speed.steps_per_second(1.0) == pytest.approx(1 / (env_step + speed.act + updates))
+
+
+def test_refused_caches_are_left_out():
+    model = make_model(extractor={"norm": "batch"})
+    played, env_step = trial.play(model, 4)
+    assert trial.measure(model, model.policy.online.features_extractor, played, env_step).cached_update is None
+
+
+def test_a_trial_that_fails_is_a_finding(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(trial, "measure", fail)
+    status, text, _ = run("check", *HEALTHY)
+    assert status == 1
+    assert "error trial: A trial update failed: CUDA out of memory" in text
+    assert "backbone_no_decay" in text

@@ -55,6 +55,7 @@ def test_export_of_pong_through_the_command(tmp_path):
     assert metadata["layout"] == "NHWC"
 
 
+@pytest.mark.slow
 def test_export_of_quantiles_of_resized_frames_each_alone(tmp_path):
     model = trained(make_model("qrdqn", extractor=HARD))
     frames = np.concatenate([trial.play(model, 79)[0][:, 0], exporting.random_observations(model, 20)])

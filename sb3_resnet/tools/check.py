@@ -17,6 +17,7 @@ from sb3_resnet.memory import available_bytes
 from sb3_resnet.optim import param_group_summary
 from sb3_resnet.pooling import pooled_features
 from sb3_resnet.tools import sizes, trial
+from sb3_resnet.tools.extras import missing_extra
 from sb3_resnet.tools.loading import extractor_of, one_line
 from sb3_resnet.tools.network import ScoreNetwork
 from sb3_resnet.tools.setups import Setup
@@ -61,14 +62,15 @@ def check(build: Callable[[], Setup], available: int | None = None) -> Report:
     report = Report()
     try:
         setup = build()
+        extractor_of(setup.model)
     except Exception as error:  # of the environment, RL-Zoo, the policy or the algorithm: whatever stops a run
-        report.findings.append(Finding("setup", one_line(error), "", "", "error"))
+        report.findings.append(Finding("setup", one_line(error), "", missing_extra(error), "error"))
         return report
     available = available_bytes() if available is None else available
     try:
         _inspect(report, setup, available)
     except Exception as error:  # of a forward or backward pass, such as a GPU without memory for the batch
-        report.findings.append(Finding("trial", one_line(error), "So a trial update failed.", "", "error"))
+        report.findings.append(Finding("trial", f"A trial update failed: {one_line(error)}", "", "", "error"))
     finally:
         setup.model.get_env().close()
     return report

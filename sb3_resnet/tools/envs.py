@@ -12,6 +12,7 @@ from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
+from sb3_resnet.tools.extras import missing_extra
 from sb3_resnet.tools.loading import one_line
 
 ATARI_STACK = 4
@@ -43,7 +44,7 @@ def make_env(
             else:
                 env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
     except Exception as error:  # a missing game, package or display: each raises its own kind
-        raise ValueError(f"{env_id} cannot be made: {one_line(error)}") from error
+        raise ValueError(f"{env_id} cannot be made: {one_line(error)} {missing_extra(error)}".rstrip()) from error
     return _stacked(env, frame_stack or (ATARI_STACK if atari else 1))
 
 

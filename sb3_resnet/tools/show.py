@@ -13,16 +13,23 @@ from rich.text import Text
 from sb3_resnet.finding import Finding
 from sb3_resnet.tools.check import Report, gigabytes
 
+_TWO_COLUMNS = 100  # characters
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
 
 def show_report(console: Console, report: Report) -> None:
-    """Print what a check found, findings last."""
-    for title, rows in (("Model", report.model), ("Shapes of a batch", report.shapes), ("Speed", report.speed)):
-        if rows:
-            show_pairs(console, title, [(name, str(value)) for name, value in rows])
-    if report.memory:
-        show_pairs(console, "Memory", [(name, gigabytes(count)) for name, count in report.memory])
+    """Print what a check found, findings last; tables stand side by side where there is room."""
+    memory = [(name, gigabytes(count)) for name, count in report.memory]
+    shapes = [(name, str(shape)) for name, shape in report.shapes]
+    parts = {"Model": report.model, "Memory": memory, "Shapes of a batch": shapes, "Speed, measured": report.speed}
+    tables = [_pairs(title, rows) for title, rows in parts.items() if rows]
+    if len(tables) == len(parts) and console.width >= _TWO_COLUMNS:
+        grid = Table.grid(padding=(0, 4))
+        grid.add_row(tables[0], tables[2])
+        grid.add_row(tables[1], tables[3])
+        tables = [grid]
+    for table in tables:
+        console.print(table)
     if report.groups:
         show_groups(console, report.groups)
     show_findings(console, report.findings)
@@ -30,28 +37,38 @@ def show_report(console: Console, report: Report) -> None:
 
 def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     """Print :func:`~sb3_resnet.optim.param_group_summary`'s rows."""
-    table = Table(title="Parameter groups", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("group", no_wrap=True)
+    table = _table("Parameter groups")
+    table.show_header = True
+    table.add_column("group", overflow="fold")
     for name in ("lr", "weight decay", "parameters", "trainable"):
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         counts = (f"{row['parameters']:,}", f"{row['trainable_parameters']:,}")
         style = "" if row["trainable_parameters"] else "dim"
         table.add_row(row["name"], f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}", *counts, style=style)
     total = [f"{sum(row[key] for row in rows):,}" for key in ("parameters", "trainable_parameters")]
-    table.add_section()
-    table.add_row("all", "", "", *total)
+    table.add_row("all", "", "", *total, style="bold")
     console.print(table)
 
 
 def show_pairs(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     """Print names and values."""
-    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_header=False, pad_edge=False)
+    console.print(_pairs(title, rows))
+
+
+def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    table = _table(title)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console.print(table)
+    return table
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=f"[bold]{title}[/bold]", title_justify="left", box=box.ROUNDED, show_header=False, title_style=""
+    )
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
