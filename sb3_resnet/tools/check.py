@@ -201,11 +201,11 @@ def _speed(speed: trial.Speed, total_timesteps: int) -> list[tuple[str, str]]:
     if speed.cached_update is not None:
         rows.append(("gradient update, cached", _milliseconds(speed.cached_update)))
     if speed.encode is not None:
-        rows.append(("frozen stages, fast encoder", f"{1 / speed.encode:,.0f} images/s"))
+        rows.append(("frozen stages, fast encoder", f"{_three_digits(1 / speed.encode)} images/s"))
     for name, update in (("whole run", speed.update), ("whole run, cached", speed.cached_update)):
         rate = speed.steps_per_second(update)
         if rate is not None:
-            rows.append((name, f"{rate:,.0f} steps/s, {_duration(total_timesteps / rate)}"))
+            rows.append((name, f"{_three_digits(rate)} steps/s, {_duration(total_timesteps / rate)}"))
     return rows
 
 
@@ -219,8 +219,12 @@ def _round_down(count: int) -> int:
     return count // unit * unit
 
 
+def _three_digits(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _milliseconds(seconds: float) -> str:
-    return f"{1000 * seconds:.1f} ms"
+    return f"{_three_digits(1000 * seconds)} ms"
 
 
 def _duration(seconds: float) -> str:

@@ -41,7 +41,7 @@ def sheet(episode: Episode, heat: Array, count: int, title: str) -> Any:
         left, top = index % columns * (width + 4), _LINE + 4 + index // columns * (height + _LINE + 4)
         picture.paste(image.fromarray(cell), (left, top))
         pen.text((left + 2, top + height + 1), _caption(episode, step), fill="black", font=_font())
-    return picture
+    return picture.quantize(256)  # a third of the bytes
 
 
 def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
