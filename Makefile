@@ -41,5 +41,5 @@ $(STAMP): pyproject.toml
 	@# A .venv of another tool may have no pip; one that was moved or cut off has not even a Python.
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -q --upgrade pip
-	@$(PY) -m pip install -q -e '.[atari,zoo,contrib,dev]'
+	@$(PY) -m pip install -q -e '.[atari,zoo,contrib,tools,dev]'
 	@touch $@

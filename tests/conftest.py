@@ -3,6 +3,7 @@
 import socket
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import torch as th
 import torchvision
@@ -34,3 +35,12 @@ def hub_weights(tmp_path, monkeypatch) -> Path:
     th.manual_seed(7)
     th.save(torchvision.models.resnet18(weights=None).state_dict(), path)
     return path
+
+
+@pytest.fixture
+def tiny_id():
+    """The tiny game in gymnasium's registry."""
+    registry = gym.envs.registration.registry
+    gym.register("Tiny-v0", "tests.helpers:TinyGame")
+    yield "Tiny-v0"
+    del registry["Tiny-v0"]

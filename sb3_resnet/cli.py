@@ -1,0 +1,17 @@
+"""Entry point of the ``sb3-resnet`` command."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the command with the arguments of the process; without its libraries, say in one line what to install."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"Error: sb3-resnet needs {error.name}: pip install 'sb3_resnet[tools]'")
+    from sb3_resnet.commands import app
+
+    app(prog_name="sb3-resnet")

@@ -1,0 +1,436 @@
+"""The ``sb3-resnet`` command, in this process, on models of the tiny game."""
+
+import io
+import re
+import sys
+import zipfile
+
+import gymnasium as gym
+import pytest
+from stable_baselines3 import PPO
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from sb3_resnet import ResNetExtractor, cli
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.commands import app
+from sb3_resnet.tools import check as checking
+from sb3_resnet.tools import setups, trial
+from sb3_resnet.tools.envs import register_atari
+from sb3_resnet.tools.extras import missing_extra
+from sb3_resnet.tools.loading import load_model
+from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+
+pytestmark = pytest.mark.usefixtures("tiny_id")
+
+TINY = "Tiny-v0"
+HEALTHY = ["--env", TINY, "--backbone", "resnet_tiny", "--batch-size", 8, "--buffer-size", 1000]
+HEALTHY += ["--extractor-kwarg", "freeze_backbone=false"]
+YAML = """
+default:
+  policy: ResNetCnnPolicy
+  n_timesteps: 1000
+  buffer_size: 1000000
+  batch_size: 8
+  policy_kwargs:
+    features_extractor_kwargs: {backbone: resnet_tiny}
+  callback:
+    - sb3_resnet.callbacks.UnfreezeCallback:
+        phases: [{at_timestep: 500, unfreeze_from: layer4}]
+"""
+
+
+@pytest.fixture(scope="module")
+def dqn_zip(tmp_path_factory):
+    path = tmp_path_factory.mktemp("models") / "dqn.zip"
+    make_model().save(path)
+    return path
+
+
+def run(*arguments, width=200):
+    """:return: exit status, and what was printed"""
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(width)})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def error_of(*arguments):
+    """:return: the one line on stderr with which the command failed"""
+    status, _, error = run(*arguments)
+    assert status == 1
+    (line,) = error.splitlines()
+    assert line.startswith("Error: ")
+    return line
+
+
+@pytest.mark.parametrize("width", [50, 80, 200])
+@pytest.mark.parametrize("command", get_command(app).commands)
+def test_help_shows_each_option_whole_at_any_width(command, width):
+    status, text, _ = run(command, "--help", width=width)
+    assert status == 0
+    assert max(map(len, text.splitlines())) <= max(width, 80)
+    for parameter in get_command(app).commands[command].params:
+        for name in (*parameter.opts, *parameter.secondary_opts) if parameter.param_type_name == "option" else ():
+            assert re.search(rf"(^|[ ,/]){name}\b", text, re.MULTILINE), name
+    assert "…" not in text
+
+
+def test_without_typer_one_line_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit, match=r"^Error: sb3-resnet needs typer: pip install 'sb3_resnet\[tools\]'$"):
+        cli.main()
+
+
+def test_main_is_the_command(monkeypatch, capsys, dqn_zip):
+    monkeypatch.setattr(sys, "argv", ["sb3-resnet", "groups", str(dqn_zip)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "head_no_decay" in capsys.readouterr().out
+
+
+def test_groups_prints_the_table_and_a_picture(dqn_zip, tmp_path):
+    svg = tmp_path / "groups.svg"
+    status, text, _ = run("--svg", svg, "groups", dqn_zip)
+    assert status == 0
+    rows = [line.strip("│").split() for line in text.splitlines() if "," in line]
+    counts = {row[0]: [cell for cell in row if cell != "│"][-2:] for row in rows}
+    model = make_model()
+    total = sum(parameter.numel() for parameter in model.policy.q_net.parameters())
+    trains = sum(parameter.numel() for parameter in model.policy.q_net.parameters() if parameter.requires_grad)
+    assert counts["all"] == [f"{total:,}", f"{trains:,}"]
+    assert counts["backbone"][1] == "0"
+    assert svg.read_text().startswith("<svg")
+    assert "head_no_decay" in svg.read_text()
+
+
+def _zip_of(**files):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name.replace("_pth", ".pth"), content)
+    return stream.getvalue()
+
+
+FOREIGN = {
+    "text": (b"no zip", "is not a zip file"),
+    "zip": (_zip_of(readme="hello"), "no model of Stable-Baselines3"),
+    "weights": (_zip_of(policy_pth="x"), "no model of Stable-Baselines3"),
+    "not json": (_zip_of(data="{", policy_pth="x"), "no model of Stable-Baselines3"),
+    "a list": (_zip_of(data="[]", policy_pth="x"), "no model of Stable-Baselines3"),
+    "sac": (_zip_of(data='{"ent_coef": 1}', policy_pth="x"), "another algorithm than qrdqn, dqn, ppo, a2c"),
+    "damaged": (_zip_of(data='{"clip_range": 1}', policy_pth="x"), "cannot be loaded as a PPO model"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_zips_end_in_one_line(kind, tmp_path):
+    content, message = FOREIGN[kind]
+    path = tmp_path / "model.zip"
+    path.write_bytes(content)
+    line = error_of("groups", path)
+    assert message in line
+    assert str(path) in line
+
+
+def test_wrong_paths_name_the_models_nearby(tmp_path, dqn_zip):
+    assert "no file" in error_of("groups", tmp_path / "nothing" / "model.zip")
+    assert str(dqn_zip) in error_of("groups", dqn_zip.with_name("other.zip"))
+    assert "a folder, not a model" in error_of("groups", dqn_zip.parent)
+    assert run("groups", dqn_zip.with_suffix(""))[0] == 0
+
+
+def test_a_model_without_a_resnet_is_refused(tmp_path):
+    from stable_baselines3 import DQN
+
+    DQN("CnnPolicy", TinyGame((4, 36, 36)), buffer_size=10, device="cpu").save(tmp_path / "nature.zip")
+    assert "sees with NatureCNN" in error_of("groups", tmp_path / "nature.zip")
+
+
+def test_check_of_a_healthy_run():
+    status, text, _ = run("check", *HEALTHY)
+    assert "Nothing is wrong." in text
+    assert status == 0
+    for word in ("(8, 4, 32, 32)", "(8, 3)", "steps/s", "ReplayBuffer", "FrameReplayBuffer", "backbone_no_decay"):
+        assert word in text
+
+
+CATCHES = {
+    "vectors": (["--env", "CartPole-v1"], 1, "error setup: ResNetExtractor needs images"),
+    "continuous actions": (["--env", "CarRacing-v3"], 1, "error setup: "),
+    "frozen at random": (["--extractor-kwarg", "freeze_backbone=true"], 0, "warning frozen_random_backbone: "),
+    "frozen, strictly": (["--extractor-kwarg", "freeze_backbone=true", "--strict"], 1, "frozen_random_backbone: "),
+    "buffer": (["--buffer-size", 10**9, "--memory", 20], 1, "error buffer_memory: The replay buffer of 1,000,000,000"),
+    "rates": (
+        ["--policy-kwarg", "lr_backbone=1e-2"],
+        1,
+        "error lr_order: The backbone's learning rate is 100 times the head's.",
+    ),
+    "unknown game": (["--env", "Pongg-v5"], 1, "error setup: Pongg-v5 is not registered"),
+    "unknown backbone": (["--backbone", "resnet19"], 1, "did you mean 'resnet18'?"),
+    "unknown argument": (["--param", "batchsize=3"], 1, "error setup: "),
+    "algorithm": (["--algo", "sac"], 1, "--algo must be one of dqn, qrdqn"),
+}
+
+
+@pytest.mark.parametrize("case", CATCHES)
+def test_check_catches(case):
+    changes, expected, message = CATCHES[case]
+    status, text, error = run("check", *HEALTHY, *changes)
+    assert status == expected
+    assert sum(message in line for line in text.splitlines()) == 1
+    assert not error
+
+
+def test_check_catches_a_batch_below_the_micro_batch(monkeypatch):
+    monkeypatch.setattr("sb3_resnet.extractor.ResNetExtractor.micro_batch_size", 16, raising=False)
+    status, text, _ = run("check", *HEALTHY)
+    assert status == 1
+    assert "error micro_batch: batch_size is 8 and micro_batch_size 16." in text
+
+
+def test_check_names_the_extra_of_atari(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ale_py", None)
+    games = {name: spec for name, spec in gym.registry.items() if "AtariEnv" not in str(spec.entry_point)}
+    monkeypatch.setattr(gym.envs.registration, "registry", games)
+    monkeypatch.setattr(gym, "registry", games)
+    for name in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
+        status, text, _ = run("check", "--env", name)
+        assert status == 1
+        (line,) = (line for line in text.splitlines() if "error" in line and "setup" in line)
+        assert "pip install 'sb3_resnet[atari]'" in line
+
+
+def test_check_names_a_missing_rom(monkeypatch):
+    register_atari()
+    monkeypatch.setattr("gymnasium.register_envs", lambda module: None)
+    monkeypatch.setattr("ale_py.roms.get_rom_path", lambda name: None)
+    status, text, _ = run("check", "--env", "PongNoFrameskip-v4")
+    assert status == 1
+    (line,) = (line for line in text.splitlines() if "error setup" in line)
+    assert "PongNoFrameskip-v4 cannot be made" in line
+    assert "pong" in line
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "extra"),
+    [("rl_zoo3.exp_manager", ["--conf-file", "zoo.yml"], "zoo"), ("sb3_contrib", ["--algo", "qrdqn"], "contrib")],
+)
+def test_check_names_missing_extras(module, options, extra, monkeypatch, tmp_path):
+    (tmp_path / "zoo.yml").write_text(YAML)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, module, None)
+    status, text, _ = run("check", *HEALTHY, *options)
+    assert status == 1
+    assert f"pip install 'sb3_resnet[{extra}]'" in text
+
+
+def test_check_reads_rl_zoos_yaml_and_leaves_nothing_behind(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "zoo.yml").write_text(YAML)
+    options = ["check", "--env", TINY, "--conf-file", "zoo.yml", "--memory", 4]
+    status, text, _ = run(*options)
+    # 2 observations of 4096 bytes, an action of 8, and three numbers of 4, each a million times
+    assert "The replay buffer of 1,000,000 transitions takes 8.2 GB." in text
+    assert "UnfreezeCallback" in text
+    assert "frozen_random_backbone" not in text
+    assert status == 1
+    status, text, _ = run(*options, "--buffer-size", 1000, "--extractor-kwarg", "pooling=flatten", "-n", 777)
+    assert status == 0
+    assert "(flatten)" in text
+    assert "777" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["zoo.yml"]
+
+
+WRONG_YAML = {
+    "a: [": "cannot be read as YAML",
+    "[1, 2]": "must hold sections",
+    "default: 3": "must hold sections",
+    "": "must hold sections",
+}
+
+
+@pytest.mark.parametrize("content", WRONG_YAML)
+def test_unreadable_yaml_ends_in_one_line(content, tmp_path):
+    path = tmp_path / "zoo.yml"
+    path.write_text(content)
+    assert WRONG_YAML[content] in error_of("check", "--env", TINY, "--conf-file", path)
+    path.write_bytes(b"\xff\xfe\x00")
+    assert "cannot be read as YAML" in error_of("check", "--env", TINY, "--conf-file", path)
+    assert "is no file" in error_of("check", "--env", TINY, "--conf-file", tmp_path / "none.yml")
+
+
+def test_yaml_without_a_section_or_with_code(tmp_path):
+    path = tmp_path / "zoo.yml"
+    path.write_text("Other-v0: {policy: ResNetCnnPolicy}")
+    status, text, _ = run("check", "--env", TINY, "--conf-file", path)
+    assert status == 1
+    assert "Hyperparameters not found for dqn-Tiny-v0" in text
+    register_atari()
+    status, text, _ = run("check", "--env", "PongNoFrameskip-v4", "--conf-file", path)
+    assert f"{path} has no section for PongNoFrameskip-v4: it needs 'PongNoFrameskip-v4' or 'atari'" in text
+    path.write_text("default: {policy: ResNetCnnPolicy, n_timesteps: 9, policy_kwargs: dict()}")
+    assert "write it as a dict" in run("check", "--env", TINY, "--conf-file", path, "--backbone", "resnet_tiny")[1]
+    assert "none of RL-Zoo's algorithms" in run("check", "--env", TINY, "--conf-file", path, "--algo", "dq")[1]
+
+
+def test_pairs_need_an_equals_sign():
+    assert "--param takes KEY=VALUE, got 'batch_size'" in error_of("check", *HEALTHY, "--param", "batch_size")
+    assert "--gym-packages nothing_here" in error_of("check", *HEALTHY, "--gym-packages", "nothing_here")
+
+
+def test_explain_writes_sheet_and_episode(dqn_zip, tmp_path):
+    output = tmp_path / "new" / "folder"
+    status, text, _ = run("explain", dqn_zip, "--env", "Tiny-v0", "-o", output, "--gif", "--method", "saliency")
+    assert status == 0
+    assert "in 13 steps" in text
+    assert {path.name for path in output.iterdir()} == {"sheet.png", "episode.gif"}
+
+
+OTHER = {
+    "unknown": (["--env", "Nothing-v0"], "Nothing-v0 is not registered"),
+    "vectors": (
+        ["--env", "CartPole-v1"],
+        "was trained on uint8 observations (4, 32, 32) and Discrete(3), but CartPole",
+    ),
+    "wrapper": (["--env", "Tiny-v0", "--wrapper", "nothing.Here"], "--wrapper nothing.Here: No module named 'nothing'"),
+    "method": (["--env", "Tiny-v0", "--method", "gradcamm"], "did you mean 'gradcam'?"),
+    "layer": (["--env", "Tiny-v0", "--layer", "layer9"], "layer must be one of 'stem'"),
+    "steps": (["--env", "Tiny-v0", "--steps", 0], "--steps must be finite and >= 1"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_explain_says_what_is_wrong(case, dqn_zip, tmp_path):
+    options, message = OTHER[case]
+    assert message in error_of("explain", dqn_zip, "-o", tmp_path / "out", *options)
+
+
+def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
+    assert "is no folder" in error_of("export", dqn_zip, "-o", tmp_path / "none" / "x.onnx")
+    assert "--frames must be finite and >= 2" in error_of("export", dqn_zip, "--frames", 1)
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "pip install 'sb3_resnet[tools]'" in error_of("export", dqn_zip)
+
+
+def test_narrow_terminals_lose_no_digit(dqn_zip):
+    wide, narrow = ("".join(run("groups", dqn_zip, width=width)[1].split()) for width in (200, 50))
+    total = next(word for word in wide.split("│") if word.count(",") == 2)
+    assert "…" not in narrow
+    assert total not in narrow  # it is folded
+    assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, wide))
+
+
+def test_unexpected_errors_are_one_line_too(dqn_zip, monkeypatch, tmp_path):
+    def fail(path):
+        raise RuntimeError("out of\nmemory")
+
+    monkeypatch.setattr("sb3_resnet.tools.loading.load_model", fail)
+    assert error_of("groups", dqn_zip) == "Error: RuntimeError: out of memory"
+    assert "is no folder" in error_of("--svg", tmp_path / "none" / "x.svg", "groups", dqn_zip)
+
+
+@pytest.mark.parametrize("algorithm", ["qrdqn", "ppo"])
+def test_other_algorithms(algorithm, tmp_path):
+    if algorithm == "ppo":
+        policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+        model = PPO("CnnPolicy", TinyGame((3, 32, 32)), n_steps=8, batch_size=4, policy_kwargs=policy, device="cpu")
+    else:
+        model = make_model(algorithm)
+    path = tmp_path / "model.zip"
+    model.save(path)
+    status, text, _ = run("groups", path)
+    assert status == 0
+    assert f"{sum(parameter.numel() for parameter in model.policy.optimizer.param_groups[0]['params']):,}" in text
+    loaded = load_model(path)
+    assert type(loaded) is type(model)
+    assert_same(snapshot(loaded.policy), snapshot(model.policy))
+    if hasattr(loaded, "replay_buffer"):
+        assert loaded.replay_buffer.buffer_size == 1
+
+
+def test_check_of_ppo():
+    policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+
+    def build(kwargs):
+        model = PPO("MlpPolicy", TinyGame(), n_steps=8, batch_size=4, policy_kwargs=kwargs, device="cpu")
+        return setups.Setup(model, 1000, None)
+
+    report = checking.check(lambda: build(policy), 10**9)
+    assert [finding.code for finding in report.findings] == ["frozen_random_backbone"]
+    assert not report.memory
+    assert dict(report.model)["batch size"] == "4"
+    assert "steps/s" in dict(report.speed)["whole run"]
+    (finding,) = checking.check(lambda: build({}), 10**9).findings
+    assert (finding.code, finding.severity) == ("setup", "error")
+    assert "sees with FlattenExtractor" in finding.seen
+
+
+def test_memory_findings_of_frames_and_cache():
+    model = make_model(replay_buffer_class=FrameReplayBuffer)
+    setup = setups.Setup(model, 10**6, 48_712, [FeatureCacheCallback()])
+    needed = {"ReplayBuffer": 10**10, "FrameReplayBuffer": 10**9, "feature cache": 10**8}
+    assert checking.memory_findings(setup, needed) == []  # where nothing tells what is available
+    assert checking.memory_findings(setup, {**needed, "available": 2 * 10**9}) == []
+    (finding,) = checking.memory_findings(setup, {**needed, "available": 5 * 10**8})
+    assert "takes 1.0 GB" in finding.seen
+    assert finding.change == "Write buffer_size=21000."
+    (finding,) = checking.memory_findings(setup, {**needed, "available": 105 * 10**7})
+    assert (finding.code, finding.change) == ("cache_memory", "Write FeatureCacheCallback(max_bytes=45000000).")
+
+
+def test_gradients_that_are_missing_or_infinite_are_found():
+    model = make_model()
+    (finding,) = checking.gradient_findings(model)
+    assert finding.seen.startswith("No gradient reaches q_net")
+    fill(model).train(1, 4)
+    assert checking.gradient_findings(model) == []
+    model.policy.online.q_net[-1].weight.grad[0, 0] = float("nan")
+    (finding,) = checking.gradient_findings(model)
+    assert "is not finite" in finding.seen
+
+
+def test_missing_extras_are_told_by_the_error():
+    assert missing_extra(ImportError("OpenCV is not installed")) == "pip install 'sb3_resnet[atari]'"
+    assert missing_extra(ModuleNotFoundError("No module named 'x'", name="rl_zoo3")) == "pip install 'sb3_resnet[zoo]'"
+    assert missing_extra(ImportError("something else")) == ""
+    assert missing_extra(ValueError("cv2")) == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({"train_freq": 4, "gradient_steps": 2}, 0.5),
+        ({"train_freq": 4, "gradient_steps": -1}, 1.0),
+        ({"train_freq": (1, "episode")}, None),
+    ],
+)
+def test_updates_for_each_step(options, updates):
+    model = make_model(**options)
+    played, env_step = trial.play(model, 4)
+    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    assert speed.updates == updates
+    assert model._n_updates > 0
+    if updates is None:
+        assert speed.steps_per_second(1.0) is None
+    else:
+        assert speed.steps_per_second(1.0) == pytest.approx(1 / (env_step + speed.act + updates))
+
+
+def test_refused_caches_are_left_out():
+    model = make_model(extractor={"norm": "batch"})
+    played, env_step = trial.play(model, 4)
+    assert trial.measure(model, model.policy.online.features_extractor, played, env_step).cached_update is None
+
+
+def test_a_trial_that_fails_is_a_finding(monkeypatch):
+    def fail(*args):
+        raise RuntimeError("CUDA out of memory")
+
+    monkeypatch.setattr(trial, "measure", fail)
+    status, text, _ = run("check", *HEALTHY)
+    assert status == 1
+    assert "error trial: A trial update failed: CUDA out of memory" in text
+    assert "backbone_no_decay" in text
