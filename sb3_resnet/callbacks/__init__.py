@@ -4,6 +4,7 @@ from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
+from sb3_resnet.callbacks.monitor import MonitorCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",
+    "MonitorCallback",
     "UnfreezeCallback",
     "newest_checkpoint",
 ]

@@ -1,0 +1,68 @@
+"""How much memory this process takes, and how much is left for it. Elsewhere than on Linux psutil tells."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch as th
+
+_STATM = Path("/proc/self/statm")
+_MEMINFO = Path("/proc/meminfo")
+#: Limit and use of the container, in cgroup version 2 and 1.
+_CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+
+def process_bytes() -> int | None:
+    """:return: resident memory of this process; ``None`` where neither Linux nor psutil tells"""
+    if _STATM.exists():
+        return int(_STATM.read_text().split()[1]) * _page_size()
+    psutil = _psutil()
+    return None if psutil is None else int(psutil.Process().memory_info().rss)
+
+
+def device_bytes(device: th.device | str) -> int | None:
+    """:return: memory that tensors take on a GPU; ``None`` for the CPU, whose memory is the process's"""
+    if th.device(device).type != "cuda":
+        return None
+    return int(th.cuda.memory_allocated(device))
+
+
+def available_bytes() -> int | None:
+    """:return: memory that can still be taken, within the container's limit; ``None`` if nothing tells"""
+    known = [value for value in (_system_available(), _container_available()) if value is not None]
+    return min(known, default=None)
+
+
+def _system_available() -> int | None:
+    if _MEMINFO.exists():
+        for line in _MEMINFO.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    psutil = _psutil()
+    return None if psutil is None else int(psutil.virtual_memory().available)
+
+
+def _container_available() -> int | None:
+    for limit, used in _CGROUPS:
+        if limit.exists() and used.exists():
+            text = limit.read_text().strip()
+            return max(0, int(text) - int(used.read_text())) if text.isdigit() else None
+    return None
+
+
+def _page_size() -> int:
+    import resource  # not on Windows, where there is no /proc either
+
+    return resource.getpagesize()
+
+
+def _psutil() -> Any:
+    try:
+        import psutil
+    except ImportError:
+        return None
+    return psutil
