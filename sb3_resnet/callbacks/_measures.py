@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch as th
 from torch import nn
 
-#: A unit is dormant if its mean activation is below this share of its layer's mean (arXiv 2302.12902, section 3).
+#: A unit is dormant if its mean activation is below this share of its layer's mean (definition: arXiv 2302.12902).
 DORMANT = 0.025
 #: A feature is dead if it varies over the batch by less than this share of the mean spread of all features.
 DEAD = 1e-3
