@@ -116,7 +116,7 @@ def _lr_order(optimizer: Any) -> Finding | None:
         "lr_order",
         f"The backbone's learning rate is {backbone / head:.3g} times the head's.",
         "The backbone holds what was learned before and the head begins at random: it is the head that must move.",
-        "Write lr_backbone as a tenth of lr_head (or leave it out).",
+        "Write lr_backbone=None, which is a tenth of the head's.",
         "error",
     )
 

@@ -84,12 +84,13 @@ def _loss_explodes(columns: Columns) -> Finding | None:
 
 def _q_explodes(columns: Columns) -> Finding | None:
     bound = _values(columns, "monitor/q_bound")
-    largest = np.abs(np.concatenate([_recent(columns, "monitor/q_max"), _recent(columns, "monitor/q_min")]))
-    if not len(bound) or len(largest) < _enough() or np.median(largest) <= THRESHOLDS["q_bound"].value * bound[-1]:
+    extremes = [_recent(columns, key) for key in ("monitor/q_max", "monitor/q_min")]
+    largest = max((float(np.median(np.abs(values))) for values in extremes if len(values) >= _enough()), default=0.0)
+    if not len(bound) or largest <= THRESHOLDS["q_bound"].value * bound[-1]:
         return None
     return Finding(
         "q_explodes",
-        f"Q-values of {np.median(largest):.3g} exceed {bound[-1]:.3g}, the largest reward seen / (1 - gamma).",
+        f"Q-values of {largest:.3g} exceed {bound[-1]:.3g}, the largest reward seen / (1 - gamma).",
         "No policy can earn that: bootstrapping has diverged.",
         "Write a smaller learning_rate (a third) and target_update_interval=10000, and clip with GradientClipCallback.",
         "error",
@@ -99,14 +100,21 @@ def _q_explodes(columns: Columns) -> Finding | None:
 def _loss_oscillates(columns: Columns) -> Finding | None:
     loss = _loss(columns)[-3 * int(_enough()) :]
     loss = loss[np.isfinite(loss) & (loss > 0)]
-    if len(loss) < 2 * _enough():
+    if len(loss) < _enough():
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
-    if swing <= THRESHOLDS["loss_swing"].value:
+    error, reward = _recent(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
+    if len(error) >= _enough() and len(reward):
+        ratio = float(np.median(error)) / reward[-1]
+        sick = ratio > THRESHOLDS["td_size"].value and swing > THRESHOLDS["loss_swing"].value
+        size = f", and the typical TD error is {ratio:.3g} times the largest reward"
+    else:  # without the monitor's numbers: rare rewards alone make a healthy loss swing
+        sick, size = swing > THRESHOLDS["loss_swing_alone"].value, ""
+    if not sick:
         return None
     return Finding(
         "loss_oscillates",
-        f"The loss typically changes by a factor of {swing:.3g} from one logged value to the next.",
+        f"The loss typically changes by a factor of {swing:.3g} from one logged value to the next{size}.",
         "Steps overshoot: what one update learns, the next one destroys.",
         "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0).",
     )
@@ -240,7 +248,8 @@ def _lr_zero(columns: Columns) -> Finding | None:
 
 def _batchnorm_drift(columns: Columns) -> Finding | None:
     drift = _recent(columns, "monitor/batchnorm_drift")
-    if len(drift) < _enough() or np.median(drift) <= THRESHOLDS["batchnorm_drift"].value:
+    # The smallest: running means begin at 0 and need some ten updates to come near.
+    if len(drift) < _enough() or drift.min() <= THRESHOLDS["batchnorm_drift"].value:
         return None
     return Finding(
         "batchnorm_drift",
@@ -265,10 +274,11 @@ def _epsilon(columns: Columns) -> Finding | None:
 def _amp_skips(columns: Columns) -> Finding | None:
     rows = zip(columns.get("train/amp_skipped", ()), columns.get("train/n_updates", ()), strict=False)
     known = [(skipped, updates) for skipped, updates in rows if skipped is not None and updates is not None]
-    known = known[-int(_enough()) :]
-    if len(known) < 2 or known[-1][1] - known[0][1] < 100:
+    # The latest rows that span enough updates: GradScaler's first scale is too large by design.
+    start = next((row for row in reversed(known) if known[-1][1] - row[1] >= THRESHOLDS["amp_updates"].value), None)
+    if start is None:
         return None
-    skipped, updates = known[-1][0] - known[0][0], known[-1][1] - known[0][1]
+    skipped, updates = (last - first for last, first in zip(known[-1], start, strict=True))
     if skipped <= THRESHOLDS["amp_skips"].value * updates:
         return None
     scale = _values(columns, "train/amp_scale")

@@ -264,7 +264,7 @@ def test_expected_and_realised_returns_belong_to_the_same_episodes():
     finished = [*callback._episodes.finished]
     assert len(finished) == 4  # of eight, half of them truncated; the first is never measured
     assert [got for _, got in finished] == pytest.approx([discounted] * 4)
-    assert callback._bound() == {"monitor/q_bound": 4.0}
+    assert callback._episodes.measured(model)["monitor/q_bound"] == 4.0
     assert len({round(value, 6) for value, _ in finished}) > 1
 
 

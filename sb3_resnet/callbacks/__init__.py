@@ -1,6 +1,7 @@
 """Callbacks, one a file; their arguments are plain YAML values."""
 
 from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_checkpoint
+from sb3_resnet.callbacks.doctor import DoctorCallback
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
@@ -9,6 +10,7 @@ from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 
 __all__ = [
     "BestCheckpointCallback",
+    "DoctorCallback",
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",

@@ -58,12 +58,18 @@ class EpisodeValues:
                 if not local["infos"][env].get("TimeLimit.truncated", False):  # the rest of its return is unknown
                     self.finished.append((episode[0], episode[1]))
 
-    def means(self) -> dict[str, float]:
-        """:return: mean value and mean return of the latest episodes by log key; empty before the first"""
-        if not self.finished:
-            return {}
-        values, returns = np.mean(self.finished, axis=0)
-        return {"monitor/q_start": float(values), "monitor/return_start": float(returns)}
+    def measured(self, model: BaseAlgorithm) -> dict[str, float]:
+        """:return: by log key: mean value and return of the latest episodes, largest reward, largest possible return"""
+        values: dict[str, float] = {}
+        if self.finished:
+            expected, got = np.mean(self.finished, axis=0)
+            values = {"monitor/q_start": float(expected), "monitor/return_start": float(got)}
+        gamma = float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
+        if self.largest_reward > 0:
+            values["monitor/reward_max"] = self.largest_reward
+        if self.largest_reward > 0 and gamma < 1:
+            values["monitor/q_bound"] = self.largest_reward / (1.0 - gamma)
+        return values
 
     def _values(self, model: BaseAlgorithm) -> dict[int, float]:
         policy: Any = model.policy

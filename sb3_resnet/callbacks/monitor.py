@@ -39,7 +39,7 @@ class MonitorCallback(BaseCallback):
 
     * ``loss``; ``clip_share``: share of updates that were clipped
     * ``q_mean``, ``q_max``: mean and largest greedy Q-value of the batch; ``q_min``: smallest of all; ``q_bound``:
-      largest possible one, the largest reward seen / (1 - gamma)
+      largest possible one, ``reward_max`` (the largest reward seen, whatever its sign) / (1 - gamma)
     * ``td_p50``, ``td_p90``, ``td_max``: quantiles of the TD errors' size; ``td_mean``: their mean, with sign
     * ``target_lag``: distance between online and target network relative to the former's norm, of what trains
     * ``q_start``, ``return_start``: greedy Q-value at the start of an episode and the discounted return that followed
@@ -108,12 +108,7 @@ class MonitorCallback(BaseCallback):
             for key, value in values.items():
                 if not key.startswith(GAUGES):
                     self.model.logger.record_mean(key, value)
-        record(self.model, {**self._episodes.means(), **self._bound(), **self._phase(), **self._costs()})
-
-    def _bound(self) -> dict[str, float]:
-        gamma = float(self.model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
-        reward = self._episodes.largest_reward
-        return {"monitor/q_bound": reward / (1.0 - gamma)} if reward > 0 and gamma < 1 else {}
+        record(self.model, {**self._episodes.measured(self.model), **self._phase(), **self._costs()})
 
     def _phase(self) -> dict[str, float]:
         policy: Any = self.model.policy
