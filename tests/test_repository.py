@@ -10,7 +10,7 @@ import pytest
 import sb3_resnet
 
 ROOT = Path(__file__).parent.parent
-OPTIONAL = ("ale_py", "cv2", "rl_zoo3", "safetensors", "sb3_contrib")
+OPTIONAL = ("ale_py", "cv2", "mlflow", "psutil", "rl_zoo3", "safetensors", "sb3_contrib", "wandb")
 TO_SB3_ALONE = """
 import sys
 import stable_baselines3

@@ -5,8 +5,10 @@ from sb3_resnet.callbacks.doctor import DoctorCallback
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
+from sb3_resnet.callbacks.mlflow_tracker import MLflowTrackerCallback
 from sb3_resnet.callbacks.monitor import MonitorCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
+from sb3_resnet.callbacks.wandb_tracker import WandbTrackerCallback
 
 __all__ = [
     "BestCheckpointCallback",
@@ -14,7 +16,9 @@ __all__ = [
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",
+    "MLflowTrackerCallback",
     "MonitorCallback",
     "UnfreezeCallback",
+    "WandbTrackerCallback",
     "newest_checkpoint",
 ]
