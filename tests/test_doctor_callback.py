@@ -195,12 +195,10 @@ def test_a_buffer_beyond_the_memory_that_is_left_is_found_when_its_final_form_is
 @pytest.mark.parametrize("algorithm", ["dqn", "qrdqn"])
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_healthy_run_is_left_alone(algorithm, frozen, capsys):
-    model = make_model(
-        algorithm, learning_rate=1e-4, extractor={"freeze_backbone": frozen}, gradient_steps=2, batch_size=8
-    )
+    model = make_model(algorithm, learning_rate=1e-4, extractor={"freeze_backbone": frozen})
     model, *cache = trained(model), *([FeatureCacheCallback()] if frozen else [])
-    assert watched((model, *cache), 100, action="stop").findings == []
-    assert model.num_timesteps == 100
+    assert watched((model, *cache), 64, action="stop").findings == []
+    assert model.num_timesteps == 64
     assert "Doctor: no findings" in capsys.readouterr().out
 
 
