@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch as th
-from stable_baselines3 import DQN, PPO
+from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.logger import configure
 
 from sb3_resnet import ResNetExtractor, diagnosis
@@ -105,6 +105,11 @@ def test_lines_without_a_value_change_nothing(code, columns, seen):
     assert codes(history_findings(holes, finished=True)) == [code]
 
 
+@pytest.mark.parametrize("key", [key for key in HEALTHY if "loss" not in key and "grad" not in key])
+def test_a_nan_is_no_finding_of_another_kind(key):
+    assert history_findings({**HEALTHY, key: [math.nan] * 30}) == []
+
+
 def test_epsilon_may_be_high_while_training_goes_on():
     assert history_findings({**HEALTHY, "rollout/exploration_rate": [1.0] * 30}) == []
 
@@ -196,6 +201,7 @@ def test_other_algorithms_are_checked_for_what_they_have():
     assert codes(static(model, 10)) == ["frozen_random_backbone"]
     model = DQN("CnnPolicy", TinyGame((1, 36, 36)), buffer_size=10, device="cpu")
     assert static(model) == []
+    assert static(SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")) == []
 
 
 def test_the_buffers_memory_is_what_it_will_be_when_full(monkeypatch):

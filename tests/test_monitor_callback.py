@@ -11,7 +11,13 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
 from torch.nn import functional as F
 
-from sb3_resnet.callbacks import FeatureCacheCallback, GradientClipCallback, LRScheduleCallback, MonitorCallback
+from sb3_resnet.callbacks import (
+    FeatureCacheCallback,
+    GradientClipCallback,
+    LRScheduleCallback,
+    MonitorCallback,
+    UnfreezeCallback,
+)
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 from tests.test_feature_cache_callback import start
 
@@ -217,6 +223,21 @@ def test_a_new_callback_takes_the_place_of_one_whose_learn_was_interrupted():
     model.train(1, 4)
     assert len(model.logger.seen["monitor/loss"]) == 1
     assert hooks_of(model) == clean
+
+
+def test_a_phase_that_begins_at_the_same_moment_is_measured_whole():
+    model = fill(make_model())
+    callbacks = [MonitorCallback(every=1), UnfreezeCallback([{"at_update": 1, "unfreeze_from": "layer4"}], verbose=0)]
+    model.set_logger(Log())
+    start(model, *callbacks)
+    groups = []
+    for _ in range(3):
+        for callback in callbacks:
+            callback.on_rollout_end()
+        model.train(1, 4)
+        groups.append(len(model.logger.seen.get("grad_norm/backbone", [])))
+    assert groups == [0, 0, 1]  # not the update at which the boundary moved after the hooks were set
+    assert len(model.logger.seen["monitor/loss"]) == 2
 
 
 def test_a_skipped_update_has_no_gradient_norm():

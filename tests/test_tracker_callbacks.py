@@ -80,6 +80,9 @@ def test_a_tracker_gets_every_number_that_the_csv_gets(tmp_path):
     model, rows = train(tmp_path, callback)
     (tracker,) = callback.trackers
     assert tracker.closed == 1
+    assert tracker.params["callbacks.MonitorCallback.every"] == 2
+    assert tracker.params["callbacks.BestCheckpointCallback.save_path"].endswith("best')")
+    assert tracker.params["callbacks.EvalCallback.eval_freq"] == 20
     assert tracker.files == [tmp_path / "best" / "best.zip"]
     lines = [{key: float(value) for key, value in row.items() if value} for row in rows]
     for line, (step, values) in zip(lines, tracker.numbers, strict=False):

@@ -75,6 +75,8 @@ class Probe:
 
     def before_step(self, n: int) -> None:
         """Call before the optimizer step that follows ``n`` others."""
+        if self._armed is not None and self._armed.stale:
+            self.pause()  # a phase began after it was prepared: the next update will do
         if self._armed is None:
             self.prepare(n + 1)
         elif not self._armed.before_step() and not self._warned:
@@ -112,16 +114,21 @@ class _Armed:
         self.n = n
         self.began = False
         self._model: Any = model
-        self._trainable = [
-            (str(group["name"]), [parameter for parameter in group["params"] if parameter.requires_grad])
-            for group in optimizer_of(model).param_groups
-        ]
+        self._trainable = trainable(model)
         self._values: dict[str, th.Tensor | float] = {}
         self._norms: dict[int, th.Tensor] = {}
         self._before: dict[int, th.Tensor] = {}
         self._drifts: list[th.Tensor] = []
         self._units: list[th.Tensor] = []
         self._handles = self._register()
+
+    @property
+    def stale(self) -> bool:
+        """Whether other parameters train than those that are watched."""
+        before, now = (
+            [id(p) for _, some in groups for p in some] for groups in (self._trainable, trainable(self._model))
+        )
+        return before != now
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -233,6 +240,14 @@ class _Armed:
         before = [self._norms[id(parameter)] for parameter in parameters if id(parameter) in self._norms]
         after = joint_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         return {f"grad_norm/{name}": joint_norm(before) if before else after, f"grad_norm_clipped/{name}": after}
+
+
+def trainable(model: BaseAlgorithm) -> list[tuple[str, list[Any]]]:
+    """:return: the parameters that train, by the name of their optimizer group"""
+    return [
+        (str(group["name"]), [parameter for parameter in group["params"] if parameter.requires_grad])
+        for group in optimizer_of(model).param_groups
+    ]
 
 
 def train_locals(model: BaseAlgorithm) -> Mapping[str, Any]:

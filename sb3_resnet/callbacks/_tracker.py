@@ -13,11 +13,11 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import KVWriter
 
 from sb3_resnet.callbacks._best import find_keeper
-from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.callbacks._evaluations import Evaluations, walk
 from sb3_resnet.checks import flag
 
 
@@ -80,7 +80,7 @@ class TrackerCallback(BaseCallback):
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
         self._root = self.locals.get("callback")
-        self._tracker = self._open(hyperparameters(self.model))
+        self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
         if hasattr(self.model, "_logger"):
             self.model.logger.output_formats.append(self._tracker)
 
@@ -141,6 +141,21 @@ def hyperparameters(model: BaseAlgorithm) -> dict[str, Any]:
     for name in dict.fromkeys(names):
         if name not in skipped and hasattr(model, name):
             values.update(_flat(name, getattr(model, name)))
+    return values
+
+
+def arguments(root: Any) -> dict[str, Any]:
+    """
+    :param root: the callback that ``learn()`` was given
+    :return: what the callbacks were given, flat, as ``callbacks.UnfreezeCallback.phases``
+    """
+    values: dict[str, Any] = {}
+    for callback in walk(root):
+        if not isinstance(callback, (CallbackList, TrackerCallback)):
+            cls = type(callback)
+            for name in inspect.signature(cls).parameters:
+                if name in vars(callback) and name != "verbose":
+                    values.update(_flat(f"callbacks.{cls.__name__}.{name}", getattr(callback, name)))
     return values
 
 
