@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import csv
+from pathlib import Path
 from typing import Any
 
 from sb3_resnet.finding import Finding
 from sb3_resnet.memory import available_bytes
-from sb3_resnet.symptoms import Columns, history_findings, read_log
+from sb3_resnet.symptoms import Columns, history_findings
 from sb3_resnet.thresholds import THRESHOLDS, Threshold
 
 __all__ = ["THRESHOLDS", "Columns", "Finding", "Threshold", "history_findings", "read_log", "static_findings"]
@@ -25,16 +27,36 @@ def static_findings(model: Any, total_timesteps: int | None = None) -> list[Find
     """
     network = getattr(model.policy, "online", model.policy)
     extractor = getattr(network, "features_extractor", None)
+    optimizer = getattr(model.policy, "optimizer", None)  # SAC has several
     found = [
         _frozen_random(extractor),
-        _lr_order(model.policy.optimizer),
-        _lr_zero(model),
+        _lr_order(optimizer),
+        _lr_zero(model, optimizer),
         _epsilon(model),
         _never_trains(model, total_timesteps),
         _buffer(model, extractor),
         _micro_batch(model, extractor),
     ]
     return [finding for finding in found if finding is not None]
+
+
+def read_log(path: str | Path) -> dict[str, list[float | None]]:
+    """
+    Read SB3's ``progress.csv``.
+
+    :param path: the file
+    :return: its columns; ``None`` where a cell is empty; columns that hold other than numbers are left out
+    :raises FileNotFoundError: if there is no such file
+    """
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    columns: dict[str, list[float | None]] = {}
+    for key in rows[0] if rows else ():
+        try:
+            columns[key] = [float(row[key]) if row[key] else None for row in rows]
+        except ValueError:
+            continue
+    return columns
 
 
 def has_random_weights(extractor: Any) -> bool:
@@ -104,7 +126,7 @@ def _frozen_random(extractor: Any) -> Finding | None:
 
 def _lr_order(optimizer: Any) -> Finding | None:
     rates: dict[str, list[float]] = {"head": [], "backbone": []}
-    for group in optimizer.param_groups:
+    for group in getattr(optimizer, "param_groups", ()):
         part = str(group.get("name", "")).removesuffix("_no_decay").split(".")[0]
         rates.setdefault(part, []).append(float(group.get("lr_ratio", group["lr"])))
     if not rates["head"] or not rates["backbone"]:
@@ -121,10 +143,12 @@ def _lr_order(optimizer: Any) -> Finding | None:
     )
 
 
-def _lr_zero(model: Any) -> Finding | None:
+def _lr_zero(model: Any, optimizer: Any) -> Finding | None:
     schedule = model.lr_schedule
     top = max(float(schedule(progress)) for progress in (1.0, 0.75, 0.5, 0.25))
-    groups = [group for group in model.policy.optimizer.param_groups if any(p.requires_grad for p in group["params"])]
+    groups = [
+        group for group in getattr(optimizer, "param_groups", ()) if any(p.requires_grad for p in group["params"])
+    ]
     limit = THRESHOLDS["lr_zero"].value
     still = [group for group in groups if top * group.get("lr_ratio", 1.0) < limit]
     if not still:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -18,30 +16,12 @@ Columns = Mapping[str, Sequence[float | None]]
 _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
 
 
-def read_log(path: str | Path) -> dict[str, list[float | None]]:
-    """
-    Read SB3's ``progress.csv``.
-
-    :param path: the file
-    :return: its columns; ``None`` where a cell is empty; columns that hold other than numbers are left out
-    :raises FileNotFoundError: if there is no such file
-    """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
-    columns: dict[str, list[float | None]] = {}
-    for key in rows[0] if rows else ():
-        try:
-            columns[key] = [float(row[key]) if row[key] else None for row in rows]
-        except ValueError:
-            continue
-    return columns
-
-
 def history_findings(columns: Columns, finished: bool = False, slow_after: int | None = None) -> list[Finding]:
     """
     What the log of a run tells.
 
-    :param columns: as ``MonitorCallback`` and SB3 log it (see :func:`read_log`); what is not there is not checked
+    :param columns: as ``MonitorCallback`` and SB3 log it (``sb3_resnet.diagnosis.read_log`` reads it); what is not
+        there is not checked
     :param finished: whether the run has ended, so that epsilon must have
     :param slow_after: environment steps after which the reward must have risen; ``None``: as in :data:`THRESHOLDS`
     :return: the findings
@@ -86,7 +66,7 @@ def _q_explodes(columns: Columns) -> Finding | None:
     bound = _values(columns, "monitor/q_bound")
     extremes = [_recent(columns, key) for key in ("monitor/q_max", "monitor/q_min")]
     largest = max((float(np.median(np.abs(values))) for values in extremes if len(values) >= _enough()), default=0.0)
-    if not len(bound) or largest <= THRESHOLDS["q_bound"].value * bound[-1]:
+    if not len(bound) or not largest > THRESHOLDS["q_bound"].value * bound[-1]:
         return None
     return Finding(
         "q_explodes",
@@ -130,7 +110,8 @@ def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
     reward = _values(columns, key)
     first, _, last = np.array_split(reward, 3)
     error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
-    if last.mean() - first.mean() > THRESHOLDS["slow_curve"].value * error:
+    gain = float(last.mean() - first.mean())
+    if not gain <= THRESHOLDS["slow_curve"].value * error:  # NaN is no gain, and no lack of one
         return None
     frozen = _values(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
     unfreeze = (
@@ -158,7 +139,7 @@ def _overfitting(columns: Columns) -> Finding | None:
     table = np.array(pairs)
     span = float(table.max() - table.min())
     gaps = table[-3:, 0] - table[-3:, 1]
-    if span == 0 or gaps.min() <= THRESHOLDS["overfitting"].value * span:
+    if span == 0 or not gaps.min() > THRESHOLDS["overfitting"].value * span:
         return None
     train_mean, evaluation_mean = table[-3:].mean(axis=0)
     return Finding(
@@ -175,7 +156,7 @@ def _q_overestimation(columns: Columns) -> Finding | None:
     if min(len(expected), len(got)) < _enough() or not len(bound):
         return None
     gap = float(np.median(expected) - np.median(got))
-    if gap <= THRESHOLDS["q_overestimation"].value * bound[-1]:
+    if not gap > THRESHOLDS["q_overestimation"].value * bound[-1]:
         return None
     return Finding(
         "q_overestimation",
@@ -188,7 +169,7 @@ def _q_overestimation(columns: Columns) -> Finding | None:
 
 def _dead(columns: Columns, name: str, what: str) -> Finding | None:
     share = _recent(columns, f"monitor/{name}")
-    if len(share) < _enough() or np.median(share) <= THRESHOLDS[name].value:
+    if len(share) < _enough() or not np.median(share) > THRESHOLDS[name].value:
         return None
     change = {
         "dead_features": "Check image_size and use_imagenet_norm, or write pooling='flatten', or other weights.",
@@ -249,7 +230,7 @@ def _lr_zero(columns: Columns) -> Finding | None:
 def _batchnorm_drift(columns: Columns) -> Finding | None:
     drift = _recent(columns, "monitor/batchnorm_drift")
     # The smallest: running means begin at 0 and need some ten updates to come near.
-    if len(drift) < _enough() or drift.min() <= THRESHOLDS["batchnorm_drift"].value:
+    if len(drift) < _enough() or not drift.min() > THRESHOLDS["batchnorm_drift"].value:
         return None
     return Finding(
         "batchnorm_drift",
@@ -279,7 +260,7 @@ def _amp_skips(columns: Columns) -> Finding | None:
     if start is None:
         return None
     skipped, updates = (last - first for last, first in zip(known[-1], start, strict=True))
-    if skipped <= THRESHOLDS["amp_skips"].value * updates:
+    if not skipped > THRESHOLDS["amp_skips"].value * updates:
         return None
     scale = _values(columns, "train/amp_scale")
     return Finding(

@@ -15,12 +15,15 @@ OPTIONAL = (
     "captum",
     "cv2",
     "imageio",
+    "mlflow",
     "onnx",
     "onnxruntime",
+    "psutil",
     "rl_zoo3",
     "safetensors",
     "sb3_contrib",
     "typer",
+    "wandb",
 )
 TO_SB3_ALONE = """
 import sys

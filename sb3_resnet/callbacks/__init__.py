@@ -2,19 +2,27 @@
 
 from sb3_resnet.callbacks.amp import AMPCallback
 from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_checkpoint
+from sb3_resnet.callbacks.doctor import DoctorCallback
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
 from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
+from sb3_resnet.callbacks.mlflow_tracker import MLflowTrackerCallback
+from sb3_resnet.callbacks.monitor import MonitorCallback
 from sb3_resnet.callbacks.nan_guard import NanGuardCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
+from sb3_resnet.callbacks.wandb_tracker import WandbTrackerCallback
 
 __all__ = [
     "AMPCallback",
     "BestCheckpointCallback",
+    "DoctorCallback",
     "FeatureCacheCallback",
     "GradientClipCallback",
     "LRScheduleCallback",
+    "MLflowTrackerCallback",
+    "MonitorCallback",
     "NanGuardCallback",
     "UnfreezeCallback",
+    "WandbTrackerCallback",
     "newest_checkpoint",
 ]

@@ -1,0 +1,83 @@
+"""What the agent expects at the start of an episode, and what it then gets."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+
+_KEPT = 20  # episodes that the means are taken over
+
+
+class EpisodeValues:
+    """
+    Compares the greedy Q-value of first observations with the discounted return of the rest of their episodes.
+
+    :param min_gap: environment steps between two measured starts: each costs a pass through the network
+    """
+
+    def __init__(self, min_gap: int) -> None:
+        self.min_gap = min_gap
+        self.finished: deque[tuple[float, float]] = deque(maxlen=_KEPT)
+        self.largest_reward = 0.0
+        self._episodes: dict[int, list[float]] = {}  # by environment: value, return so far, discount
+        self._fresh: set[int] = set()
+        self._last = -math.inf
+
+    def start(self) -> None:
+        """Forget episodes that an earlier ``learn()`` has left open."""
+        self._episodes.clear()
+        self._fresh.clear()  # where training goes on, the first observation may be in the midst of an episode
+
+    def step(self, model: BaseAlgorithm, local: Mapping[str, Any]) -> None:
+        """
+        Call in ``on_step``.
+
+        :param model: an SB3 model with a ResNet policy
+        :param local: local variables of ``collect_rollouts()``
+        """
+        if "rewards" not in local or "dones" not in local:
+            return  # driven without an environment
+        rewards, dones = local["rewards"], local["dones"]
+        self.largest_reward = max(self.largest_reward, float(np.abs(rewards).max()))
+        if self._fresh and model.num_timesteps - self._last >= self.min_gap:
+            self._last = model.num_timesteps
+            self._episodes.update({env: [value, 0.0, 1.0] for env, value in self._values(model).items()})
+        self._fresh = {env for env, done in enumerate(dones) if done}
+        for env in [*self._episodes]:
+            episode = self._episodes[env]
+            episode[1] += episode[2] * float(rewards[env])
+            episode[2] *= float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
+            if dones[env]:
+                del self._episodes[env]
+                if not local["infos"][env].get("TimeLimit.truncated", False):  # the rest of its return is unknown
+                    self.finished.append((episode[0], episode[1]))
+
+    def measured(self, model: BaseAlgorithm) -> dict[str, float]:
+        """:return: by log key: mean value and return of the latest episodes, largest reward, largest possible return"""
+        values: dict[str, float] = {}
+        if self.finished:
+            expected, got = np.mean(self.finished, axis=0)
+            values = {"monitor/q_start": float(expected), "monitor/return_start": float(got)}
+        gamma = float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
+        if self.largest_reward > 0:
+            values["monitor/reward_max"] = self.largest_reward
+        if self.largest_reward > 0 and gamma < 1:
+            values["monitor/q_bound"] = self.largest_reward / (1.0 - gamma)
+        return values
+
+    def _values(self, model: BaseAlgorithm) -> dict[int, float]:
+        policy: Any = model.policy
+        envs = sorted(self._fresh)
+        observations, _ = policy.obs_to_tensor(model._last_obs[envs])  # type: ignore[index]  # there is one while an environment runs
+        # With gradients, since without them the pass would go through the encoder of the feature cache, which
+        # remembers what it is asked: asking more would change which observations are encoded in which batch.
+        with th.enable_grad():
+            values = policy.online(observations).detach()
+        values = values.mean(dim=1) if values.ndim == 3 else values
+        return dict(zip(envs, values.max(dim=1).values.tolist(), strict=True))

@@ -1,0 +1,172 @@
+"""What the callbacks for experiment trackers share: SB3's log, the hyperparameters, and the best model at the end."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.logger import KVWriter
+
+from sb3_resnet.callbacks._best import find_keeper
+from sb3_resnet.callbacks._evaluations import Evaluations, walk
+from sb3_resnet.checks import flag
+
+
+class Tracker(KVWriter):
+    """
+    One run of an experiment tracker; an output of SB3's logger beside the others.
+
+    :param name: how ``logger.record(..., exclude=name)`` leaves a value out
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        """Numbers only; texts, pictures and histograms stay with TensorBoard."""
+        numbers = {
+            key: float(value)
+            for key, value in key_values.items()
+            if self.name not in (key_excluded.get(key) or ())
+            and isinstance(value, (int, float, np.number))
+            and not isinstance(value, bool)
+        }
+        if numbers:
+            self.log_numbers(numbers, step)
+
+    @abstractmethod
+    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Keep what describes the run."""
+
+    @abstractmethod
+    def log_numbers(self, values: Mapping[str, float], step: int) -> None:
+        """Log values at a timestep."""
+
+    @abstractmethod
+    def log_file(self, path: Path) -> None:
+        """Keep a file with the run."""
+
+    def close(self) -> None:
+        """End the run; may be called again."""
+
+
+class TrackerCallback(BaseCallback):
+    """
+    Adds a tracker to the outputs of the model's logger for as long as training lasts.
+
+    :param save_best: keep the best model with the run
+    :param verbose: SB3's verbosity
+    """
+
+    def __init__(self, save_best: bool, verbose: int) -> None:
+        super().__init__(verbose)
+        self.save_best = flag("save_best", save_best)
+        self._tracker: Tracker | None = None
+        self._root: Any = None
+
+    @abstractmethod
+    def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
+        """:return: a new run"""
+
+    def _on_training_start(self) -> None:
+        self._close()  # of a learn() that was interrupted
+        self._root = self.locals.get("callback")
+        self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
+        if hasattr(self.model, "_logger"):
+            self.model.logger.output_formats.append(self._tracker)
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_training_end(self) -> None:
+        """Log what the last line of the log has not, keep the best model, end the run."""
+        if self._tracker is None:  # RL-Zoo ends training twice
+            return
+        if hasattr(self.model, "_logger"):
+            logger = self.model.logger
+            self._tracker.write(logger.name_to_value, logger.name_to_excluded, self.model.num_timesteps)
+        path = best_model(self._root) if self.save_best else None
+        if path is not None:
+            self._tracker.log_file(path)
+        self._close()
+
+    def _close(self) -> None:
+        tracker, self._tracker = self._tracker, None
+        if tracker is None:
+            return
+        if hasattr(self.model, "_logger") and tracker in self.model.logger.output_formats:
+            self.model.logger.output_formats.remove(tracker)
+        tracker.close()
+
+
+def best_model(root: Any) -> Path | None:
+    """
+    :param root: the callback that ``learn()`` was given
+    :return: file of the best model of a ``BestCheckpointCallback``, else of an ``EvalCallback``, if there is one
+    """
+    keeper = find_keeper(root)
+    best = None if keeper is None else keeper.best_of_phase()
+    folder = Evaluations(root).folder
+    candidates = [best[0].parent / "best.zip"] if best is not None else []
+    candidates += [Path(folder) / "best_model.zip"] if folder is not None else []
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def hyperparameters(model: BaseAlgorithm) -> dict[str, Any]:
+    """
+    :param model: an SB3 model
+    :return: what its constructor was given, flat: numbers, strings and booleans as they are, the rest as text
+    """
+    names = [name for cls in type(model).__mro__ for name in inspect.signature(cls).parameters]
+    skipped = {"self", "args", "kwargs", "policy", "env", "device", "_init_setup_model", "replay_buffer_class"}
+    values: dict[str, Any] = {
+        "algorithm": type(model).__name__,
+        "policy": type(model.policy).__name__,
+        "device": str(model.device),
+        "stable_baselines3": stable_baselines3.__version__,
+        "torch": th.__version__,
+    }
+    spec = getattr(model.env.envs[0], "spec", None) if model.env is not None and hasattr(model.env, "envs") else None
+    if spec is not None:
+        values["env"] = spec.id
+    for name in dict.fromkeys(names):
+        if name not in skipped and hasattr(model, name):
+            values.update(_flat(name, getattr(model, name)))
+    return values
+
+
+def arguments(root: Any) -> dict[str, Any]:
+    """
+    :param root: the callback that ``learn()`` was given
+    :return: what the callbacks were given, flat, as ``callbacks.UnfreezeCallback.phases``
+    """
+    values: dict[str, Any] = {}
+    for callback in walk(root):
+        if not isinstance(callback, (CallbackList, TrackerCallback)):
+            cls = type(callback)
+            for name in inspect.signature(cls).parameters:
+                if name in vars(callback) and name != "verbose":
+                    values.update(_flat(f"callbacks.{cls.__name__}.{name}", getattr(callback, name)))
+    return values
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    if isinstance(value, Mapping):
+        return {key: item for part, inner in value.items() for key, item in _flat(f"{name}.{part}", inner).items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {name: str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {name: value}
+    if isinstance(value, type):
+        return {name: value.__name__}
+    # Functions and schedules have an address in their text, which tells nothing.
+    return {name: type(value).__name__ if " at 0x" in repr(value) else repr(value)}

@@ -1,0 +1,162 @@
+"""Says during training what is wrong with it, why that matters, and what to change."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.utils import safe_mean
+
+from sb3_resnet.callbacks._episodes import EpisodeValues
+from sb3_resnet.callbacks._evaluations import Evaluations, walk
+from sb3_resnet.callbacks._probe import Probe
+from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.checks import choice, integer, no_unknown
+from sb3_resnet.diagnosis import Finding, history_findings, static_findings
+from sb3_resnet.phases import STAGES
+from sb3_resnet.thresholds import THRESHOLDS
+
+ACTIONS = ("warn", "stop")
+#: What other callbacks and SB3 log, and a finding is made of.
+_LOGGED = ("train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
+
+
+class DoctorCallback(BaseCallback):
+    """
+    Watch a run and report what is wrong with it: each finding once, and all again in a summary at the end.
+
+    Before the first step it looks at the model (:func:`~sb3_resnet.diagnosis.static_findings`), then every so often at
+    what it has measured (:func:`~sb3_resnet.diagnosis.history_findings`); ``sb3_resnet.diagnosis.THRESHOLDS`` holds all
+    limits with their sources. It needs no ``MonitorCallback`` beside it and does not change training. Example::
+
+        doctor = DoctorCallback()
+        model.learn(1_000_000, callback=[FeatureCacheCallback(), doctor])
+        print(doctor.findings)
+
+    What it finds: ``frozen_random_backbone``, ``lr_order``, ``lr_zero``, ``epsilon_never_ends``, ``never_trains``,
+    ``buffer_memory``, ``micro_batch``, ``loss_explodes``, ``q_explodes``, ``loss_oscillates``, ``slow_curve``,
+    ``overfitting`` (needs an ``EvalCallback``), ``q_overestimation``, ``dead_features``, ``dormant_units``,
+    ``gradients_vanish``, ``gradients_explode``, ``batchnorm_drift``, ``amp_skips``.
+
+    :param action: ``"warn"``, or ``"stop"`` to end training at the first finding
+    :param every: gradient updates between two measurements; it looks at the whole after each ten
+    :param slow_after: environment steps after which the reward must have risen
+    :param verbose: 1 for the summary; findings are warned of in any case
+    :raises ValueError: for values that cannot work
+    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    """
+
+    def __init__(
+        self,
+        action: str = "warn",
+        every: int = 100,
+        slow_after: int = int(THRESHOLDS["slow_after"].value),
+        verbose: int = 1,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(verbose)
+        no_unknown("DoctorCallback", unknown, ("action", "every", "slow_after", "verbose"))
+        self.action = choice("action", action, ACTIONS)
+        self.every = integer("every", every, 1)
+        self.slow_after = integer("slow_after", slow_after, 1)
+        #: What was found so far.
+        self.findings: list[Finding] = []
+        self._probe = Probe(self.every, self._measured)
+        self._updates = UpdateHook(self._before_update)
+        self._episodes = EpisodeValues(min_gap=self.every)
+        self._evaluations = Evaluations(None)
+        self._columns: dict[str, list[float | None]] = {}
+        self._rows = 0
+        self._looked = False
+        self._ended = False
+
+    def _on_training_start(self) -> None:
+        policy: Any = self.model.policy
+        if not hasattr(policy, "set_freeze_boundary"):
+            raise TypeError(f"DoctorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._updates.attach(self.model)
+        self._probe.start(self.model, self._updates.n)
+        self._episodes.start()
+        self._looked = self._ended = False
+
+    def _on_rollout_start(self) -> None:
+        self._probe.pause()
+        if not self._looked:  # only now: other callbacks replace the buffer at the start of training
+            self._looked = True
+            self._report(self._before_training())
+
+    def _on_step(self) -> bool:
+        self._episodes.step(self.model, self.locals)
+        reward = self._evaluations.poll()
+        if reward is not None:
+            self._note({"eval/mean_reward": reward, **self._context()})
+            self._examine()
+        return not (self.action == "stop" and self.findings)
+
+    def _on_rollout_end(self) -> None:
+        self._updates.follow(self.model)
+        self._probe.prepare(self._updates.n)
+
+    def _on_training_end(self) -> None:
+        self._probe.end()
+        self._updates.detach()
+        if self._ended:  # RL-Zoo ends training twice
+            return
+        self._ended = True
+        self._examine()
+        if self.verbose:
+            print(f"Doctor: {len(self.findings) or 'no'} finding{'s' * (len(self.findings) != 1)}")
+            for finding in self.findings:
+                print(f"  {finding.severity} {finding}")
+
+    def _before_update(self, n: int) -> None:
+        self._probe.before_step(n)
+
+    def _measured(self, values: dict[str, float]) -> None:
+        self._note({**values, **self._episodes.measured(self.model), **self._context()})
+        if self._rows % int(THRESHOLDS["values"].value) == 0:
+            self._examine()
+
+    def _before_training(self) -> list[Finding]:
+        planned = getattr(self.model, "_total_timesteps", 0) or None
+        found = static_findings(self.model, planned)
+        if any(hasattr(child, "phases") for child in walk(self.locals.get("callback"))):
+            # An UnfreezeCallback is the cure.
+            found = [finding for finding in found if finding.code != "frozen_random_backbone"]
+        return found
+
+    def _context(self) -> dict[str, float]:
+        """What a measurement is to be seen against."""
+        model: Any = self.model
+        stage = model.policy.freeze_boundary
+        values = {
+            "time/total_timesteps": float(model.num_timesteps),
+            "train/n_updates": float(self._updates.n),
+            "monitor/freeze_boundary": float(len(STAGES) if stage is None else STAGES.index(stage)),
+        }
+        episodes = [info["r"] for info in model.ep_info_buffer or ()]
+        if episodes:
+            values["rollout/ep_rew_mean"] = float(safe_mean(episodes))
+        logged = model.logger.name_to_value if hasattr(model, "_logger") else {}
+        return {**values, **{key: float(logged[key]) for key in _LOGGED if key in logged}}
+
+    def _note(self, values: dict[str, float]) -> None:
+        for key in (*self._columns, *values):
+            column = self._columns.setdefault(key, [])
+            column.extend([None] * (self._rows - len(column)))
+        for key, column in self._columns.items():
+            column.append(values.get(key))
+        self._rows += 1
+
+    def _examine(self) -> None:
+        self._report(history_findings(self._columns, slow_after=self.slow_after))
+
+    def _report(self, found: list[Finding]) -> None:
+        known = {finding.code for finding in self.findings}
+        for finding in found:
+            if finding.code not in known:
+                self.findings.append(finding)
+                warnings.warn(str(finding), stacklevel=2)
+        record(self.model, {"doctor/findings": float(len(self.findings))})

@@ -1,0 +1,113 @@
+"""SB3's log, the hyperparameters and the best model in MLflow."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
+from sb3_resnet.checks import no_unknown
+
+_PARAMS_A_CALL = 100  # MLflow's limits for one call
+_METRICS_A_CALL = 1000
+
+
+class MLflowTrackerCallback(TrackerCallback):
+    """
+    Log to MLflow, beside TensorBoard and all other outputs. Example::
+
+        MLflowTrackerCallback(experiment="pong", tracking_uri="sqlite:///mlflow.db")
+
+    Every line of SB3's log is logged with the timestep as its step, the hyperparameters become the run's parameters,
+    and the best model (of ``BestCheckpointCallback``, else of ``EvalCallback``) the artifact ``best_model``. Each
+    ``learn()`` is a run of its own; MLflow's global active run is not touched.
+
+    :param experiment: MLflow's experiment, created where there is none
+    :param name: name of the run; ``None``: MLflow makes one up
+    :param tracking_uri: a server or ``sqlite:///FILE`` (recent MLflow refuses plain folders); ``None``: as MLflow is
+        set up
+    :param artifact_location: where a new experiment keeps files; ``None``: where the tracking server says
+    :param tags: further tags of the run
+    :param save_best: keep the best model with the run
+    :param verbose: SB3's verbosity
+    :raises ImportError: if MLflow is not installed
+    :raises TypeError: for unknown arguments
+    """
+
+    def __init__(
+        self,
+        experiment: str = "sb3_resnet",
+        name: str | None = None,
+        tracking_uri: str | None = None,
+        artifact_location: str | None = None,
+        tags: Mapping[str, str] | None = None,
+        save_best: bool = True,
+        verbose: int = 0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(save_best, verbose)
+        allowed = ("experiment", "name", "tracking_uri", "artifact_location", "tags", "save_best", "verbose")
+        no_unknown("MLflowTrackerCallback", unknown, allowed)
+        self.experiment = experiment
+        self.name = name
+        self.tracking_uri = tracking_uri
+        self.artifact_location = artifact_location
+        self.tags = dict(tags or {})
+        _mlflow()
+
+    def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
+        client = _mlflow().MlflowClient(self.tracking_uri)
+        found = client.get_experiment_by_name(self.experiment)
+        if found is None:
+            experiment_id = client.create_experiment(self.experiment, self.artifact_location)
+        else:
+            experiment_id = found.experiment_id
+        run = client.create_run(experiment_id, run_name=self.name, tags=self.tags)
+        tracker = _MLflowTracker(client, run.info.run_id)
+        tracker.log_hyperparameters(hyperparameters)
+        return tracker
+
+
+class _MLflowTracker(Tracker):
+    """
+    A run of MLflow.
+
+    :param client: of MLflow
+    :param run_id: the run
+    """
+
+    def __init__(self, client: Any, run_id: str) -> None:
+        super().__init__("mlflow")
+        self.run_id = run_id
+        self._client = client
+        self._open = True
+
+    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        param = _mlflow().entities.Param
+        params = [param(key, str(value)) for key, value in values.items()]
+        for start in range(0, len(params), _PARAMS_A_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_A_CALL])
+
+    def log_numbers(self, values: Mapping[str, float], step: int) -> None:
+        metric, now = _mlflow().entities.Metric, int(time.time() * 1000)
+        metrics = [metric(key, value, now, step) for key, value in values.items()]
+        for start in range(0, len(metrics), _METRICS_A_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_A_CALL])
+
+    def log_file(self, path: Path) -> None:
+        self._client.log_artifact(self.run_id, str(path), "best_model")
+
+    def close(self) -> None:
+        if self._open:
+            self._client.set_terminated(self.run_id)
+            self._open = False
+
+
+def _mlflow() -> Any:
+    try:
+        import mlflow
+    except ImportError as error:
+        raise ImportError("MLflowTrackerCallback needs MLflow: pip install 'sb3_resnet[mlflow]'") from error
+    return mlflow

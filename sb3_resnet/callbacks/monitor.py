@@ -1,0 +1,147 @@
+"""Numbers that tell whether training is healthy, in SB3's own log."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from stable_baselines3.common.callbacks import BaseCallback
+
+from sb3_resnet.callbacks._episodes import EpisodeValues
+from sb3_resnet.callbacks._probe import Probe
+from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.checks import integer, no_unknown
+from sb3_resnet.memory import device_bytes, process_bytes
+from sb3_resnet.phases import STAGES
+
+#: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
+GAUGES = ("lr/", "param_norm/")
+
+
+class MonitorCallback(BaseCallback):
+    """
+    Log what training does: gradients, updates, Q-values, TD errors, the phase, memory and speed.
+
+    Goes through SB3's logger, so TensorBoard, CSV and every other output get it. Training with and without it is the
+    same bit for bit: values are read from the batch of the update itself, nothing is sampled. Works with DQN and
+    QR-DQN, any number of environments, with and without the feature cache. Example::
+
+        model.learn(1_000_000, callback=[FeatureCacheCallback(), MonitorCallback()])
+
+    By optimizer group (``head``, ``head_no_decay``, ``backbone``, ...), for those that train:
+
+    * ``lr/<group>``: learning rate that the update used
+    * ``grad_norm/<group>``, ``grad_norm_clipped/<group>``: gradient norm before and after all clipping; ``all``: of
+      all groups together, which is what SB3 clips
+    * ``param_norm/<group>``, ``update_ratio/<group>``: norm of the parameters, and that of the update relative to it
+
+    Under ``monitor/``:
+
+    * ``loss``; ``clip_share``: share of updates that were clipped
+    * ``q_mean``, ``q_max``: mean and largest greedy Q-value of the batch; ``q_min``: smallest of all; ``q_bound``:
+      largest possible one, ``reward_max`` (the largest reward seen, whatever its sign) / (1 - gamma)
+    * ``td_p50``, ``td_p90``, ``td_max``: quantiles of the TD errors' size; ``td_mean``: their mean, with sign
+    * ``target_lag``: distance between online and target network relative to the former's norm, of what trains
+    * ``q_start``, ``return_start``: greedy Q-value at the start of an episode and the discounted return that followed
+      (time-limited episodes left out), mean over up to 20 episodes
+    * ``dead_features``: share of the head's inputs that hardly vary over the batch; ``dormant_units``: share of hidden
+      units with nearly no activation (arXiv 2302.12902); ``batchnorm_drift``: largest distance of a layer's batch mean
+      from its running mean, in standard deviations (only where BatchNorm is live)
+    * ``freeze_boundary``: number of the lowest stage that trains (0 adapter, 1 stem, 2 to 5 ``layer1`` to ``layer4``,
+      6 none); ``phase``: 0 while only the head trains, 1 from then on; ``trained_share``: share of the parameters that
+      train
+    * ``cache_hits``: share of sampled observations that the feature cache had, since the last measurement;
+      ``cache_mb``: its memory
+    * ``process_mb``, ``device_mb``: memory of the process (elsewhere than on Linux with psutil only, the ``monitor``
+      extra), and of tensors on the GPU, in megabytes
+    * ``steps_per_second``, ``updates_per_second``: environment steps and gradient updates since the last measurement
+
+    :param every: gradient updates between two measurements; 100 and 10 cost below 1 % of a step in
+        phase A, 1 costs 5 % (``benchmarks/results/monitor.json``)
+    :param verbose: SB3's verbosity
+    :raises ValueError: if ``every`` is not a whole number above 0
+    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    """
+
+    def __init__(self, every: int = 100, verbose: int = 0, **unknown: Any) -> None:
+        super().__init__(verbose)
+        no_unknown("MonitorCallback", unknown, ("every", "verbose"))
+        self.every = integer("every", every, 1)
+        self._probe = Probe(self.every, self._log)
+        self._updates = UpdateHook(self._before_update)
+        self._episodes = EpisodeValues(min_gap=self.every)
+        self._window = (0.0, 0, 0)  # clock, timesteps and updates at the last measurement
+        self._cache = (0, 0)  # hits and misses, likewise
+
+    def _on_training_start(self) -> None:
+        policy: Any = self.model.policy
+        if not hasattr(policy, "set_freeze_boundary"):
+            raise TypeError(f"MonitorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+        self._updates.attach(self.model)
+        self._probe.start(self.model, self._updates.n)
+        self._episodes.start()
+        self._window = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
+        cache = self._feature_cache
+        self._cache = (0, 0) if cache is None else (cache.hits, cache.misses)
+
+    def _on_step(self) -> bool:
+        self._episodes.step(self.model, self.locals)
+        return True
+
+    def _on_rollout_start(self) -> None:
+        self._probe.pause()  # acting is none of its business
+
+    def _on_rollout_end(self) -> None:
+        self._updates.follow(self.model)
+        self._probe.prepare(self._updates.n)
+
+    def _on_training_end(self) -> None:
+        self._probe.end()
+        self._updates.detach()
+
+    def _before_update(self, n: int) -> None:
+        self._probe.before_step(n)
+
+    def _log(self, values: dict[str, float]) -> None:
+        record(self.model, {key: value for key, value in values.items() if key.startswith(GAUGES)})
+        if hasattr(self.model, "_logger"):
+            for key, value in values.items():
+                if not key.startswith(GAUGES):
+                    self.model.logger.record_mean(key, value)
+        record(self.model, {**self._episodes.measured(self.model), **self._phase(), **self._costs()})
+
+    def _phase(self) -> dict[str, float]:
+        policy: Any = self.model.policy
+        stage = policy.freeze_boundary
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.online.parameters()]
+        return {
+            "monitor/freeze_boundary": float(len(STAGES) if stage is None else STAGES.index(stage)),
+            "monitor/phase": float(stage is not None),
+            "monitor/trained_share": sum(size for size, trains in sizes if trains) / sum(size for size, _ in sizes),
+        }
+
+    @property
+    def _feature_cache(self) -> Any:
+        shared = getattr(getattr(self.model, "replay_buffer", None), "shared", None)
+        return getattr(shared, "cache", None)
+
+    def _costs(self) -> dict[str, float]:
+        """Speed, memory and cache, since the last measurement."""
+        now = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
+        seconds = max(now[0] - self._window[0], 1e-9)
+        values = {
+            "monitor/steps_per_second": (now[1] - self._window[1]) / seconds,
+            "monitor/updates_per_second": (now[2] - self._window[2]) / seconds,
+        }
+        self._window = now
+        for name, size in {"process": process_bytes(), "device": device_bytes(self.model.device)}.items():
+            if size is not None:
+                values[f"monitor/{name}_mb"] = size / 1e6
+        cache = self._feature_cache
+        if cache is not None:
+            hits, misses = cache.hits - self._cache[0], cache.misses - self._cache[1]
+            self._cache = (cache.hits, cache.misses)
+            if hits + misses > 0:
+                values["monitor/cache_hits"] = hits / (hits + misses)
+            values["monitor/cache_mb"] = cache.nbytes / 1e6
+        return values

@@ -1,0 +1,99 @@
+"""SB3's log, the hyperparameters and the best model in Weights & Biases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
+from sb3_resnet.checks import no_unknown
+
+
+class WandbTrackerCallback(TrackerCallback):
+    """
+    Log to Weights & Biases, beside TensorBoard and all other outputs. Example::
+
+        WandbTrackerCallback(project="pong", mode="offline")
+
+    Every line of SB3's log is logged with ``timesteps`` as its axis, the hyperparameters become the run's config, and
+    the best model (of ``BestCheckpointCallback``, else of ``EvalCallback``) an artifact. A run that is active already
+    is used and stays open; else one is begun, and finished with training. W&B's own ``WandbCallback`` needs
+    ``wandb.init`` before it, which YAML cannot call, gets numbers only through a patched TensorBoard, and does not know
+    the best model; for gradient histograms use it beside this one.
+
+    :param project: W&B's project
+    :param name: name of the run; ``None``: W&B makes one up
+    :param mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None``: as W&B is set up
+    :param folder: where W&B keeps its files; ``None``: ``wandb`` in the current folder
+    :param init: further arguments of ``wandb.init``, such as ``{"tags": ["resnet"], "group": "seeds"}``
+    :param save_best: keep the best model with the run
+    :param verbose: SB3's verbosity
+    :raises ImportError: if wandb is not installed
+    :raises TypeError: for unknown arguments
+    """
+
+    def __init__(
+        self,
+        project: str = "sb3_resnet",
+        name: str | None = None,
+        mode: str | None = None,
+        folder: str | Path | None = None,
+        init: Mapping[str, Any] | None = None,
+        save_best: bool = True,
+        verbose: int = 0,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(save_best, verbose)
+        allowed = ("project", "name", "mode", "folder", "init", "save_best", "verbose")
+        no_unknown("WandbTrackerCallback", unknown, allowed)
+        self._init = {"project": project, "name": name, "mode": mode, "dir": folder, **(init or {})}
+        _wandb()
+
+    def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
+        wandb = _wandb()
+        active = wandb.run
+        tracker = _WandbTracker(active or wandb.init(**self._init), owned=active is None)
+        tracker.log_hyperparameters(hyperparameters)
+        return tracker
+
+
+class _WandbTracker(Tracker):
+    """
+    A run of W&B.
+
+    :param run: the run
+    :param owned: whether to finish it
+    """
+
+    def __init__(self, run: Any, owned: bool) -> None:
+        super().__init__("wandb")
+        self.run = run
+        self._owned = owned
+        # An axis of its own: W&B's step must never go back, but timesteps do in a learn() that resets them.
+        run.define_metric("timesteps", hidden=True)
+        run.define_metric("*", step_metric="timesteps")
+
+    def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
+        self.run.config.update(dict(values), allow_val_change=True)
+
+    def log_numbers(self, values: Mapping[str, float], step: int) -> None:
+        self.run.log({**values, "timesteps": step})
+
+    def log_file(self, path: Path) -> None:
+        artifact = _wandb().Artifact(f"best-model-{self.run.id}", type="model")
+        artifact.add_file(str(path))
+        self.run.log_artifact(artifact)
+
+    def close(self) -> None:
+        if self._owned:
+            self.run.finish()
+            self._owned = False
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("WandbTrackerCallback needs wandb: pip install 'sb3_resnet[wandb]'") from error
+    return wandb

@@ -1,0 +1,238 @@
+"""Findings from a model and from a log, without training."""
+
+import math
+
+import pytest
+import torch as th
+from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.logger import configure
+
+from sb3_resnet import ResNetExtractor, diagnosis
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import FeatureCacheCallback, MonitorCallback
+from sb3_resnet.diagnosis import THRESHOLDS, Finding, buffer_bytes, has_random_weights, history_findings, read_log
+from sb3_resnet.diagnosis import static_findings as static
+from tests.helpers import TinyGame, fill, make_model
+from tests.test_doctor_callback import trained
+from tests.test_feature_cache_callback import start
+
+
+def codes(findings):
+    return [finding.code for finding in findings]
+
+
+def noisy(level, n=30, swing=1.1):
+    """Values around a level, up and down by a factor."""
+    return [level * swing ** (-1) ** i for i in range(n)]
+
+
+HEALTHY = {
+    "monitor/loss": noisy(0.01, swing=1.8),
+    "monitor/td_p50": noisy(0.05),
+    "monitor/reward_max": [1.0] * 30,
+    "monitor/q_max": noisy(2.0),
+    "monitor/q_min": noisy(-1.0),
+    "monitor/q_bound": [100.0] * 30,
+    "monitor/q_start": noisy(1.0),
+    "monitor/return_start": noisy(0.9),
+    "monitor/dead_features": noisy(0.01),
+    "monitor/dormant_units": noisy(0.1),
+    "monitor/batchnorm_drift": noisy(0.1),
+    "monitor/freeze_boundary": [6.0] * 30,
+    "grad_norm/all": noisy(0.3),
+    "grad_norm/head": noisy(0.3),
+    "grad_norm_clipped/all": noisy(0.3),
+    "update_ratio/head": noisy(1e-3),
+    "lr/head": [1e-4] * 30,
+    "rollout/ep_rew_mean": [float(i) for i in range(30)],
+    "eval/mean_reward": [i + 0.5 for i in range(30)],
+    "rollout/exploration_rate": [1.0 - i / 30 for i in range(30)],
+    "time/total_timesteps": [1e5 * i for i in range(30)],
+    "train/n_updates": [200.0 * i for i in range(30)],
+    "train/amp_skipped": [16.0 + i // 10 for i in range(30)],
+    "train/amp_scale": [65536.0] * 30,
+}
+RISING = [0.5 * 1.2**i for i in range(30)]
+SICK = [
+    ("loss_explodes", {"monitor/loss": RISING}, "grew from"),
+    ("loss_explodes", {"monitor/loss": [0.1, math.nan]}, "The loss is nan after 2 logged values"),
+    ("loss_explodes", {"monitor/loss": [], "train/loss": [0.1, math.inf]}, "The loss is inf"),
+    ("loss_oscillates", {"monitor/td_p50": noisy(4.0), "monitor/loss": noisy(4.0)}, "4.02 times the largest reward"),
+    ("loss_oscillates", {"monitor/loss": noisy(0.1, swing=4), "monitor/td_p50": []}, "factor of 16"),
+    ("q_explodes", {"monitor/q_max": noisy(130)}, "exceed 100"),
+    ("q_explodes", {"monitor/q_min": noisy(-130)}, "exceed 100"),
+    ("q_overestimation", {"monitor/q_start": noisy(20)}, "and gets 0.9"),
+    ("slow_curve", {"eval/mean_reward": noisy(3, swing=1.5), "rollout/ep_rew_mean": []}, "eval/mean_reward was 3."),
+    ("slow_curve", {"eval/mean_reward": [], "rollout/ep_rew_mean": [-21.0] * 30}, "rollout/ep_rew_mean was -21"),
+    ("overfitting", {"eval/mean_reward": [*range(20), *[12.0] * 10]}, "reward was 12, in training 28"),
+    ("dead_features", {"monitor/dead_features": noisy(0.7)}, "70%"),
+    ("dormant_units", {"monitor/dormant_units": noisy(0.7)}, "70%"),
+    ("gradients_vanish", {"grad_norm/backbone": noisy(1e-9)}, "of backbone is 1.00e-09"),
+    ("gradients_explode", {"grad_norm/all": noisy(50.0)}, "50.2 before clipping and 0.301 after"),
+    ("gradients_explode", {"grad_norm/all": [*noisy(0.3), math.inf]}, "before clipping"),
+    ("lr_zero", {"lr/head": [0.0] * 30}, "No learning rate exceeded 0.0e+00"),
+    ("lr_zero", {"lr/head": [], "train/lr_head": [1e-12] * 30}, "exceeded 1.0e-12"),
+    ("lr_zero", {"update_ratio/head": noisy(1e-9)}, "by 1.0e-09 of their size, at a learning rate of 1.0e-04"),
+    ("batchnorm_drift", {"monitor/batchnorm_drift": noisy(2.0)}, "2 standard deviations"),
+    ("amp_skips", {"train/amp_skipped": [20.0 * i for i in range(30)]}, "20 of the last 200 updates"),
+    ("epsilon_never_ends", {"rollout/exploration_rate": [1.0] * 30}, "still 1 at the end"),
+]
+
+
+def test_a_healthy_log_gives_no_finding():
+    assert history_findings(HEALTHY, finished=True) == []
+    assert history_findings({}, finished=True) == []
+    early = {key: values[:5] for key, values in HEALTHY.items()}
+    assert history_findings(early) == []
+
+
+@pytest.mark.parametrize(("code", "columns", "seen"), SICK)
+def test_a_sick_log_gives_the_one_finding(code, columns, seen):
+    found = history_findings({**HEALTHY, **columns}, finished=True)
+    assert codes(found) == [code]
+    assert seen in found[0].seen
+    assert found[0].severity in ("warning", "error")
+    assert str(found[0]).startswith(f"{code}: ")
+    assert "\n" not in str(found[0])
+
+
+@pytest.mark.parametrize(("code", "columns", "seen"), SICK)
+def test_lines_without_a_value_change_nothing(code, columns, seen):
+    holes = {
+        key: [value for pair in zip(values, [None] * len(values), strict=True) for value in pair]
+        for key, values in {**HEALTHY, **columns}.items()
+    }
+    assert codes(history_findings(holes, finished=True)) == [code]
+
+
+@pytest.mark.parametrize("key", [key for key in HEALTHY if "loss" not in key and "grad" not in key])
+def test_a_nan_is_no_finding_of_another_kind(key):
+    assert history_findings({**HEALTHY, key: [math.nan] * 30}) == []
+
+
+def test_epsilon_may_be_high_while_training_goes_on():
+    assert history_findings({**HEALTHY, "rollout/exploration_rate": [1.0] * 30}) == []
+
+
+def test_a_slow_curve_is_advised_by_the_phase_and_forgiven_for_as_long_as_one_says():
+    flat = {**HEALTHY, "eval/mean_reward": [], "rollout/ep_rew_mean": [-21.0] * 30}
+    (frozen,) = history_findings(flat)
+    (open_,) = history_findings({**flat, "monitor/freeze_boundary": [0.0] * 30})
+    assert "UnfreezeCallback" in frozen.change
+    assert "UnfreezeCallback" not in open_.change
+    assert history_findings(flat, slow_after=3_000_000) == []
+
+
+def test_a_log_is_read_as_sb3_wrote_it(tmp_path):
+    model = fill(make_model())
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    callback = MonitorCallback(every=2)
+    start(model, callback)
+    for step in range(4):
+        callback.on_rollout_end()
+        model.train(1, 4)
+        if step == 2:
+            model.logger.record("text", "hello")
+        model.logger.dump(step)
+    columns = read_log(tmp_path / "progress.csv")
+    assert [value is None for value in columns["monitor/loss"]] == [False, True, False, True]
+    assert columns["train/n_updates"] == [1, 2, 3, 4]
+    assert "text" not in columns
+    (tmp_path / "empty.csv").write_text("")
+    assert read_log(tmp_path / "empty.csv") == {}
+    with pytest.raises(FileNotFoundError):
+        read_log(tmp_path / "none.csv")
+
+
+def test_every_limit_names_its_source():
+    assert all(limit.source and limit.value > 0 for limit in THRESHOLDS.values())
+    assert Finding("code", "Seen.", "Why.", "Change.") == Finding("code", "Seen.", "Why.", "Change.", "warning")
+
+
+def test_a_healthy_model_gives_no_finding():
+    assert static(trained(make_model()), 1000) == []
+    assert static(make_model(extractor={"freeze_backbone": False}), 1000) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "severity", "kwargs"),
+    [
+        ("frozen_random_backbone", "warning", {"extractor": {}}),
+        ("frozen_random_backbone", "warning", {"extractor": {"norm": "group"}}),
+        ("lr_order", "error", {"policy_kwargs": {"lr_head": 1e-5, "lr_backbone": 1e-4}}),
+        ("lr_zero", "error", {"learning_rate": lambda progress: 0.0}),
+        ("lr_zero", "error", {"policy_kwargs": {"lr_backbone": 0.0}}),
+        ("epsilon_never_ends", "warning", {"exploration_final_eps": 0.5}),
+        ("epsilon_never_ends", "warning", {"exploration_fraction": 1.0}),
+        ("never_trains", "error", {"learning_starts": 5000}),
+    ],
+)
+def test_a_sick_model_gives_the_one_finding(code, severity, kwargs):
+    (found,) = static(make_model(**{"extractor": {"freeze_backbone": False}, **kwargs}), 1000)
+    assert (found.code, found.severity) == (code, severity)
+
+
+def test_random_weights_are_told_from_loaded_ones(hub_weights, tmp_path):
+    path = tmp_path / "weights.pth"
+    state = th.load(hub_weights)
+    state["bn1.running_mean"] += 0.1
+    th.save(state, path)
+    options = {"buffer_size": 10, "device": "cpu"}
+
+    def build(**extractor):
+        return DQN("ResNetCnnPolicy", TinyGame(), policy_kwargs={"features_extractor_kwargs": extractor}, **options)
+
+    model = build(weights=str(path))
+    assert not has_random_weights(model.q_net.features_extractor)
+    model.save(tmp_path / "model.zip")
+    assert static(DQN.load(tmp_path / "model.zip", env=TinyGame())) == []
+    assert codes(static(build())) == ["frozen_random_backbone"]
+    model = build()
+    model.policy.set_freeze_boundary("layer4")
+    (found,) = static(model)
+    assert found.seen.startswith("The stages stem, layer1, layer2, layer3 are frozen")
+    model.policy.set_freeze_boundary("all")
+    assert static(model) == []
+
+
+def test_other_algorithms_are_checked_for_what_they_have():
+    kwargs = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+    model = PPO("CnnPolicy", TinyGame(), policy_kwargs=kwargs, n_steps=8, batch_size=4, device="cpu")
+    assert codes(static(model, 10)) == ["frozen_random_backbone"]
+    model = DQN("CnnPolicy", TinyGame((1, 36, 36)), buffer_size=10, device="cpu")
+    assert static(model) == []
+    assert static(SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")) == []
+
+
+def test_the_buffers_memory_is_what_it_will_be_when_full(monkeypatch):
+    plane, rows = 32 * 32, 300
+    model = trained(make_model())
+    assert buffer_bytes(model) == 2 * rows * 4 * plane
+    fill(model, 150)
+    assert buffer_bytes(model) == rows * 4 * plane
+    model = trained(make_model(replay_buffer_class=FrameReplayBuffer))
+    assert buffer_bytes(model) == rows * plane
+    start(model, FeatureCacheCallback("float32"))
+    assert buffer_bytes(model) == rows * (plane + 2 * 256)
+    model.policy.set_freeze_boundary("layer4")
+    assert buffer_bytes(model) == rows * plane  # how large entries are is not known before there are some
+    monkeypatch.setattr(diagnosis, "_MEASURED", 20)
+    model.learn(120)
+    store = model.replay_buffer.shared.store
+    assert 0 < buffer_bytes(model) < rows * (plane * store.n_planes / len(store) + 2**25)
+    model = trained(make_model(buffer_size=20))
+    fill(model, 30)
+    assert buffer_bytes(model) == 0
+
+
+def test_a_buffer_that_does_not_fit_names_the_size_that_does(monkeypatch):
+    model = trained(make_model())
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda: buffer_bytes(model) // 2)
+    (found,) = static(model)
+    assert (found.code, found.severity) == ("buffer_memory", "error")
+    assert "buffer_size=135, or replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer" in found.change
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda: None)  # nothing tells
+    assert static(model) == []
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda: 1000)
+    (found,) = static(trained(make_model(replay_buffer_class=FrameReplayBuffer)))
+    assert "FrameReplayBuffer" not in found.change
