@@ -8,17 +8,22 @@ CACHES := .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-slow check format clean
 
 help:  ## Show this help
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## Train a ResNet-18 DQN on Pong through RL-Zoo: a few minutes on two CPU cores
 	@$(PY) scripts/demo.py
 
 # One process a core and one thread a process: several torch threads in each would fight for the cores.
-test: $(STAMP)  ## Run the tests, with coverage
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4 --cov --cov-report=term --cov-fail-under=95
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 4
+
+test: $(STAMP)  ## Run the tests but the slow ones, with coverage
+	@$(PYTEST) -m 'not slow' --cov --cov-report=term --cov-fail-under=95
+
+test-slow: $(STAMP)  ## Run the slow tests: RL-Zoo, second processes, thousands of updates
+	@$(PYTEST) -m slow
 
 check: $(STAMP)  ## Lint, formatting, types and the layers; changes nothing
 	$(PY) -m ruff check

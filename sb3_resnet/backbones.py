@@ -17,6 +17,8 @@ from sb3_resnet.checks import choice, nearest
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 #: Norm layers of the trunk. ``frozen``: BatchNorm that always uses its stored statistics.
 NORMS = ("frozen", "batch", "group", "sync")
+#: Residual blocks of all of them.
+BLOCKS: tuple[type[nn.Module], ...] = (tvm.resnet.BasicBlock, tvm.resnet.Bottleneck)
 #: Smallest height and width, in pixels: at 17 ``layer4`` still gets a 2x2 map, below it only a pixel and padding.
 MIN_SIZE = 17
 

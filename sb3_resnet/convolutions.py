@@ -24,13 +24,46 @@ class PackedConv2d(nn.Module):
         self._conv = conv
         self._packed: th.Tensor | None = None
 
-    def forward(self, x: th.Tensor) -> th.Tensor:
-        """:return: what the convolution returns, channels last"""
+    def forward(self, x: th.Tensor, relu: bool = False, added: th.Tensor | None = None) -> th.Tensor:
+        """
+        :param x: the input, channels last
+        :param relu: apply ReLU
+        :param added: added before that
+        :return: the result, channels last
+        """
         conv = self._conv
         if self._packed is None:
             self._packed = _arrange(conv, x.shape)
-        shape = (conv.padding, conv.stride, conv.dilation, conv.groups)
-        out: th.Tensor = th.ops.mkldnn._convolution_pointwise(x, self._packed, conv.bias, *shape, "none", [], "")
+        weights = (self._packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+        after, convolve = "relu" if relu else "none", th.ops.mkldnn._convolution_pointwise
+        if added is None:
+            out: th.Tensor = convolve(x, *weights, after, [], "")
+        else:
+            out = convolve.binary(x, added, *weights, "add", 1.0, after if relu else None, [], "")
+        return out
+
+
+class PackedBlock(nn.Module):
+    """
+    A residual block whose addition and ReLUs happen inside its convolutions.
+
+    :param block: torchvision's ``BasicBlock`` or ``Bottleneck``, its norms folded
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        parts = dict(block.named_children())
+        self._convs = nn.ModuleList(PackedConv2d(parts[name]) for name in ("conv1", "conv2", "conv3") if name in parts)  # type: ignore[arg-type]
+        shortcut: Any = parts.get("downsample")
+        self._shortcut = None if shortcut is None else PackedConv2d(shortcut[0])
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """:return: what the block returns, channels last"""
+        shortcut = x if self._shortcut is None else self._shortcut(x)
+        *inner, last = self._convs
+        for conv in inner:
+            x = conv(x, relu=True)
+        out: th.Tensor = last(x, relu=True, added=shortcut)
         return out
 
 
@@ -104,13 +137,20 @@ def from_raw_input(
     return RawInputConv2d(new, (rows, columns), border.float().reshape(-1, 1, 1)).to(conv.weight.device)
 
 
-def pack(module: nn.Module) -> None:
-    """Pack all convolutions inside a module, where this build of PyTorch can."""
+def pack(module: nn.Module, blocks: tuple[type[nn.Module], ...] = ()) -> None:
+    """
+    Pack all convolutions inside a module, where this build of PyTorch can.
+
+    :param module: its norms folded
+    :param blocks: exact classes to take as residual blocks
+    """
     for name, child in module.named_children():
-        if isinstance(child, nn.Conv2d) and can_pack(child.weight):
+        if type(child) in blocks and _is_folded(child):
+            setattr(module, name, PackedBlock(child))
+        elif isinstance(child, nn.Conv2d) and can_pack(child.weight):
             setattr(module, name, PackedConv2d(child))
         else:
-            pack(child)
+            pack(child, blocks)
 
 
 def can_pack(weight: th.Tensor) -> bool:
@@ -121,6 +161,16 @@ def can_pack(weight: th.Tensor) -> bool:
         return False
     return weight.dtype == th.float32 or (
         weight.dtype == th.bfloat16 and bool(th.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+
+
+def _is_folded(block: nn.Module) -> bool:
+    """:return: whether nothing but convolutions and ReLU is left in it, which can be packed"""
+    leaves = [module for module in block.modules() if not [*module.children()]]
+    convs = [leaf for leaf in leaves if isinstance(leaf, nn.Conv2d)]
+    rest = (leaf for leaf in leaves if not isinstance(leaf, nn.Conv2d))
+    return all(can_pack(conv.weight) for conv in convs) and all(
+        isinstance(leaf, (nn.Identity, nn.ReLU)) for leaf in rest
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch as th
 from torch import nn
 
+from sb3_resnet.backbones import BLOCKS
 from sb3_resnet.convolutions import fold_norms, from_raw_input, pack
 from sb3_resnet.finite import check_observations
 from sb3_resnet.precision import resolve_dtype
@@ -102,7 +103,7 @@ class FrozenEncoder:
                 stages["stem"][0] = stem
             for stage in stages.values():
                 stage.requires_grad_(False).to(dtype=self.dtype, memory_format=th.channels_last)  # type: ignore[call-overload]
-                pack(stage)
+                pack(stage, BLOCKS)
         self._stages = stages
         self.version += 1
         self._holders = _holders(extractor)

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENV = "PongNoFrameskip-v4"
 RUNS = Path("logs", "dqn")
 # Each evaluation plays one game, about 800 steps, so there are only two: halfway and at the end.
-EVAL_FREQ = 500
+EVAL_FREQ = 1500
 MORE_STEPS = 10_000
 
 

@@ -187,6 +187,7 @@ for _ in sys.stdin:  # a process a line: forking spares each one the imports
 """
 
 
+@pytest.mark.slow
 def test_a_process_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
     """20 kills of a process that does little but save; each time the newest checkpoint loads."""
     rng = random.Random(0)

@@ -184,9 +184,8 @@ def test_check_catches(case):
     assert not error
 
 
-def test_check_catches_a_batch_below_the_micro_batch(monkeypatch):
-    monkeypatch.setattr("sb3_resnet.extractor.ResNetExtractor.micro_batch_size", 16, raising=False)
-    status, text, _ = run("check", *HEALTHY)
+def test_check_catches_a_batch_below_the_micro_batch():
+    status, text, _ = run("check", *HEALTHY, "--extractor-kwarg", "micro_batch_size=16")
     assert status == 1
     assert "error micro_batch: batch_size is 8 and micro_batch_size 16." in text
 

@@ -3,8 +3,9 @@
 import pytest
 import torch as th
 from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
-from sb3_resnet.convolutions import PackedConv2d, can_pack, fold_norms, from_raw_input, pack
+from sb3_resnet.convolutions import PackedBlock, PackedConv2d, can_pack, fold_norms, from_raw_input, pack
 
 GREY = th.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]])
 IMAGENET = th.tensor([0.485, 0.456, 0.406]), th.tensor([0.229, 0.224, 0.225])
@@ -59,6 +60,43 @@ def test_norms_are_folded_and_convolutions_packed_at_any_depth():
     assert [type(net[0]), type(inner[0])] == [PackedConv2d] * 2
     assert isinstance(inner[2], nn.GroupNorm)
     assert th.allclose(net(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_additions_and_relus_move_into_the_convolutions_of_a_block(block, stride):
+    th.manual_seed(0)
+    channels = 8 * block.expansion
+    shortcut = nn.Sequential(conv1x1(channels, channels, stride), nn.BatchNorm2d(channels)) if stride > 1 else None
+    net = nn.Sequential(block(channels, 8, stride, shortcut)).eval().requires_grad_(False)
+    x = th.randn(3, channels, 9, 7).to(memory_format=th.channels_last)
+    expected, before = net(x), x.clone()
+    fold_norms(net)
+    pack(net, (block,))
+    assert type(net[0]) is PackedBlock
+    assert th.allclose(net(x), expected, rtol=1e-4, atol=1e-6)
+    assert th.equal(x, before)
+
+
+def test_addition_without_relu():
+    plain = nn.Conv2d(4, 4, 1).requires_grad_(False)
+    x = th.randn(2, 4, 5, 5).to(memory_format=th.channels_last)
+    assert th.allclose(PackedConv2d(plain)(x, added=x), plain(x) + x, rtol=1e-4, atol=1e-6)
+
+
+def test_blocks_with_another_norm_or_another_class_keep_their_own_forward():
+    class Own(BasicBlock):
+        pass
+
+    for block in (BasicBlock(8, 8, norm_layer=lambda n: nn.GroupNorm(2, n)), Own(8, 8)):
+        net = nn.Sequential(block).eval().requires_grad_(False)
+        x = th.randn(2, 8, 6, 6)
+        expected = net(x)
+        fold_norms(net)
+        pack(net, (BasicBlock,))
+        assert net[0] is block
+        assert type(block.conv1) is PackedConv2d
+        assert th.allclose(net(x), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_packed_stays(monkeypatch):

@@ -44,7 +44,9 @@ def train(algorithm, optimizer, n_steps, cached, updates):
 
 
 @pytest.mark.parametrize(("optimizer", "tolerance"), [("SGD", 1e-5), ("AdamW", 1e-3)])
-@pytest.mark.parametrize(("n_steps", "updates"), [(1, 100), (3, 500)])
+@pytest.mark.parametrize(
+    ("n_steps", "updates"), [(3, 100), *(pytest.param(n, 500, marks=pytest.mark.slow) for n in (1, 3))]
+)
 def test_with_and_without_the_cache_training_gives_the_same_parameters(optimizer, tolerance, n_steps, updates):
     plain, cached = (train("dqn", optimizer, n_steps, cached, updates) for cached in (False, True))
     for (name, expected), got in zip(plain.q_net.named_parameters(), cached.q_net.parameters(), strict=True):
@@ -223,3 +225,13 @@ def test_out_of_memory_loses_nothing(monkeypatch):
         model.train(4, 4)
     assert len([w for w in caught if "going on without the cache" in str(w.message)]) == 1
     assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
+
+
+def test_infinite_rewards_are_named():
+    model = fill(make_model())
+    (callback,) = start(model, FeatureCacheCallback())
+    callback.on_rollout_end()
+    model.replay_buffer.rewards[5] = np.inf
+    (callback,) = start(model, FeatureCacheCallback())
+    with pytest.raises(ValueError, match="rewards hold NaN or inf"):
+        callback.on_rollout_end()

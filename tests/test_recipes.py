@@ -8,7 +8,7 @@ from rl_zoo3.utils import get_callback_list
 from stable_baselines3.common.callbacks import CallbackList
 
 from sb3_resnet import fine_tuning_callbacks
-from sb3_resnet.callbacks import BestCheckpointCallback
+from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback
 from tests.helpers import make_model
 from tests.test_unfreeze_callback import Rewards
 
@@ -21,6 +21,7 @@ def settings(callback):
     return {k: v for k, v in vars(callback).items() if not k.startswith("_") and k not in hidden}
 
 
+@pytest.mark.slow
 def test_the_recipe_runs_its_phases_and_keeps_the_best(tmp_path):
     model = make_model(learning_rate=1e-3)
     recipe = fine_tuning_callbacks(100, warmup_steps=5, ramp=2, save_path=tmp_path, save_freq=20, restore_best=True)
@@ -40,7 +41,8 @@ def test_the_recipe_runs_its_phases_and_keeps_the_best(tmp_path):
 
 def test_the_yaml_section_is_the_recipe_written_out():
     (section,) = yaml.safe_load(CONFIG.read_text()).values()
-    written = get_callback_list({"callback": section["callback"]})
+    cache, *written = get_callback_list({"callback": section["callback"]})
+    assert isinstance(cache, FeatureCacheCallback)
     recipe = fine_tuning_callbacks(section["n_timesteps"]).callbacks
     assert [type(callback) for callback in written] == [type(callback) for callback in recipe]
     assert [settings(callback) for callback in written] == [settings(callback) for callback in recipe]

@@ -62,7 +62,14 @@ def resume(job):
     th.save(everything(model), job["result"])
 
 
-@pytest.fixture(scope="module", params=[(a, o) for a in ALGORITHMS for o in ("AdamW", "SGD")], ids="-".join)
+COMBINATIONS = [
+    pytest.param((a, o), id=f"{a}-{o}", marks=[] if (a, o) == ("dqn", "AdamW") else pytest.mark.slow)
+    for a in ALGORITHMS
+    for o in ("AdamW", "SGD")
+]
+
+
+@pytest.fixture(scope="module", params=COMBINATIONS)
 def runs(request, tmp_path_factory):
     """The uninterrupted run, and the results of all resumed ones by save point and variant."""
     algorithm, optimizer = request.param

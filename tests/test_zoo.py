@@ -42,8 +42,9 @@ def test_train_enjoy_and_continue(algorithm, tmp_path):
     zoo("train", algorithm, tmp_path, "-i", first, *train)
     second = tmp_path / algorithm / f"{PONG}_2" / f"{PONG}.zip"
 
-    (section,) = yaml.safe_load(CONFIGS[algorithm].read_text())[PONG]["callback"]
-    (arguments,) = section.values()
+    cache, schedule = yaml.safe_load(CONFIGS[algorithm].read_text())[PONG]["callback"]
+    assert cache == "sb3_resnet.callbacks.FeatureCacheCallback"
+    (arguments,) = schedule.values()
     for path, updates in ((first, UPDATES), (second, 2 * UPDATES)):
         model = ALGORITHMS[algorithm].load(path, device="cpu")
         assert model._n_updates == updates

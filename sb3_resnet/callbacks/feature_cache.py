@@ -12,6 +12,7 @@ from stable_baselines3.common.utils import get_device
 from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache import EntryCache
+from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.checks import choice, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
@@ -36,7 +37,8 @@ class FeatureCacheCallback(BaseCallback):
     :param device: where entries live: ``"auto"`` (that of the model), ``"cpu"`` or ``"cuda"``
     :param max_bytes: limit of the entries' memory, beyond which the oldest go; ``None``: none
     :param verbose: 1 to print a summary at the end
-    :raises ValueError: for values that cannot work, and at the start of training where entries would not be exact
+    :raises ValueError: for values that cannot work, at the start of training where entries would not be exact, and in
+        training for NaN or infinity in rewards
     :raises TypeError: for unknown arguments
     """
 
@@ -48,6 +50,7 @@ class FeatureCacheCallback(BaseCallback):
         self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
         self.device = str(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
+        self._rewards = RewardCheck()
 
     def _on_training_start(self) -> None:
         extractor = self._extractor()
@@ -65,6 +68,7 @@ class FeatureCacheCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
+        self._rewards(self.model)
         cache = self._cache
         if cache is not None:
             values = {"cache/hits": cache.hits, "cache/misses": cache.misses, "cache/megabytes": cache.nbytes / 1e6}
