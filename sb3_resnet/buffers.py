@@ -187,7 +187,7 @@ class _ColumnBuffer(ReplayBuffer):
 
 
 class FrameReplayBuffer(_ColumnBuffer):
-    """SB3's ``ReplayBuffer`` in about an eighth of the memory for stacks of four frames; same arguments."""
+    """SB3's ``ReplayBuffer``, each frame stored once: a seventh of its memory for stacks of four; same arguments."""
 
 
 class FrameNStepReplayBuffer(_ColumnBuffer, NStepReplayBuffer):
