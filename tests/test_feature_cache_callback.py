@@ -53,6 +53,7 @@ def test_with_and_without_the_cache_training_gives_the_same_parameters(optimizer
         assert th.allclose(got, expected, rtol=tolerance, atol=tolerance), name
 
 
+@pytest.mark.slow
 def test_qrdqn_trains_the_same_too():
     plain, cached = (train("qrdqn", "SGD", 1, cached, updates=100) for cached in (False, True))
     for expected, got in zip(plain.policy.online.parameters(), cached.policy.online.parameters(), strict=True):

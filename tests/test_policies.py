@@ -76,6 +76,7 @@ def test_a_loaded_model_goes_on_learning(tmp_path, algorithm):
     assert loaded._n_updates == model._n_updates + 6  # learning_starts is behind us
 
 
+@pytest.mark.slow
 def test_several_environments_in_processes(tmp_path):
     env = make_vec_env(TinyGame, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"})
     model = make_model(env=env)

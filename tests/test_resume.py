@@ -13,6 +13,8 @@ import torch as th
 from sb3_resnet.callbacks import GradientClipCallback, LRScheduleCallback, UnfreezeCallback
 from tests.helpers import ALGORITHMS, TinyGame, fill, make_model
 
+pytestmark = pytest.mark.slow
+
 TOTAL = 22
 BEGINS = 6  # rounds before the transition; the ramp takes 6 updates more
 SAVES = {"before": 3, "at": BEGINS, "right after": BEGINS + 1, "in the ramp": 9, "long after": 16}
@@ -62,14 +64,7 @@ def resume(job):
     th.save(everything(model), job["result"])
 
 
-COMBINATIONS = [
-    pytest.param((a, o), id=f"{a}-{o}", marks=[] if (a, o) == ("dqn", "AdamW") else pytest.mark.slow)
-    for a in ALGORITHMS
-    for o in ("AdamW", "SGD")
-]
-
-
-@pytest.fixture(scope="module", params=COMBINATIONS)
+@pytest.fixture(scope="module", params=[(a, o) for a in ALGORITHMS for o in ("AdamW", "SGD")], ids="-".join)
 def runs(request, tmp_path_factory):
     """The uninterrupted run, and the results of all resumed ones by save point and variant."""
     algorithm, optimizer = request.param

@@ -78,6 +78,7 @@ class _Means(th.nn.Module):
         return observations.float().mean(dim=(2, 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("shift", "fits"), [(0.5e-4, True), (2e-4, False), (np.nan, False)])
 def test_a_graph_that_differs_is_not_written(shift, fits, tmp_path, monkeypatch):
     model = make_model()
