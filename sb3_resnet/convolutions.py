@@ -159,9 +159,8 @@ def can_pack(weight: th.Tensor) -> bool:
         return False
     if not hasattr(th.ops.mkldnn, "_convolution_pointwise") or not hasattr(th._C._nn, "mkldnn_reorder_conv2d_weight"):
         return False
-    return weight.dtype == th.float32 or (
-        weight.dtype == th.bfloat16 and bool(th.ops.mkldnn._is_mkldnn_bf16_supported())
-    )
+    has_bfloat16 = getattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    return weight.dtype == th.float32 or (weight.dtype == th.bfloat16 and bool(has_bfloat16()))
 
 
 def _is_folded(block: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,3 +57,20 @@ def check_gradients(optimizer: th.optim.Optimizer) -> None:
             "The gradient holds NaN or inf, so this update was not made. Either rewards hold such values "
             f"({FIND_THE_STEP}), or training diverges: lower learning_rate."
         )
+
+
+def check_sampled_rewards() -> None:
+    """
+    To be called from within SB3's off-policy ``train()``; does nothing elsewhere.
+
+    The gradient shows a NaN but no infinite reward: Huber's loss makes a slope of 1 of it. SB3 hands the batch to
+    nobody, so it is read from the local variables of ``train()``.
+
+    :raises ValueError: if there is a NaN or an infinity among the rewards of the batch
+    """
+    frame = sys._getframe().f_back
+    while frame is not None and not (frame.f_code.co_name == "train" and "replay_data" in frame.f_code.co_varnames):
+        frame = frame.f_back
+    rewards = None if frame is None else getattr(frame.f_locals.get("replay_data"), "rewards", None)
+    if isinstance(rewards, th.Tensor) and not rewards.isfinite().all():
+        raise ValueError(f"The sampled rewards hold NaN or inf, so this update was not made. {FIND_THE_STEP}.")

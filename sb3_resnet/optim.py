@@ -11,7 +11,7 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.checks import choice, flag, number
-from sb3_resnet.finite import check_gradients
+from sb3_resnet.finite import check_gradients, check_sampled_rewards
 
 #: Optimizers that YAML can name.
 OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
@@ -124,9 +124,9 @@ def install_effective_lr(optimizer: th.optim.Optimizer) -> None:
     Keep each group's learning rate at host rate x group ratio x schedule factors.
 
     SB3 writes one rate into all groups at the start of each ``train()``; before the step, a hook puts the right ones
-    back, so that after any update ``group["lr"]`` is the rate that was used. The same hook refuses a gradient with NaN
-    or infinity. Works for any optimizer, also one that :func:`build_optimizer` did not make, and may be called again:
-    hooks are in no state dict and lost by ``deepcopy``.
+    back, so that after any update ``group["lr"]`` is the rate that was used. The same hook refuses NaN and infinity in
+    the gradient and in the rewards of the batch. Works for any optimizer, also one that :func:`build_optimizer` did not
+    make, and may be called again: hooks are in no state dict and lost by ``deepcopy``.
 
     :param optimizer: the optimizer of a policy
     """
@@ -249,6 +249,7 @@ def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> di
 
 def _before_step(optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
     check_gradients(optimizer)
+    check_sampled_rewards()
     for group in optimizer.param_groups:
         if group["lr"] is not group["effective_lr"]:
             _refresh(group)

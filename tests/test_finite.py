@@ -11,7 +11,7 @@ from torch import nn
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.finite import any_non_finite
-from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, snapshot
 
 
 class FloatGame(TinyGame):
@@ -98,3 +98,15 @@ def test_the_guard_is_there_after_a_deepcopy_and_once():
         policy.optimizer.step()
     assert_same(before, policy.state_dict())
     assert isinstance(policy, nn.Module)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("reward", [float("inf"), float("-inf"), float("nan")])
+def test_rewards_that_are_not_finite_are_named_without_any_callback(algorithm, reward):
+    model = fill(make_model(algorithm))
+    model.train(2, 4)
+    before = [parameter.clone() for parameter in model.policy.parameters()]
+    model.replay_buffer.rewards[:] = reward
+    with pytest.raises(ValueError, match="hold"):
+        model.train(1, 4)
+    assert all(map(th.equal, before, model.policy.parameters()))

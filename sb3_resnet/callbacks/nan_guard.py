@@ -14,9 +14,9 @@ class NanGuardCallback(BaseCallback):
     """
     Check new rewards before each ``train()``; a NaN or an infinity among them is an error that says where it is.
 
-    ``ResNetCnnPolicy`` itself refuses NaN in gradients, and :class:`~sb3_resnet.extractor.ResNetExtractor` in float
-    observations. Infinite rewards show in neither: DQN's Huber loss makes a gradient of 1 of them. ``AMPCallback``
-    checks rewards too. Works with every SB3 algorithm that has a buffer. Example::
+    ``ResNetCnnPolicy`` refuses such rewards only when they are sampled, which may be long after; PPO and A2C with a
+    :class:`~sb3_resnet.extractor.ResNetExtractor` refuse them only here. ``AMPCallback`` and ``FeatureCacheCallback``
+    check the same. Works with every SB3 algorithm that has a buffer. Example::
 
         NanGuardCallback()
 
