@@ -53,7 +53,8 @@ class PackedBlock(nn.Module):
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         parts = dict(block.named_children())
-        self._convs = nn.ModuleList(PackedConv2d(parts[name]) for name in ("conv1", "conv2", "conv3") if name in parts)  # type: ignore[arg-type]
+        convs: list[Any] = [parts[name] for name in ("conv1", "conv2", "conv3") if name in parts]
+        self._convs = nn.ModuleList(map(PackedConv2d, convs))
         shortcut: Any = parts.get("downsample")
         self._shortcut = None if shortcut is None else PackedConv2d(shortcut[0])
 
@@ -129,11 +130,12 @@ def from_raw_input(
     if not th.allclose(mixing @ border, -offset, atol=1e-9):
         return None
     rows, columns = (int(size) for size in conv.padding)
-    new = nn.Conv2d(mixing.shape[1], conv.out_channels, conv.kernel_size, conv.stride)  # type: ignore[arg-type]
+    kernel, stride = (tuple(map(int, pair)) for pair in (conv.kernel_size, conv.stride))
+    new: Any = nn.Conv2d(mixing.shape[1], conv.out_channels, kernel, stride)  # type: ignore[arg-type]  # tuples of two
     bias = th.zeros(conv.out_channels) if conv.bias is None else conv.bias.cpu()
     with th.no_grad():
         new.weight.copy_(th.einsum("ochw,cr->orhw", weight, mixing))
-        new.bias.copy_(bias.double() + weight.sum(dim=(2, 3)) @ offset)  # type: ignore[union-attr]
+        new.bias.copy_(bias.double() + weight.sum(dim=(2, 3)) @ offset)
     return RawInputConv2d(new, (rows, columns), border.float().reshape(-1, 1, 1)).to(conv.weight.device)
 
 
@@ -155,7 +157,7 @@ def pack(module: nn.Module, blocks: tuple[type[nn.Module], ...] = ()) -> None:
 
 def can_pack(weight: th.Tensor) -> bool:
     """:return: whether oneDNN computes with such weights here; PyTorch's own compiler uses the same functions"""
-    if weight.device.type != "cpu" or not th.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+    if weight.device.type != "cpu" or not th.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # PyTorch's
         return False
     if not hasattr(th.ops.mkldnn, "_convolution_pointwise") or not hasattr(th._C._nn, "mkldnn_reorder_conv2d_weight"):
         return False

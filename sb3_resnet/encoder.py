@@ -102,7 +102,7 @@ class FrozenEncoder:
                 stages.pop("adapter", None)
                 stages["stem"][0] = stem
             for stage in stages.values():
-                stage.requires_grad_(False).to(dtype=self.dtype, memory_format=th.channels_last)  # type: ignore[call-overload]
+                stage.requires_grad_(False).to(dtype=self.dtype, memory_format=th.channels_last)  # type: ignore[call-overload]  # PyTorch
                 pack(stage, BLOCKS)
         self._stages = stages
         self.version += 1

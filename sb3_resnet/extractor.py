@@ -137,7 +137,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
         self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
         self.adapter = None if per_frame or channels == 3 else information_keeping_adapter(channels)
-        # Weights in this order make an update of all stages a quarter faster, on CPUs as on GPUs with tensor cores.
+        # In this order forward and backward pass of all stages took a sixth less time on a CPU.
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not weight_files.checkpoint_follows():

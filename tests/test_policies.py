@@ -267,3 +267,18 @@ def test_the_same_seed_gives_the_same_bits():
         model.learn(40)
         states.append(snapshot(model.policy))
     assert_same(*states)
+
+
+def test_parameters_are_those_that_a_walk_finds_also_in_a_copy():
+    policy = make_model().policy
+    for one in (policy, copy.deepcopy(policy)):
+        assert [*map(id, one.parameters())] == [*map(id, th.nn.Module.parameters(one))]
+    assert {*map(id, policy.parameters())}.isdisjoint(map(id, copy.deepcopy(policy).parameters()))
+    assert [*policy.parameters(recurse=False)] == []
+
+
+def test_the_optimizer_is_fused_where_pytorch_can_unless_told_otherwise():
+    assert make_model().policy.optimizer.defaults["fused"] is True
+    told = make_model(policy_kwargs={"optimizer_kwargs": {"fused": False}})
+    assert told.policy.optimizer.defaults["fused"] is False
+    assert "fused" not in make_model(policy_kwargs={"optimizer_class": "RMSprop"}).policy.optimizer.defaults
