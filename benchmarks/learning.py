@@ -8,8 +8,8 @@ What helps a frozen, random ResNet-18 to learn Pong, and how it compares with SB
 Eight environments, one torch thread, no pretrained weights (so nothing is downloaded). All arms are the stock DQN
 with the same hyperparameters; an arm changes what its name says against ``base``: pooled features, standardised,
 3-step returns, one update per environment step. A run writes one file: each episode's environment step, reward and
-second (epsilon ends at 0.02). Seconds are of one core: what else
-the machine did does not count.
+second (epsilon ends at 0.02). Seconds are of one core: what else the machine did does not count. Nothing depends on
+the run's length, so a longer run goes on where a shorter one of the same arm and seed ended.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class Recorder(BaseCallback):
 def run(arm: str, seed: int, steps: int) -> None:
     """Train one arm to its end, or from its last checkpoint on."""
     name = f"{arm}-{steps // 1000}k-s{seed}"
-    folder = CHECKPOINTS / name
+    folder = CHECKPOINTS / f"{arm}-s{seed}"
     if (RESULTS / f"{name}.json").exists():
         sys.exit(f"{name} is done: delete its file in {RESULTS.name}/ to run it again")
     recorder = Recorder(folder)
