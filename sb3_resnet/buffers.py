@@ -13,7 +13,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.encoder import EncodedBatch
-from sb3_resnet.frames import Array, ObservationStore
+from sb3_resnet.frames import Array, ObservationStore, same_pixels
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,17 @@ class Observations:
         self.cache = cache
         self.encodes = True
         self.acted = None
+        cache.expect(self.store.numbers())
 
     def add(self, env: int, pixels: Array) -> int:
         """:return: the number of an observation, stored and, if it was just acted upon, already encoded"""
         number, gone = self.store.add(env, pixels)
         self._forget(gone)
         if self.entry(number) is None:
-            self.keep(number, self._recall(env, pixels))
+            entry = self._recall(env, pixels)
+            self.keep(number, entry)
+            if entry is None and self.cache is not None and self.encodes:
+                self.cache.expect((number,))
         return number
 
     def entry(self, number: int | None) -> th.Tensor | None:
@@ -83,7 +87,7 @@ class Observations:
         acted, cache = self.acted, self.cache
         if acted is None or cache is None or acted.version != cache.encoder.version or env >= len(acted.pixels):
             return None
-        return acted.entries[env] if np.array_equal(acted.pixels[env], pixels) else None
+        return acted.entries[env] if same_pixels(acted.pixels[env], pixels) else None
 
     def _forget(self, gone: int | None) -> None:
         if gone is not None and self.cache is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.frames import Array, ObservationStore
 
 _ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
+_TOGETHER = 16  # with a single one, weights are read for it alone, and it takes twice as long
 _CHUNK_BYTES = 32 * 2**20  # memory grows in steps of this size
 
 
@@ -29,6 +32,8 @@ class EntryCache:
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
+        self._slots: dict[int, int] = {}  # by observation, in the order of encoding
+        self._pending: dict[int, None] = {}  # stored and not encoded, in the order of storing
         self.clear()
 
     def suits(self, extractor: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
@@ -38,8 +43,9 @@ class EntryCache:
 
     def clear(self) -> None:
         """Forget all entries."""
+        self._pending |= dict.fromkeys(self._slots)
+        self._slots.clear()
         self._chunks: list[th.Tensor] = []
-        self._slots: dict[int, int] = {}  # by observation, in the order of encoding
         self._free: list[int] = []
         self._rows = 1
         self._version = self.encoder.version
@@ -55,7 +61,7 @@ class EntryCache:
         wanted = numbers.tolist()
         missing = [number for number in dict.fromkeys(wanted) if number not in self._slots]
         fresh: dict[int, th.Tensor] = {}
-        together = self._with_what_is_next(missing, store)
+        together = self._with_others(missing, store) if missing else []
         for start in range(0, len(together), _ENCODE_BATCH):
             some = together[start : start + _ENCODE_BATCH]
             fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
@@ -68,9 +74,14 @@ class EntryCache:
             self.put(number, entry)
         return self._gather(wanted) if entries is None else entries
 
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Observations were stored; those that are not encoded will be when they, or others, are needed."""
+        self._pending |= {number: None for number in numbers if number not in self._slots}
+
     def put(self, number: int, entry: th.Tensor) -> None:
         """Keep the entry of an observation, made by the encoder as it is now."""
         self._drop_stale()
+        self._pending.pop(number, None)
         if not self._free and not self._grow(entry):
             oldest = next(iter(self._slots), None)
             if oldest is None:
@@ -82,6 +93,7 @@ class EntryCache:
 
     def forget(self, number: int) -> None:
         """The observation is gone, and its number will be another's."""
+        self._pending.pop(number, None)
         slot = self._slots.pop(number, None)
         if slot is not None:
             self._free.append(slot)
@@ -119,21 +131,34 @@ class EntryCache:
         self._free = [*range(start + self._rows - 1, start - 1, -1)]
         return True
 
-    def _with_what_is_next(self, missing: list[int], store: ObservationStore) -> list[int]:
-        """Where one of the environments' last observations is missing, take all: they are acted upon next."""
+    def _with_others(self, missing: list[int], store: ObservationStore) -> list[int]:
+        """
+        Some more that will be needed, as a batch takes less time than one after the other.
+
+        If one of the environments' last observations is missing, all of them: they are acted upon next. Then what was
+        acted upon without the encoder, by chance of exploration, the newest first, unless memory is limited.
+        """
+        together = dict.fromkeys(missing)
         latest = store.latest()
-        if latest.isdisjoint(missing):
-            return missing
-        return [*missing, *(number for number in latest if number not in self._slots and number not in missing)]
+        if not latest.isdisjoint(missing):
+            together |= {number: None for number in latest if number not in self._slots}
+        newest = reversed(self._pending) if self.max_bytes is None else ()
+        for number in islice(newest, _TOGETHER):
+            if len(together) < _TOGETHER:
+                together[number] = None
+        return [*together]
 
     def _gather(self, wanted: list[int]) -> th.Tensor:
-        """:return: entries that are all there; a chunk at a time, as picking single rows takes twice as long"""
-        chunks, rows = np.divmod(np.array([self._slots[number] for number in wanted]), self._rows)
+        """:return: entries that are all there"""
+        places = [divmod(self._slots[number], self._rows) for number in wanted]
+        if self.device.type == "cpu":  # picking rows takes NumPy a third of PyTorch's time
+            arrays = [chunk.numpy() for chunk in self._chunks]
+            return th.from_numpy(np.stack([arrays[chunk][row] for chunk, row in places]))
+        chunks, rows = th.tensor(places, device=self.device).T
         out = th.empty((len(wanted), *self._chunks[0].shape[1:]), dtype=self._chunks[0].dtype, device=self.device)
-        for chunk in np.unique(chunks).tolist():
-            places = (chunks == chunk).nonzero()[0]
-            here, there = (th.as_tensor(indices, device=self.device) for indices in (places, rows[places]))
-            out[here] = self._chunks[chunk][there]
+        for chunk in {chunk for chunk, _ in places}:
+            here = chunks == chunk
+            out[here] = self._chunks[chunk][rows[here]]
         return out
 
     def _row(self, slot: int) -> th.Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 #: Pong with a random ResNet-18: bfloat16 1/35, float16 1/275.
 MAX_ERROR = 0.1
 _CHECKED = 16  # observations that the check compares
+_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ def fingerprint(extractor: ResNetExtractor) -> tuple[Any, ...]:
 
 def _fingerprint(extractor: ResNetExtractor, holders: list[dict[str, Any]]) -> tuple[Any, ...]:
     tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    return (extractor.boundary.stage, *((tensor.data_ptr(), tensor._version) for tensor in tensors))
+    return (extractor.boundary.stage, *map(th.Tensor.data_ptr, tensors), *map(_VERSION, tensors))
 
 
 def _holders(extractor: ResNetExtractor) -> list[dict[str, Any]]:

@@ -107,11 +107,16 @@ class ObservationStore:
     def last(self, env: int, pixels: Array) -> int | None:
         """:return: the number of an observation, if it is the last one of its environment"""
         last = self._last[env] if env < len(self._last) else None
-        return None if last is None or not np.array_equal(last[1], pixels) else last[0]
+        return None if last is None or not same_pixels(last[1], pixels) else last[0]
 
     def latest(self) -> set[int]:
         """:return: the numbers of the last observations of all environments"""
         return {last[0] for last in self._last if last is not None}
+
+    def numbers(self) -> list[int]:
+        """:return: the numbers of all observations"""
+        numbers: list[int] = self._stacks.references.nonzero()[0].tolist()
+        return numbers
 
     def refer(self, number: int) -> None:
         """One more refers to the observation."""
@@ -161,3 +166,8 @@ class ObservationStore:
             repeated = index > 0 and np.array_equal(pixels[index], pixels[index - 1])
             planes.append(planes[-1] if repeated else self._planes.put(pixels[index]))
         return np.array(planes)
+
+
+def same_pixels(one: Array, other: Array) -> bool:
+    """:return: whether two observations of one shape are the same; the newest frame tells most of them apart"""
+    return np.array_equal(one[-1], other[-1]) and np.array_equal(one, other)
