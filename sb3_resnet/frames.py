@@ -39,11 +39,16 @@ class Pool:
         self._chunks[number // self._rows][number % self._rows] = row
         return number
 
+    def row(self, number: int) -> Array:
+        """:return: one row, to read"""
+        row: Array = self._chunks[number // self._rows][number % self._rows]
+        return row
+
     def take(self, numbers: Array) -> Array:
         """:return: copies of rows, ``(*numbers.shape, *shape)``"""
         out = np.empty((numbers.size, *self.shape), self.dtype)
         for index, number in enumerate(numbers.ravel().tolist()):
-            out[index] = self._chunks[number // self._rows][number % self._rows]
+            out[index] = self.row(number)
         return out.reshape(*numbers.shape, *self.shape)
 
     def refer(self, number: int) -> None:
@@ -98,7 +103,7 @@ class ObservationStore:
         if known is not None:
             return known, None
         number = self._stacks.put(self._planes_of(pixels, last))
-        for plane in self._stacks.take(np.array([number]))[0].tolist():
+        for plane in self._stacks.row(number).tolist():
             self._planes.refer(plane)
         self.refer(number)
         self._last[env] = (number, pixels.copy())
@@ -124,7 +129,7 @@ class ObservationStore:
 
     def release(self, number: int) -> int | None:
         """:return: the number, if nothing refers to the observation any more and it is gone"""
-        planes = self._stacks.take(np.array([number]))[0].tolist()
+        planes = self._stacks.row(number).tolist()
         if not self._stacks.release(number):
             return None
         for plane in planes:
@@ -159,7 +164,7 @@ class ObservationStore:
             for shift in sorted(range(1, channels), key=lambda shift: (shift != self._shift, shift)):
                 if np.array_equal(last[1][shift:], pixels[:-shift]):
                     self._shift = shift
-                    planes = self._stacks.take(np.array([last[0]]))[0][shift:].tolist()
+                    planes = self._stacks.row(last[0])[shift:].tolist()
                     break
         for index in range(len(planes), channels):
             # Repeated planes: the zeros with which VecFrameStack begins an episode, the copies of other wrappers.
