@@ -9,12 +9,16 @@ import torch as th
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from sb3_resnet.winograd import WinogradConv2d, gains, suits
+
 
 class PackedConv2d(nn.Module):
     """
     A convolution whose weights stay in oneDNN's own order.
 
     PyTorch reorders them at each call: 45 MB for a ResNet-18, a third of the time of a single image.
+
+    Where it is faster, Winograd's algorithm takes the place of oneDNN.
 
     :param conv: a float32 or bfloat16 convolution on the CPU
     """
@@ -23,6 +27,7 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self._conv = conv
         self._packed: th.Tensor | None = None
+        self._winograd = WinogradConv2d(conv) if suits(conv) else None
 
     def forward(self, x: th.Tensor, relu: bool = False, added: th.Tensor | None = None) -> th.Tensor:
         """
@@ -32,6 +37,9 @@ class PackedConv2d(nn.Module):
         :return: the result, channels last
         """
         conv = self._conv
+        if self._winograd is not None and gains(x.shape):
+            fewer: th.Tensor = self._winograd(x, relu, added)
+            return fewer
         if self._packed is None:
             self._packed = _arrange(conv, x.shape)
         weights = (self._packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -91,21 +92,14 @@ class FrozenEncoder:
     def _build(self) -> None:
         extractor = self.extractor
         with th.no_grad():
-            stages = {
-                name: nn.Sequential(*copy.deepcopy(extractor.stage_modules(name)))
-                for name in extractor.boundary.frozen_stages
-            }
-            for stage in stages.values():
-                fold_norms(stage)
+            stages = folded_stages(extractor, extractor.boundary.frozen_stages)
             first: Any = None if extractor.resizes else stages.get("stem", [None])[0]
             stem = None if first is None else from_raw_input(first, *extractor.input_map())
             self._reads_raw = stem is not None
             if stem is not None:
                 stages.pop("adapter", None)
                 stages["stem"][0] = stem
-            for stage in stages.values():
-                stage.requires_grad_(False).to(dtype=self.dtype, memory_format=th.channels_last)  # type: ignore[call-overload]  # PyTorch
-                pack(stage, BLOCKS)
+            arrange_for_inference(stages, self.dtype)
         self._stages = stages
         self.version += 1
         self._holders = _holders(extractor)
@@ -147,7 +141,22 @@ class FrozenEncoder:
         return self._encode(observations)
 
 
-def fingerprint(extractor: ResNetExtractor) -> tuple[Any, ...]:
+def folded_stages(extractor: ResNetExtractor, names: Sequence[str]) -> dict[str, nn.Sequential]:
+    """:return: copies of stages, BatchNorm folded into their convolutions"""
+    stages = {name: nn.Sequential(*copy.deepcopy(extractor.stage_modules(name))) for name in names}
+    for stage in stages.values():
+        fold_norms(stage)
+    return stages
+
+
+def arrange_for_inference(stages: dict[str, nn.Sequential], dtype: th.dtype) -> None:
+    """Bring such copies into the type, the memory order and, on a CPU, the packing in which they run fastest."""
+    for stage in stages.values():
+        stage.requires_grad_(False).to(dtype=dtype, memory_format=th.channels_last)  # type: ignore[call-overload]  # PyTorch
+        pack(stage, BLOCKS)
+
+
+def fingerprint(extractor: ResNetExtractor, where: list[dict[str, Any]] | None = None) -> tuple[Any, ...]:
     """
     What an encoder and its entries depend on: the boundary, and the identity and version of each frozen tensor.
 

@@ -115,6 +115,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
         #: Encodes what is acted upon, while a FeatureCacheCallback is at work.
         self.actor: Any = None
+        #: Takes the place of the live part of the trunk where there is no gradient, likewise.
+        self.fast_trunk: Any = None
         self.precision: MixedPrecision | None = None
         self.pooling = pooling
         self.augmentation = read_augment(
@@ -243,21 +245,31 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
         frozen = self.boundary.frozen_stages
         if len(frozen) < len(self.stages):
+            plain = self.fast_trunk is None or self.precision is not None or th.is_grad_enabled()
             with autocast(self.precision, entries.device):
-                entries = in_slices(self._live_trunk, entries, self.micro_batch_size)
+                entries = in_slices(self.live_trunk if plain else self.fast_trunk, entries, self.micro_batch_size)
             if self.precision is not None:
                 entries = self.precision.leave_trunk(entries, self)
         features: th.Tensor = self.projection(entries.float()).float()
         return features
 
-    def _live_trunk(self, entries: th.Tensor) -> th.Tensor:
-        x = self.run_stages(entries.flatten(0, 1).float(), self.stages[len(self.boundary.frozen_stages) :])
-        return pooled_features(self.pooling, x).reshape(len(entries), -1)
+    def live_trunk(self, entries: th.Tensor) -> th.Tensor:
+        x = self.run_stages(entries.flatten(0, 1).float(), self.live_stages)
+        return self.pool(x, len(entries))
+
+    @property
+    def live_stages(self) -> tuple[str, ...]:
+        """The stages that train."""
+        return self.stages[len(self.boundary.frozen_stages) :]
+
+    def pool(self, x: th.Tensor, batch: int) -> th.Tensor:
+        """:return: pooled features ``(batch, n)`` of the last map, that of frames side by side"""
+        return pooled_features(self.pooling, x).reshape(batch, -1)
 
     def entries_of(self, x: th.Tensor) -> th.Tensor:
         """Bring the last frozen activations into the form that ``frozen_part`` returns."""
         if len(self.boundary.frozen_stages) == len(self.stages):
-            return pooled_features(self.pooling, x).reshape(len(x) // self._n_frames, -1)
+            return self.pool(x, len(x) // self._n_frames)
         return x.reshape(-1, self._n_frames, *x.shape[1:])
 
     def run_stages(self, x: th.Tensor, stages: Sequence[str]) -> th.Tensor:

@@ -17,6 +17,7 @@ from sb3_resnet.callbacks._updates import record
 from sb3_resnet.checks import choice, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.precision import DTYPES
+from sb3_resnet.target import FastTrunk
 
 
 class FeatureCacheCallback(BaseCallback):
@@ -63,6 +64,8 @@ class FeatureCacheCallback(BaseCallback):
             cache = EntryCache(FrozenEncoder(extractor, self.dtype), device, self.max_bytes)
         buffer.shared.encode_with(cache)
         extractor.actor = Actor(cache.encoder, buffer.shared)
+        target = model.policy.target.features_extractor
+        target.fast_trunk = FastTrunk(target) if model.device.type == "cpu" else None
 
     def _on_step(self) -> bool:
         return True
@@ -83,6 +86,7 @@ class FeatureCacheCallback(BaseCallback):
         model: Any = self.model
         model.replay_buffer.shared.encodes = False
         self._extractor().actor = None
+        model.policy.target.features_extractor.fast_trunk = None
 
     @property
     def _cache(self) -> EntryCache | None:
