@@ -15,6 +15,7 @@ from torch import nn
 from sb3_resnet.backbones import BLOCKS
 from sb3_resnet.convolutions import fold_norms, from_raw_input, pack
 from sb3_resnet.finite import check_observations
+from sb3_resnet.graphs import GraphedFunction
 from sb3_resnet.precision import resolve_dtype
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class FrozenEncoder:
     Encodes raw observations with the stages below the freeze boundary (and the pooling, if all are frozen).
 
     BatchNorm is folded into the convolutions, memory is channels last, precision reduced where the hardware gains by
-    it. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint` differs from that of the extractor.
+    it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint` differs from that of the extractor.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param dtype: as in :func:`~sb3_resnet.precision.resolve_dtype`
@@ -101,6 +102,7 @@ class FrozenEncoder:
                 stages["stem"][0] = stem
             arrange_for_inference(stages, self.dtype)
         self._stages = stages
+        self._run = GraphedFunction(self._run_stages)
         self.version += 1
         self._holders = _holders(extractor)
         self.fingerprint = fingerprint(extractor)
@@ -114,9 +116,12 @@ class FrozenEncoder:
         else:
             x = extractor.preprocess(extractor.scale_raw(observations))
             x = x.to(self.dtype, memory_format=th.channels_last)
+        return self._run(x)
+
+    def _run_stages(self, x: th.Tensor) -> th.Tensor:
         for name, stage in self._stages.items():
-            x = stage(extractor.normalize(x) if name == "stem" and not self._reads_raw else x)
-        return extractor.entries_of(x).to(self.entry_dtype)
+            x = stage(self.extractor.normalize(x) if name == "stem" and not self._reads_raw else x)
+        return self.extractor.entries_of(x).to(self.entry_dtype)
 
     def _check(self, observations: th.Tensor, entries: th.Tensor) -> th.Tensor:
         """Compare with the plain module; an error that hides what distinguishes observations ends in float32."""
