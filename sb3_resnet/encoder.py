@@ -50,7 +50,8 @@ class FrozenEncoder:
     Encodes raw observations with the stages below the freeze boundary (and the pooling, if all are frozen).
 
     BatchNorm is folded into the convolutions, memory is channels last, precision reduced where the hardware gains by
-    it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint` differs from that of the extractor.
+    it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint`
+    differs from that of the extractor.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param dtype: as in :func:`~sb3_resnet.precision.resolve_dtype`
