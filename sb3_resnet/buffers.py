@@ -60,18 +60,19 @@ class Observations:
         if self.entry(number) is None:
             entry = self._recall(env, pixels)
             self.keep(number, entry)
-            if entry is None and self.cache is not None and self.encodes:
-                self.cache.expect((number,))
+            if entry is None and self._active is not None:
+                self._active.expect((number,))
         return number
 
     def entry(self, number: int | None) -> th.Tensor | None:
         """:return: the entry of an observation, if it was encoded before"""
-        return None if number is None or self.cache is None or not self.encodes else self.cache.find(number)
+        return None if number is None or self._active is None else self._active.find(number)
 
     def keep(self, number: int | None, entry: th.Tensor | None) -> None:
         """Keep the entry of an observation that was acted upon, once it has a number."""
-        if number is not None and entry is not None and self.cache is not None and self.encodes:
-            self._guard(self.cache.put, number, entry.to(self.cache.device))
+        cache = self._active
+        if number is not None and entry is not None and cache is not None:
+            self._guard(cache.put, number, entry.to(cache.device))
 
     def release(self, number: int) -> None:
         """One row less has the observation."""
@@ -79,9 +80,13 @@ class Observations:
 
     def batch(self, numbers: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
-        cache = self.cache if self.encodes else None
+        cache = self._active
         entries = None if cache is None else self._guard(cache.get, numbers, self.store)
         return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
+
+    @property
+    def _active(self) -> EntryCache | None:
+        return self.cache if self.encodes else None
 
     def _recall(self, env: int, pixels: Array) -> th.Tensor | None:
         acted, cache = self.acted, self.cache

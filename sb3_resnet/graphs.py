@@ -54,7 +54,7 @@ def capture(function: Callable[[th.Tensor], th.Tensor], x: th.Tensor) -> Callabl
     :return: the function for inputs of that shape and type
     """
     given = x.clone()
-    stream = th.cuda.Stream(x.device)
+    stream = th.cuda.Stream(x.device)  # type: ignore[no-untyped-call]  # PyTorch
     stream.wait_stream(th.cuda.current_stream(x.device))
     with th.cuda.stream(stream):  # libraries choose kernels and allocate on the first calls, which a graph cannot hold
         for _ in range(3):
