@@ -46,6 +46,11 @@ def command(folder, *arguments):
     return [*map(str, line)]
 
 
+def heed_interrupts():
+    """A shell starts background jobs with SIGINT ignored, and their children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_three_phases_stopped_and_continued(tmp_path):
     checkpoints = {
@@ -55,7 +60,8 @@ def test_three_phases_stopped_and_continued(tmp_path):
     (tmp_path / "phases.yml").write_text(yaml.safe_dump({PONG: section}))
     options = {"cwd": ROOT, "env": {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}, "text": True}
 
-    with subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options) as first:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "preexec_fn": heed_interrupts}
+    with subprocess.Popen(command(tmp_path), **pipes, **options) as first:
         for line in first.stdout:
             if line.startswith("Phase 2 of 3"):
                 first.send_signal(signal.SIGINT)  # as a person does; RL-Zoo then saves the model
