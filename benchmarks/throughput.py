@@ -158,7 +158,7 @@ def phase_a(n_envs: int, rounds: int) -> dict[str, float]:
     for round_ in range(rounds + 1):
         for name, run in work.items():
             steps = STEPS[name][n_envs]
-            seconds = timed(lambda: run(steps))  # noqa: B023
+            seconds = timed(lambda: run(steps))  # noqa: B023  # called at once
             rates[name] += [steps / seconds] if round_ else []
     return {name: statistics.median(values) for name, values in rates.items()}
 
@@ -182,7 +182,7 @@ def updates(rounds: int) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(rounds + 1):
         for name, (model, count) in arms.items():
-            seconds = timed(lambda: model.train(count, 32))  # noqa: B023
+            seconds = timed(lambda: model.train(count, 32))  # noqa: B023  # called at once
             times[name] += [1000 * seconds / count] if round_ else []
     return {name: statistics.median(values) for name, values in times.items()}
 

@@ -8,8 +8,8 @@ import sys
 def main() -> None:
     """Run the command with the arguments of the process; without its libraries, say in one line what to install."""
     try:
-        import rich  # noqa: F401
-        import typer  # noqa: F401
+        import rich  # noqa: F401  # only whether it is installed
+        import typer  # noqa: F401  # likewise
     except ImportError as error:
         sys.exit(f"Error: sb3-resnet needs {error.name}: pip install 'sb3_resnet[tools]'")
     from sb3_resnet.commands import app

@@ -19,7 +19,7 @@ class FastTrunk:
 
     A copy with folded norms and packed weights is made when the same weights are used for the second time, and dropped
     when they change; a network that changes all the time (``tau<1``) runs as it is. SB3 writes to ``tensor.data``,
-    which no version counter sees: so the weights themselves are compared, in a hundredth of an update's time.
+    which no version counter sees: so the weights themselves are compared.
 
     :param extractor: of the target network, on a CPU
     """
