@@ -15,27 +15,14 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch as th
+from filled import filled_dqn
 from stable_baselines3 import DQN
-from stable_baselines3.common.envs import FakeImageEnv
 
 import sb3_resnet
 
 BATCH = 16
 RESULT = Path(__file__).parent / "results" / "determinism.json"
-
-
-def make_model(frozen: bool) -> DQN:
-    env = FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4, discrete=True, channel_first=True)
-    policy_kwargs = {"features_extractor_kwargs": {"freeze_backbone": frozen}}
-    model = DQN("ResNetCnnPolicy", env, buffer_size=BATCH, policy_kwargs=policy_kwargs, device="cpu", seed=0)
-    rng = np.random.default_rng(0)
-    for _ in range(BATCH):
-        images = rng.integers(0, 256, (2, 1, 4, 84, 84), dtype=np.uint8)
-        model.replay_buffer.add(*images, rng.integers(0, 6, (1, 1)), rng.normal(size=1), np.zeros(1), [{}])
-    model._setup_learn(1, None)
-    return model
 
 
 def seconds(model: DQN, deterministic: bool, updates: int) -> float:
@@ -53,7 +40,7 @@ def main() -> None:
     th.set_num_threads(1)
     trunks = {}
     for trunk in ("frozen", "unfrozen"):
-        model = make_model(trunk == "frozen")
+        model = filled_dqn(BATCH, freeze_backbone=trunk == "frozen")
         seconds(model, False, 1)  # warm up
         rounds = []
         for index in range(arguments.rounds):

@@ -51,7 +51,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "one_step": {"n_steps": 1},
     "ratio_quarter": {"ratio": 0.25},
     "ratio_4": {"ratio": 4},
-    "flatten_ratio_4": {"pooling": "flatten", "ratio": 4},
+    "spatial_softmax_ratio_4": {"pooling": "spatial_softmax", "ratio": 4},
     "nature": {"policy": "CnnPolicy"},
     "nature_ratio_quarter": {"policy": "CnnPolicy", "ratio": 0.25},
 }

@@ -15,12 +15,8 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch as th
-from stable_baselines3 import DQN
-from stable_baselines3.common.envs import FakeImageEnv
-
-import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
+from filled import filled_dqn
 
 BATCH = 64
 RESULT = Path(__file__).parent / "results" / "micro_batches.json"
@@ -35,15 +31,7 @@ def status(field: str) -> int:
 def measure(backbone: str, size: int | None, updates: int) -> float:
     """What one process does."""
     th.set_num_threads(1)
-    extractor = {"backbone": backbone, "freeze_backbone": False, "micro_batch_size": size}
-    policy_kwargs = {"features_extractor_kwargs": extractor}
-    env = FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4, discrete=True, channel_first=True)
-    model = DQN("ResNetCnnPolicy", env, buffer_size=BATCH, policy_kwargs=policy_kwargs, device="cpu", seed=0)
-    rng = np.random.default_rng(0)
-    for _ in range(BATCH):
-        images = rng.integers(0, 256, (2, 1, 4, 84, 84), dtype=np.uint8)
-        model.replay_buffer.add(*images, rng.integers(0, 6, (1, 1)), rng.normal(size=1), np.zeros(1), [{}])
-    model._setup_learn(1, None)
+    model = filled_dqn(BATCH, backbone=backbone, freeze_backbone=False, micro_batch_size=size)
     model.train(1, 1)  # moments and gradients exist, and so do the buffers of the kernels
     before = status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")

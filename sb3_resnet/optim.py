@@ -241,7 +241,7 @@ def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> di
     if not devices <= {"cpu", "cuda"} or "fused" not in inspect.signature(optimizer_class).parameters:
         return {}
     try:
-        optimizer_class([nn.Parameter(th.zeros(1))], lr=0.0, fused=True)  # type: ignore[call-arg]
+        optimizer_class([nn.Parameter(th.zeros(1))], lr=0.0, fused=True)  # type: ignore[call-arg]  # looked up above
     except RuntimeError:  # PyTorch before 2.4 has it on GPUs only
         return {"fused": True} if devices == {"cuda"} else {}
     return {"fused": True}

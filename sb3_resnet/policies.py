@@ -142,13 +142,13 @@ class ResNetPolicyMixin:
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
         head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
         self.optimizer = build_optimizer(
-            self.optimizer_class,  # type: ignore[attr-defined]
+            self.optimizer_class,  # type: ignore[attr-defined]  # SB3's policy has it
             {"head": head, **backbone},
             lr,
             ratios,
             self.weight_decay,
             scales,
-            **self.optimizer_kwargs,  # type: ignore[attr-defined]
+            **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
         audit(self.online, self.optimizer)
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
@@ -158,7 +158,7 @@ class ResNetPolicyMixin:
         known: list[nn.Parameter] | None = getattr(self, "_all_parameters", None)
         if known is not None and recurse:
             return iter(known)
-        found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]
+        found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]  # of SB3's policy
         return found
 
     def _backbone_parts(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
@@ -179,11 +179,12 @@ class ResNetPolicyMixin:
     def _make_network(self, network_class: Callable[..., Any]) -> Any:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
         with about_to_be_overwritten() if hasattr(self, self._network) else nullcontext():
-            net_args = self._update_features_extractor(self.net_args, features_extractor=None)  # type: ignore[attr-defined]
-        return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(self.device)  # type: ignore[attr-defined]
+            policy: Any = self  # SB3's policy is next in the MRO
+            net_args = policy._update_features_extractor(policy.net_args, features_extractor=None)
+        return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(policy.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]
+        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # of SB3's policy
         own = ("dropout", "feature_norm", "lr_decay_per_stage", "weight_decay")
         # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
         return {**data, **{name: getattr(self, name) for name in own}}
@@ -217,10 +218,10 @@ class ResNetNetworkMixin:
             features: th.Tensor = features_extractor.live_part(obs.features)
             return features
         actor = features_extractor.actor
-        if actor is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]
+        if actor is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]  # a module's
             features = features_extractor.live_part(actor.act(obs))
             return features
-        features = super().extract_features(obs, features_extractor)  # type: ignore[misc]
+        features = super().extract_features(obs, features_extractor)  # type: ignore[misc]  # of SB3's policy
         return features
 
 

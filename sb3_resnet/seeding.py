@@ -54,7 +54,7 @@ def _fix_cublas() -> None:
     if os.environ.get(_CUBLAS) in (":4096:8", ":16:8"):
         return
     os.environ[_CUBLAS] = ":4096:8"
-    if th.cuda.is_initialized():  # type: ignore[no-untyped-call]
+    if th.cuda.is_initialized():  # type: ignore[no-untyped-call]  # PyTorch's
         warnings.warn(
             f"CUDA is in use already and may not read {_CUBLAS} any more: call seed_everything first, or start Python "
             f"with {_CUBLAS}=:4096:8",

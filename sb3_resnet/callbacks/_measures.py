@@ -61,7 +61,7 @@ def batchnorm_drift(layer: nn.Module, x: th.Tensor) -> th.Tensor:
     assert isinstance(mean, th.Tensor)
     assert isinstance(var, th.Tensor)
     batch = x.float().transpose(0, 1).flatten(1).mean(dim=1)
-    return ((batch - mean).abs() * th.rsqrt(var + float(eps))).mean()  # type: ignore[arg-type]
+    return ((batch - mean).abs() * th.rsqrt(var + float(eps))).mean()  # type: ignore[arg-type]  # any real number, at run time
 
 
 def norms_of(values: Mapping[str, th.Tensor | float]) -> dict[str, float]:
