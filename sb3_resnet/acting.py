@@ -38,8 +38,10 @@ class Actor:
             return self.act(observations)  # its precision fell back: the others are of the wrong one
         for env, entry in zip(missing, fresh, strict=True):
             found[env] = entry
-            self._shared.keep(numbers[env], entry)
+        # Copied before any is kept, which may take the place of another where memory is limited.
         entries = th.stack([entry.to(observations.device) for entry in found if entry is not None])
+        for env in missing:
+            self._shared.keep(numbers[env], entries[env])
         self._shared.acted = Acted(pixels, entries, version)
         return entries
 

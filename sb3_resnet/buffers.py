@@ -15,6 +15,8 @@ from sb3_resnet.cache import EntryCache
 from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.frames import Array, ObservationStore, same_pixels
 
+_NO_MEMORY = ("out of memory", "can't allocate memory")  # how PyTorch says so, on a GPU and on a CPU
+
 
 @dataclass(frozen=True)
 class Acted:
@@ -81,12 +83,15 @@ class Observations:
     def batch(self, numbers: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
         cache = self._active
+        if cache is None and self.cache is not None and self.encodes:
+            self.cache.clear()  # of entries from before the whole trunk was unfrozen
         entries = None if cache is None else self._guard(cache.get, numbers, self.store)
         return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
 
     @property
     def _active(self) -> EntryCache | None:
-        return self.cache if self.encodes else None
+        cache = self.cache if self.encodes else None
+        return cache if cache is not None and cache.encoder.is_useful else None
 
     def _recall(self, env: int, pixels: Array) -> th.Tensor | None:
         acted, cache = self.acted, self.cache
@@ -103,7 +108,7 @@ class Observations:
         try:
             return act(*args)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "memory" not in str(error).lower():
+            if isinstance(error, RuntimeError) and not any(text in str(error) for text in _NO_MEMORY):
                 raise
             warnings.warn(
                 f"No memory for encoded observations ({error}): going on without the cache, more slowly. "
@@ -136,6 +141,11 @@ class Column:
         """As that of the array in its place."""
         return (*self.numbers.shape, *self._observations.store.shape)
 
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Likewise."""
+        return self._observations.store.dtype
+
     def __setitem__(self, row: int, values: Array) -> None:
         for env, pixels in enumerate(values):
             number = self._observations.add(env, pixels)
@@ -147,7 +157,12 @@ class Column:
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple) and len(key) >= 2 and all(isinstance(index, np.ndarray) for index in key[:2]):
             return self._observations.batch(self.numbers[key[0], key[1]])
-        return self._observations.store.pixels(self.numbers)[key]
+        rows, inner = (key[:2], key[2:]) if isinstance(key, tuple) else ((key,), ())
+        if any(index is None or index is Ellipsis for index in rows):
+            return np.asarray(self)[key]
+        numbers = np.asarray(self.numbers[rows])
+        selected = (slice(None),) * numbers.ndim + tuple(inner)
+        return self._observations.store.pixels(numbers)[selected]
 
     def __len__(self) -> int:
         return len(self.numbers)

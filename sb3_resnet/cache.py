@@ -11,10 +11,12 @@ import torch as th
 
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.frames import Array, ObservationStore
+from sb3_resnet.memory import available_bytes
 
 _ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
 _TOGETHER = 16  # with a single one, weights are read for it alone, and it takes twice as long
 _CHUNK_BYTES = 32 * 2**20  # memory grows in steps of this size
+_RESERVE = 256 * 2**20  # left to others: Linux promises more memory than there is, and kills who uses it
 
 
 class EntryCache:
@@ -39,7 +41,7 @@ class EntryCache:
     def suits(self, extractor: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
         """:return: whether a new cache with these settings would be the same"""
         mine = (self.encoder.extractor, self.encoder.requested, self.device, self.max_bytes)
-        return mine[0] is extractor and mine[1:] == (dtype, device, max_bytes)
+        return mine[0] is extractor and mine[1:] == (dtype, device, max_bytes) and self.encoder.holds()
 
     def clear(self) -> None:
         """Forget all entries."""
@@ -121,11 +123,14 @@ class EntryCache:
     def _grow(self, entry: th.Tensor) -> bool:
         """:return: whether there was room for more entries"""
         size = entry.element_size() * entry.numel()
-        room = _CHUNK_BYTES if self.max_bytes is None else min(_CHUNK_BYTES, self.max_bytes - self.nbytes)
         if not self._chunks:
-            self._rows = max(1, room // size)
-        if self.max_bytes is not None and self.nbytes + self._rows * size > self.max_bytes:
+            self._rows = _rows_of(size, self.max_bytes)
+        chunk = self._rows * size
+        if self.max_bytes is not None and self.nbytes + chunk > self.max_bytes:
             return False
+        left = available_bytes() if self.device.type == "cpu" else None  # a GPU says so itself
+        if left is not None and left < chunk + _RESERVE:
+            raise MemoryError(f"only {left / 1e6:.0f} MB are left")
         start = len(self._chunks) * self._rows
         self._chunks.append(th.empty((self._rows, *entry.shape), dtype=entry.dtype, device=self.device))
         self._free = [*range(start + self._rows - 1, start - 1, -1)]
@@ -166,3 +171,11 @@ class EntryCache:
 
     def _encode(self, pixels: Array) -> th.Tensor:
         return self.encoder(th.as_tensor(pixels, device=self.encoder.device)).to(self.device)
+
+
+def _rows_of(size: int, max_bytes: int | None) -> int:
+    """:return: entries a chunk, so that whole chunks fill the limit"""
+    if max_bytes is None:
+        return max(1, _CHUNK_BYTES // size)
+    chunks = -(-max_bytes // _CHUNK_BYTES)
+    return max(1, max_bytes // size // chunks)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch as th
 from torch import nn
+from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sb3_resnet.winograd import WinogradConv2d, gains, suits
@@ -139,7 +140,8 @@ def from_raw_input(
         return None
     rows, columns = (int(size) for size in conv.padding)
     kernel, stride = (tuple(map(int, pair)) for pair in (conv.kernel_size, conv.stride))
-    new: Any = nn.Conv2d(mixing.shape[1], conv.out_channels, kernel, stride)  # type: ignore[arg-type]  # tuples of two
+    # Not initialised at random: that would take numbers from a training that is to be reproducible.
+    new: Any = skip_init(nn.Conv2d, mixing.shape[1], conv.out_channels, kernel, stride)  # type: ignore[no-untyped-call]  # PyTorch
     bias = th.zeros(conv.out_channels) if conv.bias is None else conv.bias.cpu()
     with th.no_grad():
         new.weight.copy_(th.einsum("ochw,cr->orhw", weight, mixing))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -21,10 +22,11 @@ from sb3_resnet.precision import resolve_dtype
 if TYPE_CHECKING:
     from sb3_resnet.extractor import ResNetExtractor
 
-#: Largest tolerated error of reduced precision, relative to the spread of the features over observations. Measured on
-#: Pong with a random ResNet-18: bfloat16 1/35, float16 1/275.
-MAX_ERROR = 0.1
-_CHECKED = 16  # observations that the check compares
+#: Largest tolerated error of reduced precision, relative to the spread of the features over observations, which
+#: Q-values inherit. On Pong with random ResNet-18s, whose features are mostly constant: entries in float16 err by 0.004
+#: to 0.016, computing in bfloat16 by 0.15 to 0.32 (``benchmarks/results/precision.json``).
+MAX_ERROR = 0.02
+_CHECKED = 64  # different observations that the check compares
 _VERSION = attrgetter("_version")
 
 
@@ -53,23 +55,27 @@ class FrozenEncoder:
     it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint`
     differs from that of the extractor.
 
+    The first different observations are also encoded by the plain module. If the error exceeds :data:`MAX_ERROR`, it
+    goes on in the next better precision, with a warning.
+
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param dtype: as in :func:`~sb3_resnet.precision.resolve_dtype`
+    :param shared_by: extractors for which the entries are meant too, such as the target network's
+    :raises ValueError: if these differ below the boundary, now or when weights or boundary have changed
     """
 
-    def __init__(self, extractor: ResNetExtractor, dtype: str = "auto") -> None:
+    def __init__(
+        self, extractor: ResNetExtractor, dtype: str = "auto", shared_by: Sequence[ResNetExtractor] = ()
+    ) -> None:
         self.extractor = extractor
         self.device = extractor.input_mean.device
         self.requested = dtype
-        self.dtype = resolve_dtype(dtype, self.device)
-        #: The type of the entries: two bytes, unless float32 was asked for.
-        self.entry_dtype = th.float32 if dtype == "float32" else th.float16
+        self._shared = shared_by
         #: Images encoded so far.
         self.images = 0
         #: Changes whenever entries made before are of no use any more.
         self.version = 0
-        self._checked: list[tuple[th.Tensor, th.Tensor]] = []
-        self._to_check = 0 if self.dtype == th.float32 else _CHECKED
+        self._sample: dict[bytes, th.Tensor] = {}
         self._build()
 
     def refresh(self) -> bool:
@@ -85,13 +91,34 @@ class FrozenEncoder:
         :return: what the extractor's ``frozen_part`` returns, up to precision
         """
         with th.inference_mode():
+            if not self._is_checked:
+                self._check(observations)
             entries = self._encode(observations)
-            if self._to_check > 0:
-                entries = self._check(observations, entries)
         self.images += len(observations)
         return entries
 
+    @property
+    def is_useful(self) -> bool:
+        """Whether a stage of the trunk is frozen; the adapter's output is larger than the pixels."""
+        return any(name != "adapter" for name in self.extractor.boundary.frozen_stages)
+
+    def holds(self) -> bool:
+        """:return: whether frozen weights are those of the last build by value; writes to ``.data`` leave no trace"""
+        return self._digest == _digest(self.extractor)
+
     def _build(self) -> None:
+        """For the extractor as it is now, in the precision that was asked for."""
+        self.refuse_different_twins()
+        self.dtype = resolve_dtype(self.requested, self.device)
+        #: The type of the entries: two bytes, unless float32 was asked for.
+        self.entry_dtype = th.float32 if self.requested == "float32" else th.float16
+        self._is_checked = self.dtype == self.entry_dtype == th.float32
+        self._holders = _holders(self.extractor)
+        self.fingerprint = fingerprint(self.extractor)
+        self._digest = _digest(self.extractor)
+        self._arrange()
+
+    def _arrange(self) -> None:
         extractor = self.extractor
         with th.no_grad():
             stages = folded_stages(extractor, extractor.boundary.frozen_stages)
@@ -105,8 +132,19 @@ class FrozenEncoder:
         self._stages = stages
         self._run = GraphedFunction(self._run_stages)
         self.version += 1
-        self._holders = _holders(extractor)
-        self.fingerprint = fingerprint(extractor)
+
+    def refuse_different_twins(self) -> None:
+        """
+        :raises ValueError: if an extractor that shares the entries has other weights below the boundary
+        """
+        mine = frozen_tensors(self.extractor)
+        for twin in self._shared:
+            # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
+            if not all(map(_close, mine, frozen_tensors(twin))):
+                raise ValueError(
+                    "Online and target network differ below the freeze boundary, so one entry cannot serve both: load "
+                    "both, or write model.q_net_target.load_state_dict(model.q_net.state_dict()) after freezing again"
+                )
 
     def _encode(self, observations: th.Tensor) -> th.Tensor:
         extractor = self.extractor
@@ -116,42 +154,59 @@ class FrozenEncoder:
             x = extractor.as_images(observations)
         else:
             x = extractor.preprocess(extractor.scale_raw(observations))
-            x = x.to(self.dtype, memory_format=th.channels_last)
         return self._run(x)
 
     def _run_stages(self, x: th.Tensor) -> th.Tensor:
         for name, stage in self._stages.items():
-            x = stage(self.extractor.normalize(x) if name == "stem" and not self._reads_raw else x)
+            if not self._reads_raw:
+                x = self.extractor.normalize(x) if name == "stem" else x
+                x = x.to(self.dtype, memory_format=th.channels_last)
+            x = stage(x)
         return self.extractor.entries_of(x).to(self.entry_dtype)
 
-    def _check(self, observations: th.Tensor, entries: th.Tensor) -> th.Tensor:
-        """Compare with the plain module; an error that hides what distinguishes observations ends in float32."""
-        exact = self.extractor.frozen_part(self.extractor.preprocess(self.extractor.scale_raw(observations)))
-        self._checked.append((exact.float(), entries.float()))
-        self._to_check -= len(observations)
-        if self._to_check > 0:
-            return entries
-        exact, fast = (th.cat(parts) for parts in zip(*self._checked, strict=True))
-        self._checked.clear()
-        spread = exact.std(dim=0).square().mean().sqrt()
-        error = (fast - exact).square().mean().sqrt()
-        if error <= MAX_ERROR * spread:
-            return entries
+    def _check(self, observations: th.Tensor) -> None:
+        """Choose the precision as soon as enough different observations came by; they also judge later weights."""
+        for image in observations:
+            if len(self._sample) < _CHECKED:
+                self._sample.setdefault(image.cpu().numpy().tobytes(), image.clone())
+        if len(self._sample) < _CHECKED:
+            return
+        sample = th.stack([*self._sample.values()])
+        extractor = self.extractor
+        exact = extractor.frozen_part(extractor.preprocess(extractor.scale_raw(sample))).float().flatten(1)
+        centre = exact.median(dim=0).values
+        # Of the typical observation: a few odd ones, as the empty stacks after a reset, would hide what errors hide.
+        spread = float((exact - centre).square().mean(dim=1).sqrt().median())
+        while self.dtype != th.float32 or self.entry_dtype != th.float32:
+            error = float((self._encode(sample).float().flatten(1) - exact).square().mean().sqrt())
+            if error <= MAX_ERROR * spread:
+                break
+            self._step_up(error / max(spread, 1e-12))
+        self._is_checked = True
+
+    def _step_up(self, error: float) -> None:
+        """Go on in the next better precision."""
+        if self.dtype == th.float32:
+            what, self.entry_dtype = "Keeping entries in float16", th.float32
+            then = "keeping them in float32, in twice the memory"
+        else:
+            what = f"Encoding in {str(self.dtype).removeprefix('torch.')}"
+            # On a GPU float16 is as fast as bfloat16, with an eighth of its error.
+            by_half = self.dtype == th.bfloat16 and self.device.type == "cuda"
+            self.dtype = th.float16 if by_half else th.float32
+            then = f"going on in {str(self.dtype).removeprefix('torch.')}"
         warnings.warn(
-            f"Encoding in {self.dtype} errs by {float(error / spread.clamp_min(1e-12)):.2f} of the spread of the "
-            f"features over observations (limit {MAX_ERROR}): going on in float32.",
-            stacklevel=3,
+            f"{what} errs by {error:.2g} of the spread of the features over observations (limit {MAX_ERROR}): {then}.",
+            stacklevel=5,
         )
-        self.dtype = th.float32
-        self._build()
-        return self._encode(observations)
+        self._arrange()
 
 
 def folded_stages(extractor: ResNetExtractor, names: Sequence[str]) -> dict[str, nn.Sequential]:
     """:return: copies of stages, BatchNorm folded into their convolutions"""
     stages = {name: nn.Sequential(*copy.deepcopy(extractor.stage_modules(name))) for name in names}
     for stage in stages.values():
-        fold_norms(stage)
+        fold_norms(stage.eval())
     return stages
 
 
@@ -185,3 +240,17 @@ def _holders(extractor: ResNetExtractor) -> list[dict[str, Any]]:
     frozen = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
     holders = [holder for top in frozen for module in top.modules() for holder in (module._parameters, module._buffers)]
     return [holder for holder in (extractor._buffers, *holders) if holder]
+
+
+def frozen_tensors(extractor: ResNetExtractor) -> list[th.Tensor]:
+    """:return: parameters and buffers below the freeze boundary"""
+    modules = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
+    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+
+
+def _close(one: th.Tensor, other: th.Tensor) -> bool:
+    return th.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def _digest(extractor: ResNetExtractor) -> list[int]:
+    return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in frozen_tensors(extractor)]

@@ -70,6 +70,18 @@ class Pool:
     def __len__(self) -> int:
         return self.references.size - len(self._free)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the memory above the last row in use, which nobody has written."""
+        used = int(self.references.nonzero()[0].max(initial=-1)) + 1
+        chunks = [chunk[: max(0, used - index * self._rows)] for index, chunk in enumerate(self._chunks)]
+        return {**self.__dict__, "_chunks": chunks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        for index, chunk in enumerate(self._chunks):
+            self._chunks[index] = np.empty((self._rows, *self.shape), self.dtype)
+            self._chunks[index][: len(chunk)] = chunk
+
 
 class ObservationStore:
     """
@@ -122,6 +134,11 @@ class ObservationStore:
         """:return: the numbers of all observations"""
         numbers: list[int] = self._stacks.references.nonzero()[0].tolist()
         return numbers
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the pixels."""
+        return self._planes.dtype
 
     def refer(self, number: int) -> None:
         """One more refers to the observation."""

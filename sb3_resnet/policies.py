@@ -218,7 +218,7 @@ class ResNetNetworkMixin:
             features: th.Tensor = features_extractor.live_part(obs.features)
             return features
         actor = features_extractor.actor
-        if actor is not None and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]  # a module's
+        if actor is not None and actor.encoder.is_useful and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]  # a module's
             features = features_extractor.live_part(actor.act(obs))
             return features
         features = super().extract_features(obs, features_extractor)  # type: ignore[misc]  # of SB3's policy

@@ -9,10 +9,12 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_resnet import ResNetExtractor
+from sb3_resnet import encoder as encoder_module
 from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.encoder import FrozenEncoder
+from tests import helpers  # noqa: F401  # registers resnet_tiny
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
 
@@ -109,18 +111,33 @@ def test_without_a_cache_it_goes_on_encoding(parts):
     assert th.equal(entries, encoder(th.as_tensor(images(1))))
 
 
-def test_it_acts_in_one_precision_when_that_falls_back(parts):
+def test_it_acts_in_one_precision_when_that_falls_back(parts, monkeypatch):
     extractor, _, buffer, _ = parts
     encoder = FrozenEncoder(extractor, "bfloat16")
     buffer.shared.encode_with(EntryCache(encoder, "cpu"))
     actor = Actor(encoder, buffer.shared)
-    same = np.repeat(images(0, 1), 2, axis=0)  # without any spread every error is too large
+    monkeypatch.setattr(encoder_module, "_CHECKED", 8)
+    monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.001)
+    seen = [images(n) for n in range(4)]
     with pytest.warns(UserWarning, match="going on in float32"):
-        entries = [actor.act(th.as_tensor(same)) for _ in range(8)][-1]
+        entries = [actor.act(th.as_tensor(each)) for each in seen][-1]
     assert encoder.dtype == th.float32
-    assert th.equal(entries, encoder(th.as_tensor(same)))
-    add(buffer, same, images(1))
+    assert th.equal(entries, encoder(th.as_tensor(seen[-1])))
+    add(buffer, seen[-1], images(4))
     assert th.equal(buffer.shared.entry(int(buffer.observations.numbers[0, 0])), entries[0])
+
+
+def test_where_memory_is_limited_acting_never_reads_a_place_that_was_given_away(parts):
+    _, encoder, buffer, _ = parts
+    entry_bytes = 256 * 4
+    buffer.shared.encode_with(EntryCache(encoder, "cpu", max_bytes=2 * entry_bytes))  # less than what is acted upon
+    actor = Actor(encoder, buffer.shared)
+    for step in range(6):
+        moved, still = images(step, 2), images(100, 2)
+        obs = np.stack([still[0], moved[1]])  # one environment shows what is stored already
+        entries = actor.act(th.as_tensor(obs))
+        assert th.allclose(entries, encoder(th.as_tensor(obs)), rtol=1e-4, atol=1e-5)
+        add(buffer, obs, np.stack([still[0], images(step + 1, 2)[1]]))
 
 
 def test_nan_in_an_observation_is_named_before_it_is_encoded():

@@ -1,6 +1,7 @@
 """The fast encoder computes what the plain frozen part computes."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -90,16 +91,142 @@ def test_reduced_precision_is_small_against_the_spread_over_observations(dtype, 
     assert (encoded.float() - expected).square().mean().sqrt() < limit * expected.std(dim=0).square().mean().sqrt()
 
 
-def test_too_low_a_precision_ends_in_float32_with_a_warning(monkeypatch):
-    monkeypatch.setattr(encoder_module, "MAX_ERROR", 1e-4)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("boundary", [None, "layer4", "layer1"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(((3, 20, 20), UINT8, {"image_size": 36, "use_imagenet_norm": True}), id="resized"),
+        pytest.param(((4, 32, 32), UINT8, {"adapter": "per_frame", "use_imagenet_norm": True}), id="frame by frame"),
+        pytest.param(((1, 32, 32), UINT8, {"use_imagenet_norm": True}), id="one grey channel"),
+    ],
+)
+def test_reduced_precision_where_the_input_is_normalised_by_itself(case, boundary, dtype):
+    extractor = make(*case)
+    extractor.set_freeze_boundary(boundary)
+    encoder, observations = FrozenEncoder(extractor, dtype), images(extractor, 16)
+    expected = plain(extractor, observations)
+    assert (encoder(observations).float() - expected).square().mean().sqrt() < 0.05 * expected.std()
+
+
+@pytest.fixture
+def few_checked(monkeypatch):
+    monkeypatch.setattr(encoder_module, "_CHECKED", 32)
+
+
+def error(encoder, observations):
+    """Of the entries, relative to the distance of the typical observation from the median one."""
+    expected = plain(encoder.extractor, observations).flatten(1)
+    spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
+    return (encoder(observations).float().flatten(1) - expected).square().mean().sqrt() / spread
+
+
+def scale_last_block(stage, factor):
+    for norm in (stage[-1].bn2, *([stage[0].downsample[1]] if stage[0].downsample else [])):
+        with th.no_grad():
+            norm.weight.mul_(factor)
+            norm.bias.mul_(factor)
+
+
+def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeypatch):
+    monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.008)  # bfloat16 errs by more, float16 entries by less
     extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 32)
     encoder = FrozenEncoder(extractor, "bfloat16")
     assert encoder(observations[:10]).dtype == th.float16  # too few to judge
-    with pytest.warns(UserWarning, match=r"errs by .* of the spread .* going on in float32"):
+    version = encoder.version
+    with pytest.warns(UserWarning, match=r"Encoding in bfloat16 errs by .* of the spread .* going on in float32"):
         encoded = encoder(observations[10:])
+    assert encoder.version > version
     assert encoder.dtype == th.float32
-    assert th.allclose(encoded.float(), plain(extractor, observations[10:]), rtol=1e-3, atol=1e-4)
+    assert encoded.dtype == th.float16
+    assert th.allclose(encoded.float(), plain(extractor, observations[10:]), rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
+@pytest.mark.parametrize("factor", [1e-8, 1e6])
+def test_entries_that_float16_cannot_hold_end_in_float32(few_checked, dtype, factor):
+    extractor = make((4, 32, 32), UINT8, {})
+    scale_last_block(extractor.backbone.layer4, factor)
+    encoder, observations = FrozenEncoder(extractor, dtype), images(extractor, 32)
+    with pytest.warns(UserWarning, match="Keeping entries in float16 errs by .* keeping them in float32"):
+        encoder(observations)
+    assert encoder.entry_dtype == th.float32
+    assert error(encoder, observations) < 1e-3
+
+
+def test_the_typical_observation_decides_and_not_odd_ones(few_checked):
+    extractor = make((4, 32, 32), UINT8, {})
+    observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
+    observations[:, :, 3, 3] += th.arange(32, dtype=th.uint8)[:, None]  # hardly anything distinguishes them,
+    observations[:4] = images(extractor, 4)  # but for a few
+    encoder = FrozenEncoder(extractor, "bfloat16")
+    with pytest.warns(UserWarning, match="bfloat16 errs"):
+        encoder(observations)
+    assert error(encoder, observations[4:]) < encoder_module.MAX_ERROR
+
+
+def test_repeated_observations_judge_nothing(few_checked):
+    extractor = make((4, 32, 32), UINT8, {})
+    encoder = FrozenEncoder(extractor, "float16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            encoder(images(extractor, 1).expand(40, -1, -1, -1))
+        encoder(images(extractor, 40))
+    assert encoder.dtype == th.float16
+
+
+def test_another_boundary_and_other_weights_are_judged_too(few_checked):
+    extractor = make((4, 32, 32), UINT8, {})
+    observations = images(extractor, 40)
+    encoder = FrozenEncoder(extractor, "float16")
+    encoder(observations[:10])
+    extractor.set_freeze_boundary("layer4")  # before the first judgement
+    assert encoder.refresh()
+    encoder(observations[10:])
+    scale_last_block(extractor.backbone.layer3, 1e6)
+    assert encoder.refresh()
+    with pytest.warns(UserWarning, match="keeping them in float32"):
+        encoder(observations[:1])
+    assert error(encoder, observations) < 1e-3
+
+
+def test_it_draws_no_random_numbers():
+    extractor = make((4, 32, 32), UINT8, {})
+    state = th.random.get_rng_state()
+    FrozenEncoder(extractor)(images(extractor))
+    assert th.equal(th.random.get_rng_state(), state)
+
+
+def test_a_trunk_in_training_mode_is_encoded_as_frozen():
+    extractor = make((4, 32, 32), UINT8, {})
+    observations = images(extractor)
+    expected = plain(extractor, observations)
+    for module in extractor.backbone.modules():
+        module.training = True  # as a host's own walk over the modules leaves it
+    assert th.allclose(FrozenEncoder(extractor, "float32")(observations), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_weights_written_without_a_trace_are_found_by_value():
+    extractor = make((4, 32, 32), UINT8, {})
+    encoder = FrozenEncoder(extractor)
+    assert encoder.holds()
+    extractor.backbone.layer1[0].conv1.weight.data.mul_(-1.0)
+    assert not encoder.refresh()  # PyTorch counts no such change
+    assert not encoder.holds()
+
+
+def test_entries_are_shared_only_below_equal_weights():
+    extractor, twin = make((4, 32, 32), UINT8, {}), make((4, 32, 32), UINT8, {})
+    encoder = FrozenEncoder(extractor, shared_by=[twin])
+    with th.no_grad():
+        extractor.backbone.layer4[0].conv1.weight.mul_(2.0)
+    with pytest.raises(ValueError, match="Online and target network differ below the freeze boundary"):
+        encoder.refresh()
+    for each in (extractor, twin):
+        each.set_freeze_boundary("layer4")
+    assert encoder.refresh()
 
 
 def test_the_fingerprint_notices_what_the_entries_depend_on_and_nothing_else():

@@ -1,5 +1,6 @@
 """FeatureCacheCallback: the same training, fewer passes through the trunk (invariants 8 to 11)."""
 
+import copy
 import warnings
 
 import numpy as np
@@ -7,13 +8,14 @@ import pytest
 import torch as th
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.encoder import EncodedBatch
+from sb3_resnet.extractor import ResNetExtractor
 from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
 
 
@@ -109,7 +111,7 @@ def test_a_second_learn_finds_the_entries_again():
     assert model.replay_buffer.shared.cache is not cache
 
 
-def test_the_cache_follows_the_boundary_down_to_the_adapter():
+def test_the_cache_follows_the_boundary_down_and_ends_where_no_stage_is_frozen():
     model = fill(make_model(learning_rate=1e-3))
     phases = [{"at_update": n, "unfreeze_from": s} for n, s in ((4, "layer4"), (8, "layer2"), (12, "adapter"))]
     callbacks = start(model, FeatureCacheCallback("float32"), UnfreezeCallback(phases, verbose=0))
@@ -117,9 +119,13 @@ def test_the_cache_follows_the_boundary_down_to_the_adapter():
     for _ in range(8):
         for callback in callbacks:
             callback.on_rollout_end()
-        shapes.append(tuple(model.replay_buffer.sample(3).observations.features.shape))
+        sampled = model.replay_buffer.sample(3).observations
+        shapes.append(tuple(sampled.features.shape if isinstance(sampled, EncodedBatch) else sampled.shape))
         model.train(2, 4)
-    assert shapes == ([(3, 256)] * 2 + [(3, 1, 128, 2, 2)] * 2 + [(3, 1, 32, 8, 8)] * 2 + [(3, 1, 4, 32, 32)] * 2)
+    assert shapes == ([(3, 256)] * 2 + [(3, 1, 128, 2, 2)] * 2 + [(3, 1, 32, 8, 8)] * 2 + [(3, 4, 32, 32)] * 2)
+    assert model.replay_buffer.shared.cache.nbytes == 0
+    pixels = observations(model, 4)
+    assert th.equal(q_values(model, pixels), q_values(copy.deepcopy(model), pixels))  # a copy acts without the cache
 
 
 def test_loading_other_weights_drops_the_entries(tmp_path):
@@ -209,11 +215,96 @@ def test_invariant_10_what_would_not_be_exact_is_refused_with_the_reason():
         ({"dtype": "half"}, ValueError, "dtype must be one of 'auto'"),
         ({"max_bytes": 0}, ValueError, "max_bytes must be finite and >= 1"),
         ({"max_byte": 5}, TypeError, "did you mean 'max_bytes'"),
+        ({"device": "gpu"}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": None}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got None"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments, error, message):
     with pytest.raises(error, match=message):
         FeatureCacheCallback(**arguments)
+
+
+def test_a_gpu_that_is_not_there_is_refused_at_construction(monkeypatch):
+    monkeypatch.setattr(th.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch finds no GPU: write device='auto' or 'cpu'"):
+        FeatureCacheCallback(device="cuda:1")
+
+
+def test_an_extractor_that_computes_something_else_is_refused():
+    class Doubled(ResNetExtractor):
+        def forward(self, observations):
+            return 2.0 * super().forward(observations)
+
+    model = make_model(policy_kwargs={"features_extractor_class": Doubled})
+    with pytest.raises(ValueError, match="Doubled overrides forward, which the encoder would pass over"):
+        model.learn(4, callback=FeatureCacheCallback())
+
+
+def test_what_it_refuses_it_refuses_before_other_callbacks_begin():
+    model = make_model(extractor={"train_adapter": True})
+    with pytest.raises(ValueError, match="train_adapter=True changes"):
+        model.learn(4, callback=[AMPCallback("bfloat16", verbose=0), FeatureCacheCallback()])
+    assert model.q_net.features_extractor.precision is None
+
+
+def test_weights_written_without_a_trace_make_new_entries_in_the_next_learn():
+    model = fill(make_model())
+    (callback,) = start(model, FeatureCacheCallback("float32"))
+    cache = model.replay_buffer.shared.cache
+    callback.on_training_end()
+    for network in (model.q_net, model.q_net_target):
+        network.features_extractor.backbone.layer1[0].conv1.weight.data.mul_(-1.0)
+    start(model, FeatureCacheCallback("float32"))
+    assert model.replay_buffer.shared.cache is not cache
+
+
+def test_freezing_again_needs_an_equal_target():
+    model = fill(make_model(learning_rate=1e-2))
+    model.policy.set_freeze_boundary("layer4")
+    start(model, FeatureCacheCallback("float32"))
+    model.train(3, 4)
+    model.policy.set_freeze_boundary(None)
+    with pytest.raises(ValueError, match=r"q_net_target\.load_state_dict"):
+        model.replay_buffer.sample(4)
+    model.q_net_target.load_state_dict(model.q_net.state_dict())
+    model.train(2, 4)
+
+
+@pytest.mark.parametrize("stock", [True, False])
+def test_a_buffer_that_is_loaded_in_the_middle_of_training_is_encoded_too(tmp_path, stock):
+    model = make_model()
+    model.learn(30, callback=None if stock else FeatureCacheCallback())
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+
+    class Load(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 10:
+                self.model.load_replay_buffer(tmp_path / "buffer.pkl")
+            if self.n_calls == 30:
+                assert isinstance(self.model.replay_buffer.sample(2).observations, EncodedBatch)
+            return True
+
+    model.learn(40, callback=[Load(), FeatureCacheCallback()])
+    assert isinstance(model.replay_buffer, FrameReplayBuffer)
+    assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
+
+
+def test_too_little_memory_ends_the_cache_before_linux_ends_the_process(monkeypatch):
+    model = fill(make_model())
+    start(model, FeatureCacheCallback())
+    monkeypatch.setattr("sb3_resnet.cache.available_bytes", lambda: 100e6)
+    with pytest.warns(UserWarning, match=r"only 100 MB are left\): going on without the cache"):
+        model.train(2, 4)
+    assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
+
+
+def test_other_errors_that_speak_of_memory_are_raised(monkeypatch):
+    model = fill(make_model())
+    start(model, FeatureCacheCallback())
+    error = RuntimeError("unsupported memory format")
+    monkeypatch.setattr("sb3_resnet.cache.EntryCache.get", lambda *args: (_ for _ in ()).throw(error))
+    with pytest.raises(RuntimeError, match="unsupported memory format"):
+        model.train(1, 4)
 
 
 def test_out_of_memory_loses_nothing(monkeypatch):

@@ -7,17 +7,20 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
-from stable_baselines3.common.utils import get_device
 
 from sb3_resnet.acting import Actor
-from sb3_resnet.buffers import with_columns
+from sb3_resnet.buffers import Observations, with_columns
 from sb3_resnet.cache import EntryCache
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.checks import choice, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.precision import DTYPES
 from sb3_resnet.target import FastTrunk
+
+#: Methods in whose place the encoder computes the frozen part.
+_PASSED_OVER = ("forward", "preprocess", "scale_raw", "as_images", "frozen_part", "run_stages", "normalize")
 
 
 class FeatureCacheCallback(BaseCallback):
@@ -49,28 +52,42 @@ class FeatureCacheCallback(BaseCallback):
         super().__init__(verbose)
         no_unknown("FeatureCacheCallback", unknown, ("dtype", "device", "max_bytes", "verbose"))
         self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
-        self.device = str(device)
+        self.device = _read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
         self._rewards = RewardCheck()
+        self._shared: Observations | None = None
+
+    def _init_callback(self) -> None:
+        """Refuse before any other callback has begun to change the model."""
+        self._refuse_what_is_not_exact(self._extractor())
+        model: Any = self.model
+        model.replay_buffer = with_columns(model.replay_buffer)
 
     def _on_training_start(self) -> None:
-        extractor = self._extractor()
-        self._refuse_what_is_not_exact(extractor)
+        self._attach()
+
+    def _attach(self) -> None:
+        """Let buffer, acting and target network of the model use one cache."""
         model: Any = self.model
+        extractor, target = self._extractor(), model.policy.target.features_extractor
         model.replay_buffer = buffer = with_columns(model.replay_buffer)
-        device = model.device if self.device == "auto" else get_device(self.device)
+        device = model.device if self.device == "auto" else th.device(self.device)
         cache = buffer.shared.cache
         if cache is None or not cache.suits(extractor, self.dtype, device, self.max_bytes):
-            cache = EntryCache(FrozenEncoder(extractor, self.dtype), device, self.max_bytes)
+            cache = EntryCache(FrozenEncoder(extractor, self.dtype, [target]), device, self.max_bytes)
+        cache.encoder.refuse_different_twins()
         buffer.shared.encode_with(cache)
         extractor.actor = Actor(cache.encoder, buffer.shared)
-        target = model.policy.target.features_extractor
         target.fast_trunk = FastTrunk(target) if model.device.type == "cpu" else None
+        self._shared = buffer.shared
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
+        model: Any = self.model
+        if getattr(model.replay_buffer, "shared", None) is not self._shared:
+            self._attach()  # another buffer was loaded
         self._rewards(self.model)
         cache = self._cache
         if cache is not None:
@@ -84,26 +101,32 @@ class FeatureCacheCallback(BaseCallback):
             total = cache.hits + cache.misses
             print(f"FeatureCache: {cache.hits / max(1, total):.1%} of {total} sampled observations were encoded before")
         model: Any = self.model
-        model.replay_buffer.shared.encodes = False
+        if self._shared is not None:
+            self._shared.encodes = False
         self._extractor().actor = None
         model.policy.target.features_extractor.fast_trunk = None
 
     @property
     def _cache(self) -> EntryCache | None:
-        model: Any = self.model
-        cache: EntryCache | None = model.replay_buffer.shared.cache
-        return cache
+        return None if self._shared is None else self._shared.cache
 
     def _extractor(self) -> Any:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary") or not isinstance(self.model, OffPolicyAlgorithm):
             raise ValueError(
-                f"FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer; {self.model} has not both"
+                f"FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer; {type(self.model).__name__} with "
+                f"{type(policy).__name__} has not both"
             )
         return policy.online.features_extractor
 
     def _refuse_what_is_not_exact(self, extractor: Any) -> None:
-        policy: Any = self.model.policy
+        cls = type(extractor)
+        changed = [name for name in _PASSED_OVER if getattr(cls, name) is not getattr(ResNetExtractor, name)]
+        if changed:
+            raise ValueError(
+                f"{cls.__name__} overrides {', '.join(changed)}, which the encoder would pass over: train without "
+                "FeatureCacheCallback"
+            )
         normalizer = self.model.get_vec_normalize_env()
         if normalizer is not None and normalizer.norm_obs:
             raise ValueError("VecNormalize changes old observations with its statistics: write norm_obs=False")
@@ -120,13 +143,13 @@ class FeatureCacheCallback(BaseCallback):
                 "augment changes an observation each time it is sampled, so no entry would be exact: leave augment "
                 "out, or train without FeatureCacheCallback"
             )
-        same = zip(frozen_tensors(extractor), frozen_tensors(policy.target.features_extractor), strict=True)
-        # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
-        if not all(th.allclose(mine, other, rtol=1e-4, atol=1e-5) for mine, other in same):
-            raise ValueError("Online and target network differ below the freeze boundary: load both, or build anew")
 
 
-def frozen_tensors(extractor: Any) -> list[th.Tensor]:
-    """:return: parameters and buffers below the freeze boundary"""
-    modules = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+def _read_device(device: Any) -> str:
+    try:
+        known = "auto" if device == "auto" else str(th.device(device))
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
+    if known.startswith("cuda") and not th.cuda.is_available():
+        raise ValueError(f"device={device!r}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
+    return known
