@@ -1,6 +1,7 @@
 """FeatureCacheCallback: the same training, fewer passes through the trunk (invariants 8 to 11)."""
 
 import copy
+import pickle
 import warnings
 
 import numpy as np
@@ -159,6 +160,33 @@ def test_buffers_saved_and_loaded_go_on(tmp_path):
     plain = make_model()
     plain.load_replay_buffer(tmp_path / "buffer.pkl")
     plain.learn(20)  # without the callback it is a buffer like any other
+
+
+def test_invariant_7_golden_resume_with_the_cache(tmp_path):
+    phases = [{"at_update": 6, "unfreeze_from": "layer4", "ramp": 4}]
+
+    def drive(model, rounds, save_after=None):
+        callbacks = start(model, FeatureCacheCallback("float32"), UnfreezeCallback(phases, verbose=0))
+        for done in range(rounds):
+            if done == save_after:
+                model.save(tmp_path / "middle")
+                (tmp_path / "random.pkl").write_bytes(pickle.dumps(np.random.get_state()))
+            for callback in callbacks:
+                callback.on_rollout_end()
+            model.train(2, 4)
+
+    whole = fill(make_model(learning_rate=1e-3, target_update_interval=100))
+    whole.save_replay_buffer(tmp_path / "buffer.pkl")
+    np.random.seed(0)
+    drive(whole, 12, save_after=6)
+    resumed = DQN.load(tmp_path / "middle", env=TinyGame(), device="cpu")
+    resumed.load_replay_buffer(tmp_path / "buffer.pkl")
+    resumed._setup_learn(1, None)
+    np.random.set_state(pickle.loads((tmp_path / "random.pkl").read_bytes()))
+    drive(resumed, 6)
+    assert resumed.policy.freeze_boundary == "layer4"
+    for (name, expected), got in zip(whole.policy.named_parameters(), resumed.policy.parameters(), strict=True):
+        assert th.equal(got, expected), name
 
 
 def test_a_stock_buffer_that_is_full_already_is_taken_over():

@@ -17,7 +17,7 @@ from sb3_resnet.checks import choice, integer, no_unknown
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.precision import DTYPES
-from sb3_resnet.target import FastTrunk
+from sb3_resnet.target import FastTrunk, seldom_changes
 
 #: Methods in whose place the encoder computes the frozen part.
 _PASSED_OVER = ("forward", "preprocess", "scale_raw", "as_images", "frozen_part", "run_stages", "normalize")
@@ -78,7 +78,8 @@ class FeatureCacheCallback(BaseCallback):
         cache.encoder.refuse_different_twins()
         buffer.shared.encode_with(cache)
         extractor.actor = Actor(cache.encoder, buffer.shared)
-        target.fast_trunk = FastTrunk(target) if model.device.type == "cpu" else None
+        fast = model.device.type == "cpu" and seldom_changes(model)
+        target.fast_trunk = FastTrunk(target) if fast else None
         self._shared = buffer.shared
 
     def _on_step(self) -> bool:
