@@ -7,7 +7,7 @@ from typing import Any
 import torch as th
 
 from sb3_resnet.buffers import Acted, Observations
-from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.encoder import FrozenEncoder, decode
 
 
 class Actor:
@@ -25,7 +25,8 @@ class Actor:
     def act(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: raw, one an environment, ``(n_envs, C, H, W)``
-        :return: their entries: those of the buffer where it has them, as a sampled batch may have needed them before
+        :return: what the frozen part makes of them, from the buffer's entries where it has them: a sampled batch may
+            have needed them before
         """
         self.encoder.refresh()
         version = self.encoder.version
@@ -43,7 +44,7 @@ class Actor:
         for env in missing:
             self._shared.keep(numbers[env], entries[env])
         self._shared.acted = Acted(pixels, entries, version)
-        return entries
+        return decode(entries, self.encoder.centre)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None  # a copied policy encodes for itself

@@ -83,10 +83,13 @@ class Observations:
     def batch(self, numbers: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
         cache = self._active
-        if cache is None and self.cache is not None and self.encodes:
+        if cache is not None:
+            entries = self._guard(cache.get, numbers, self.store)
+            if entries is not None:
+                return EncodedBatch(entries, cache.encoder.centre)
+        elif self.cache is not None and self.encodes:
             self.cache.clear()  # of entries from before the whole trunk was unfrozen
-        entries = None if cache is None else self._guard(cache.get, numbers, self.store)
-        return self.store.pixels(numbers) if entries is None else EncodedBatch(entries)
+        return self.store.pixels(numbers)
 
     @property
     def _active(self) -> EntryCache | None:
@@ -206,7 +209,7 @@ class _ColumnBuffer(ReplayBuffer):
 
     def to_torch(self, array: Any, copy: bool = True) -> Any:
         if isinstance(array, EncodedBatch):
-            return EncodedBatch(array.features.to(self.device))
+            return array.to(self.device)
         return super().to_torch(array, copy)
 
 

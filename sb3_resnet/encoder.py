@@ -23,8 +23,7 @@ if TYPE_CHECKING:
     from sb3_resnet.extractor import ResNetExtractor
 
 #: Largest tolerated error of reduced precision, relative to the spread of the features over observations, which
-#: Q-values inherit. On Pong with random ResNet-18s, whose features are mostly constant: entries in float16 err by 0.004
-#: to 0.016, computing in bfloat16 by 0.15 to 0.32 (``benchmarks/results/precision.json``).
+#: Q-values inherit. ``benchmarks/results/precision.json`` has what it is on Pong.
 MAX_ERROR = 0.02
 _CHECKED = 64  # different observations that the check compares
 _VERSION = attrgetter("_version")
@@ -35,13 +34,24 @@ class EncodedBatch:
     """
     A batch of observations as the frozen prefix sees them; takes the place of pixels in SB3's ``train()``.
 
-    :param features: ``(batch, ...)``: pooled features, or the activations below the freeze boundary
+    :param entries: ``(batch, ...)``, as a :class:`FrozenEncoder` made them
+    :param centre: what it subtracted from them, if anything
     """
 
-    features: th.Tensor
+    entries: th.Tensor
+    centre: th.Tensor | None = None
+
+    @property
+    def features(self) -> th.Tensor:
+        """Pooled features, or the activations below the freeze boundary; float32, ``(batch, ...)``."""
+        return decode(self.entries, self.centre)
+
+    def to(self, device: th.device) -> EncodedBatch:
+        """:return: the batch on a device"""
+        return EncodedBatch(self.entries.to(device), self.centre)
 
     def __len__(self) -> int:
-        return len(self.features)
+        return len(self.entries)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncodedBatch:
         return self  # VecNormalize copies what it is given before it leaves it alone
@@ -55,8 +65,9 @@ class FrozenEncoder:
     it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint`
     differs from that of the extractor.
 
-    The first different observations are also encoded by the plain module. If the error exceeds :data:`MAX_ERROR`, it
-    goes on in the next better precision, with a warning.
+    From entries of two bytes a number the median of the first batch is subtracted, so that rounding is relative to what
+    distinguishes observations. The first different observations are also encoded by the plain module: if the error
+    exceeds :data:`MAX_ERROR`, it goes on in the next better precision, with a warning.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param dtype: as in :func:`~sb3_resnet.precision.resolve_dtype`
@@ -88,7 +99,7 @@ class FrozenEncoder:
     def __call__(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: as the space describes them, ``(batch, C, H, W)``, on the extractor's device
-        :return: what the extractor's ``frozen_part`` returns, up to precision
+        :return: entries, from which :func:`decode` makes what the extractor's ``frozen_part`` returns, up to precision
         """
         with th.inference_mode():
             if not self._is_checked:
@@ -112,6 +123,8 @@ class FrozenEncoder:
         self.dtype = resolve_dtype(self.requested, self.device)
         #: The type of the entries: two bytes, unless float32 was asked for.
         self.entry_dtype = th.float32 if self.requested == "float32" else th.float16
+        #: What is subtracted from entries; ``None``: nothing.
+        self.centre: th.Tensor | None = None
         self._is_checked = self.dtype == self.entry_dtype == th.float32
         self._holders = _holders(self.extractor)
         self.fingerprint = fingerprint(self.extractor)
@@ -162,7 +175,12 @@ class FrozenEncoder:
                 x = self.extractor.normalize(x) if name == "stem" else x
                 x = x.to(self.dtype, memory_format=th.channels_last)
             x = stage(x)
-        return self.extractor.entries_of(x).to(self.entry_dtype)
+        x = self.extractor.entries_of(x)
+        if self.entry_dtype == th.float32:
+            return x.float()
+        if self.centre is None:
+            self.centre = x.float().median(dim=0).values
+        return (x.float() - self.centre).to(self.entry_dtype)
 
     def _check(self, observations: th.Tensor) -> None:
         """Choose the precision as soon as enough different observations came by; they also judge later weights."""
@@ -173,12 +191,11 @@ class FrozenEncoder:
             return
         sample = th.stack([*self._sample.values()])
         extractor = self.extractor
-        exact = extractor.frozen_part(extractor.preprocess(extractor.scale_raw(sample))).float().flatten(1)
-        centre = exact.median(dim=0).values
+        exact = extractor.frozen_part(extractor.preprocess(extractor.scale_raw(sample))).float()
         # Of the typical observation: a few odd ones, as the empty stacks after a reset, would hide what errors hide.
-        spread = float((exact - centre).square().mean(dim=1).sqrt().median())
+        spread = float((exact - exact.median(dim=0).values).flatten(1).square().mean(dim=1).sqrt().median())
         while self.dtype != th.float32 or self.entry_dtype != th.float32:
-            error = float((self._encode(sample).float().flatten(1) - exact).square().mean().sqrt())
+            error = float((decode(self._encode(sample), self.centre) - exact).square().mean().sqrt())
             if error <= MAX_ERROR * spread:
                 break
             self._step_up(error / max(spread, 1e-12))
@@ -187,7 +204,7 @@ class FrozenEncoder:
     def _step_up(self, error: float) -> None:
         """Go on in the next better precision."""
         if self.dtype == th.float32:
-            what, self.entry_dtype = "Keeping entries in float16", th.float32
+            what, self.entry_dtype, self.centre = "Keeping entries in float16", th.float32, None
             then = "keeping them in float32, in twice the memory"
         else:
             what = f"Encoding in {str(self.dtype).removeprefix('torch.')}"
@@ -200,6 +217,15 @@ class FrozenEncoder:
             stacklevel=5,
         )
         self._arrange()
+
+
+def decode(entries: th.Tensor, centre: th.Tensor | None) -> th.Tensor:
+    """
+    :param entries: of an encoder, ``(batch, ...)``
+    :param centre: the encoder's when they were made
+    :return: what the extractor's ``frozen_part`` returns, float32, on the device of ``centre``
+    """
+    return entries.float() if centre is None else entries.to(centre.device).float() + centre
 
 
 def folded_stages(extractor: ResNetExtractor, names: Sequence[str]) -> dict[str, nn.Sequential]:

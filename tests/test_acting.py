@@ -13,7 +13,7 @@ from sb3_resnet import encoder as encoder_module
 from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache import EntryCache
-from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.encoder import FrozenEncoder, decode
 from tests import helpers  # noqa: F401  # registers resnet_tiny
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
@@ -122,9 +122,10 @@ def test_it_acts_in_one_precision_when_that_falls_back(parts, monkeypatch):
     with pytest.warns(UserWarning, match="going on in float32"):
         entries = [actor.act(th.as_tensor(each)) for each in seen][-1]
     assert encoder.dtype == th.float32
-    assert th.equal(entries, encoder(th.as_tensor(seen[-1])))
+    assert th.equal(entries, decode(encoder(th.as_tensor(seen[-1])), encoder.centre))
     add(buffer, seen[-1], images(4))
-    assert th.equal(buffer.shared.entry(int(buffer.observations.numbers[0, 0])), entries[0])
+    entry = buffer.shared.entry(int(buffer.observations.numbers[0, 0]))
+    assert th.equal(decode(entry, encoder.centre), entries[0])
 
 
 def test_where_memory_is_limited_acting_never_reads_a_place_that_was_given_away(parts):

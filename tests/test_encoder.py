@@ -9,7 +9,7 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_resnet import encoder as encoder_module
-from sb3_resnet.encoder import EncodedBatch, FrozenEncoder, fingerprint
+from sb3_resnet.encoder import EncodedBatch, FrozenEncoder, decode, fingerprint
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.precision import resolve_dtype
 from tests import helpers  # noqa: F401  # registers resnet_tiny
@@ -50,6 +50,11 @@ def images(extractor, n=6):
     return th.as_tensor(values.astype(space.dtype))
 
 
+def features(encoder, observations):
+    entries = encoder(observations)  # may choose the centre, so before it is asked for
+    return decode(entries, encoder.centre)
+
+
 def plain(extractor, observations):
     return extractor.frozen_part(extractor.preprocess(extractor.scale_raw(observations)))
 
@@ -88,7 +93,8 @@ def test_reduced_precision_is_small_against_the_spread_over_observations(dtype, 
     encoded, expected = encoder(observations), plain(extractor, observations)
     assert encoded.dtype == th.float16
     assert encoder.dtype == getattr(th, dtype)
-    assert (encoded.float() - expected).square().mean().sqrt() < limit * expected.std(dim=0).square().mean().sqrt()
+    got = decode(encoded, encoder.centre)
+    assert (got - expected).square().mean().sqrt() < limit * expected.std(dim=0).square().mean().sqrt()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -106,7 +112,7 @@ def test_reduced_precision_where_the_input_is_normalised_by_itself(case, boundar
     extractor.set_freeze_boundary(boundary)
     encoder, observations = FrozenEncoder(extractor, dtype), images(extractor, 16)
     expected = plain(extractor, observations)
-    assert (encoder(observations).float() - expected).square().mean().sqrt() < 0.05 * expected.std()
+    assert (features(encoder, observations) - expected).square().mean().sqrt() < 0.05 * expected.std()
 
 
 @pytest.fixture
@@ -118,7 +124,7 @@ def error(encoder, observations):
     """Of the entries, relative to the distance of the typical observation from the median one."""
     expected = plain(encoder.extractor, observations).flatten(1)
     spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
-    return (encoder(observations).float().flatten(1) - expected).square().mean().sqrt() / spread
+    return (features(encoder, observations).flatten(1) - expected).square().mean().sqrt() / spread
 
 
 def scale_last_block(stage, factor):
@@ -129,7 +135,7 @@ def scale_last_block(stage, factor):
 
 
 def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeypatch):
-    monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.008)  # bfloat16 errs by more, float16 entries by less
+    monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.008)  # bfloat16 errs by more, float16 entries by much less
     extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 32)
     encoder = FrozenEncoder(extractor, "bfloat16")
@@ -140,7 +146,7 @@ def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeyp
     assert encoder.version > version
     assert encoder.dtype == th.float32
     assert encoded.dtype == th.float16
-    assert th.allclose(encoded.float(), plain(extractor, observations[10:]), rtol=1e-2, atol=1e-3)
+    assert error(encoder, observations[10:]) < 0.001
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
@@ -153,6 +159,18 @@ def test_entries_that_float16_cannot_hold_end_in_float32(few_checked, dtype, fac
         encoder(observations)
     assert encoder.entry_dtype == th.float32
     assert error(encoder, observations) < 1e-3
+
+
+def test_entries_of_two_bytes_are_rounded_relative_to_what_distinguishes_observations(few_checked):
+    extractor = make((4, 32, 32), UINT8, {})
+    observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
+    observations[:, :, 8:16, 3] += th.arange(32, dtype=th.uint8)[:, None, None]
+    encoder = FrozenEncoder(extractor, "auto")
+    expected = plain(extractor, observations)
+    spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
+    assert (expected.half().float() - expected).square().mean().sqrt() > 0.005 * spread, "else this proves nothing"
+    assert error(encoder, observations) < 0.001
+    assert encoder(observations).dtype == th.float16
 
 
 def test_the_typical_observation_decides_and_not_odd_ones(few_checked):
