@@ -270,13 +270,51 @@ def test_buffers_reserve_no_memory_in_advance():
     assert buffer.shared.store.capacity == 0
 
 
+def test_reading_one_row_reads_no_others(monkeypatch):
+    buffer = FrameReplayBuffer(10, SPACE, ACTIONS, "cpu")
+    player = Player(1, 0)
+    for _ in range(5):
+        player.step("step", [buffer])
+    taken = []
+    pixels = buffer.shared.store.pixels
+    monkeypatch.setattr(buffer.shared.store, "pixels", lambda numbers: taken.append(numbers.size) or pixels(numbers))
+    assert buffer.observations[3].shape == (1, *SPACE.shape)
+    assert taken == [1]
+
+
+def test_a_saved_buffer_holds_what_was_written_and_no_more():
+    buffer = FrameReplayBuffer(1000, SPACE, ACTIONS, "cpu")
+    player = Player(1, 0)
+    for _ in range(20):
+        player.step("step", [buffer])
+    content = pickle.dumps(buffer.shared)
+    assert len(content) < 10**6  # memory grows by 32 MiB
+    store = pickle.loads(content).store
+    numbers = buffer.observations.numbers[:20, 0]
+    assert np.array_equal(store.pixels(numbers), buffer.shared.store.pixels(numbers))
+    store.refer(store.add(0, player.first())[0])  # and it can be written again
+
+
+@pytest.mark.parametrize("megabytes", [1, 63, 100])
+def test_a_limit_of_bytes_is_used_up(extractor, megabytes):
+    extractor.set_freeze_boundary(None)
+    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=megabytes * 2**20)
+    entry = th.zeros(256)
+    for number in range(megabytes * 1024 + 100):
+        cache.put(number, entry)
+    assert 0.95 * megabytes * 2**20 < cache.nbytes <= megabytes * 2**20
+
+
 def test_a_column_reads_like_an_array():
     plain, buffer = ReplayBuffer(10, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(10, SPACE, ACTIONS, "cpu")
     player = Player(1, 0)
     for _ in range(3):
         player.step("step", [plain, buffer])
     assert np.array_equal(np.asarray(buffer.observations), plain.observations)
-    assert np.array_equal(buffer.observations[1], plain.observations[1])
+    rows = np.array([2, 0])
+    for key in (1, -1, slice(1, 3), rows, [0, 2], (1, 0), (1, slice(None), 2), (rows, 0, 1, ..., 3), (None, 1), ...):
+        assert np.array_equal(buffer.observations[key], plain.observations[key]), key
+    assert buffer.observations.dtype == plain.observations.dtype
     buffer.reset()
     assert buffer.pos == 0
     assert not np.asarray(buffer.observations).any()
