@@ -20,7 +20,7 @@ from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.heads import FEATURE_NORMS, make_head
 from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
-from sb3_resnet.weights import about_to_be_overwritten
+from sb3_resnet.weights import about_to_be_overwritten, checkpoint_follows
 
 POLICY_NAME = "ResNetCnnPolicy"
 
@@ -136,7 +136,9 @@ class ResNetPolicyMixin:
 
     def _build(self, lr_schedule: Schedule) -> None:
         lr = float(lr_schedule(1))
-        ratios = lr_ratios(lr, self.lr_head, self.lr_backbone)
+        # rl_zoo3.enjoy loads with a schedule that is always 0; the true ratios come with the optimizer's state.
+        relative_to_nothing = lr == 0 and checkpoint_follows()
+        ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
         backbone, scales = self._backbone_parts()
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}

@@ -77,6 +77,21 @@ def test_a_loaded_model_goes_on_learning(tmp_path, algorithm):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rates_of_its_own_load_with_a_learning_rate_of_0(tmp_path, algorithm):
+    """As ``rl_zoo3.enjoy`` loads; what is built anew with 0 stays refused."""
+    rates = {"lr_head": 2e-4, "lr_backbone": 1e-5}
+    model = make_model(algorithm, policy_kwargs=dict(rates))
+    model.save(tmp_path / "model")
+    nothing = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}
+    loaded = ALGORITHMS[algorithm].load(tmp_path / "model", device="cpu", custom_objects=nothing)
+    groups, expected = loaded.policy.optimizer.param_groups, model.policy.optimizer.param_groups
+    assert [group["lr_ratio"] for group in groups] == [group["lr_ratio"] for group in expected]
+    assert [group["lr"] for group in groups] == [group["lr"] for group in expected]
+    with pytest.raises(ValueError, match="which is 0"):
+        make_model(algorithm, policy_kwargs=dict(rates), learning_rate=0.0)
+
+
 def test_several_environments_in_processes(tmp_path):
     env = make_vec_env(TinyGame, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"})
     model = make_model(env=env)
