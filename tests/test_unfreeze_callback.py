@@ -1,6 +1,8 @@
 """UnfreezeCallback: transitions, ramps, restoring the best (invariants 3, 5, 13 and 14)."""
 
 import copy
+import itertools
+import json
 import math
 import warnings
 
@@ -268,6 +270,18 @@ def test_restore_best_takes_weights_and_moments_only(tmp_path, rewards, best, or
     assert (seen["updates"], seen["buffer"]) == (2, 12)
     assert seen["groups"] == [pytest.approx(LR * (1 - 4 / 12), abs=LR / 2)] * 4
     assert seen["epsilon"] == model.exploration_rate
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_an_evaluation_at_a_transition_belongs_to_the_phase_that_ends(tmp_path, order):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    phases = UnfreezeCallback([{"at_timestep": 8, "unfreeze_from": "layer4"}])
+    callbacks = [phases, BestCheckpointCallback(0, tmp_path), Rewards([10.0, 11.0, 4.0])]
+    model.learn(12, callback=[callbacks[index] for index in order])
+    record = json.loads((tmp_path / "best.json").read_text())
+    assert {key: entry["reward"] for key, entry in record.items()} == {"best": 11.0, "frozen": 11.0, "layer4": 4.0}
+    boundaries = {key: DQN.load(entry["file"], device="cpu").policy.freeze_boundary for key, entry in record.items()}
+    assert boundaries == {"best": None, "frozen": None, "layer4": "layer4"}
 
 
 def test_restore_best_without_an_evaluation_keeps_the_weights(tmp_path, capsys):

@@ -137,6 +137,8 @@ class UnfreezeCallback(BaseCallback):
         self._updates.follow(self.model)
         ahead = self._ahead
         due = [index for index, phase in enumerate(ahead, 1) if self._is_due(phase)]
+        if due and self._keeper is not None:
+            self._keeper.best_of_phase()  # it may come after us: what was evaluated belongs to the phase that ends
         for phase in ahead[: due[-1] if due else 0]:
             self._begin(phase)
         policy: Any = self.model.policy
