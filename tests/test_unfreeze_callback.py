@@ -332,6 +332,18 @@ def test_a_model_that_already_trains_there_is_refused(stage):
         model.learn(4, callback=UnfreezeCallback([{"at_timestep": 1, "unfreeze_from": stage}]))
 
 
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_model_that_has_trained_there_without_phases_is_refused(tmp_path, loaded):
+    model = make_model(extractor={"backbone": "resnet_mini", "freeze_backbone": False}, learning_starts=0)
+    model.learn(8)
+    if loaded:
+        model.save(tmp_path / "model")
+        model = DQN.load(tmp_path / "model", env=TinyGame(), device="cpu")
+    assert model._n_updates > 0
+    with pytest.raises(ValueError, match=r"boundary only moves down.*freeze_backbone=True"):
+        model.learn(4, callback=UnfreezeCallback([{"at_timestep": 1, "unfreeze_from": "layer4"}]))
+
+
 def test_invariant_14_a_phase_that_never_began_warns_once_at_the_end():
     model = make_model()
     callback = UnfreezeCallback([{"at_timestep": 100, "unfreeze_from": "layer4"}])

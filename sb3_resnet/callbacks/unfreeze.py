@@ -107,7 +107,7 @@ class UnfreezeCallback(BaseCallback):
         for phase in self.phases:
             choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])
         saved = recall(optimizer_of(self.model), _STATE)
-        if self.phase > 0 and not saved and self.model._n_updates == 0:
+        if self.phase > 0 and not saved:
             raise ValueError(
                 f"The boundary only moves down, but the model already trains from {policy.freeze_boundary!r} and "
                 f"phases[0] says {self.phases[0].unfreeze_from!r}. Write freeze_backbone=True, or name lower stages."
