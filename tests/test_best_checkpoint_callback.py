@@ -89,6 +89,20 @@ def test_nothing_is_best_where_every_reward_is_nan(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_best_model_may_be_the_one_whose_evaluation_stops_training(tmp_path, first):
+    model, spy = make_model(learning_starts=0), Spy()
+    evaluations = Rewards([1.0, 2.0, 99.0], stop_at=99.0)
+    callback = BestCheckpointCallback(0, tmp_path)
+    model.learn(40, callback=[spy, callback, evaluations] if first else [spy, evaluations, callback])
+    assert model.num_timesteps == 12
+    assert json.loads((tmp_path / RECORD).read_text())["best"]["reward"] == 99.0
+    assert_same(DQN.load(tmp_path / "best.zip", device="cpu").policy.state_dict(), spy.weights[-1])
+    saved = (tmp_path / "best.zip").stat().st_mtime_ns
+    callback.on_training_end()  # RL-Zoo calls it again
+    assert (tmp_path / "best.zip").stat().st_mtime_ns == saved
+
+
 def test_each_phase_has_its_own_best(tmp_path):
     model = make_model()
     learn(model, tmp_path, 8, [5.0, 1.0])

@@ -13,7 +13,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
-from sb3_resnet.optim import is_part
+from sb3_resnet.optim import is_part, recall
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
 LR = 1e-3
@@ -38,15 +38,17 @@ def rates(model, part="backbone"):
 
 
 class Rewards(EvalCallback):
-    """SB3's EvalCallback with given rewards instead of an evaluation."""
+    """SB3's EvalCallback with given rewards instead of an evaluation; one of ``stop_at`` ends training."""
 
-    def __init__(self, rewards, eval_freq=4, **kwargs):
+    def __init__(self, rewards, eval_freq=4, stop_at=None, **kwargs):
         super().__init__(TinyGame(), eval_freq=eval_freq, warn=False, verbose=0, **kwargs)
         self.rewards = [*rewards]
+        self.stop_at = stop_at
 
     def _on_step(self):
         if self.n_calls % self.eval_freq == 0:
             self.last_mean_reward = self.rewards.pop(0)
+            return self.last_mean_reward != self.stop_at
         return True
 
 
@@ -201,6 +203,28 @@ def test_plateau_state_lives_in_the_checkpoint(tmp_path):
     resumed = DQN.load(tmp_path / "model", env=TinyGame(), device="cpu")
     resumed.learn(4, callback=[UnfreezeCallback(phases), Rewards([0.0])])
     assert resumed.policy.freeze_boundary == "layer4"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_the_plateau_knows_the_evaluation_that_stops_training(first):
+    model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+    callback = UnfreezeCallback([{"on_plateau": {"patience": 5}, "unfreeze_from": "layer4"}], verbose=0)
+    evaluations = Rewards([5.0, 4.0], stop_at=4.0)
+    with pytest.warns(UserWarning, match="never began"):
+        model.learn(40, callback=[callback, evaluations] if first else [evaluations, callback])
+    callback.on_training_end()  # RL-Zoo calls it again
+    expected = {"timesteps": 8, "plateau": {"best": 5.0, "bad": 1, "factor": 1.0}}
+    assert recall(model.policy.optimizer, "unfreeze") == expected
+
+
+def test_a_callback_starts_anew_with_another_model():
+    callback = UnfreezeCallback([{"on_plateau": {"patience": 5}, "unfreeze_from": "layer4"}], verbose=0)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="never began"):
+            make_model(learning_starts=0, extractor={"backbone": "resnet_mini"}).learn(
+                8, callback=[callback, Rewards([5.0, 4.0])]
+            )
+        assert callback._plateau == {"best": 5.0, "bad": 1, "factor": 1.0}
 
 
 def test_invariant_3_timesteps_count_on_after_a_reset(tmp_path):

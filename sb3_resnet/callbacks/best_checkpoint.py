@@ -99,6 +99,10 @@ class BestCheckpointCallback(BaseCallback):
             self._last_save = self.model.num_timesteps
             self._save_checkpoint()
 
+    def _on_training_end(self) -> None:
+        # Of an evaluation that stops training, after which SB3 calls no on_rollout_end; RL-Zoo ends training twice.
+        self._on_step()
+
     @property
     def _folder(self) -> Path:
         folder = self.save_path or self._evaluations.folder

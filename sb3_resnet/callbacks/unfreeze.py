@@ -118,7 +118,7 @@ class UnfreezeCallback(BaseCallback):
         if any(phase.restore_best for phase in self._ahead) and self._keeper is None:
             raise ValueError("restore_best needs a BestCheckpointCallback in the same learn()")
         self._offset = max(0, saved.get("timesteps", 0) - self.model.num_timesteps)
-        self._plateau = saved.get("plateau", self._plateau)
+        self._plateau = saved.get("plateau", schedules.plateau_start())
         self._ended = False
         self._updates.attach(self.model)
         self._apply_ramp(self._updates.n)
@@ -151,6 +151,7 @@ class UnfreezeCallback(BaseCallback):
         if self._ended:  # RL-Zoo ends training twice
             return
         self._ended = True
+        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
         for phase in self._ahead:
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
