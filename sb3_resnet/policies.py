@@ -23,6 +23,9 @@ from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ra
 from sb3_resnet.weights import about_to_be_overwritten, checkpoint_follows
 
 POLICY_NAME = "ResNetCnnPolicy"
+_EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
+# In signatures of policies, but nothing that a user writes in policy_kwargs.
+_NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
 
 
 class ResNetPolicyMixin:
@@ -71,11 +74,15 @@ class ResNetPolicyMixin:
         **kwargs: Any,
     ) -> None:
         host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        no_unknown(POLICY_NAME, kwargs, {*host} - {"self", "args", "kwargs", "unknown"})
+        own = {*host} - _NOT_WRITTEN
+        no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
         if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
             raise TypeError(
                 f"features_extractor_class must be ResNetExtractor or a subclass, got {features_extractor_class}"
             )
+        if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
+            given = kwargs.get("features_extractor_kwargs") or {}
+            no_unknown("ResNetExtractor", given, _EXTRACTOR_ARGUMENTS, own, "policy_kwargs")
         if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
             raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
         for name in {"lr", "weight_decay"} & {*(kwargs.get("optimizer_kwargs") or {})}:

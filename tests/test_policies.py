@@ -187,6 +187,16 @@ def test_invariant_11_everything_in_a_checkpoint_is_data(tmp_path):
 
 BAD = [
     ({"dropuot": 0.1}, None, TypeError, "ResNetCnnPolicy has no argument 'dropuot'; did you mean 'dropout'"),
+    ({"backbone": "resnet18"}, None, TypeError, "no argument 'backbone': write it in features_extractor_kwargs"),
+    (
+        {"freeze_backbone": False},
+        None,
+        TypeError,
+        "no argument 'freeze_backbone': write it in features_extractor_kwargs",
+    ),
+    ({"pretrained": True}, None, TypeError, "no argument 'pretrained': write it in features_extractor_kwargs"),
+    ({}, {"lr_backbone": 1e-5}, TypeError, "ResNetExtractor has no argument 'lr_backbone': write it in policy_kwargs"),
+    ({}, {"net_arch": [8]}, TypeError, "ResNetExtractor has no argument 'net_arch': write it in policy_kwargs"),
     ({"dropout": 1.5}, None, ValueError, "dropout must be finite and >= 0 and <= 0.99"),
     ({"net_arch": [0]}, None, ValueError, "net_arch must be finite and >= 1"),
     ({"net_arch": 256}, None, TypeError, r"such as \[256\]"),
