@@ -264,6 +264,10 @@ def test_qrdqn_gets_adamw_with_the_papers_eps_unless_the_user_names_one():
     assert model.policy.optimizer.defaults["eps"] == pytest.approx(0.01 / 32)
     assert type(make_model("qrdqn", policy_kwargs={"optimizer_class": "SGD"}).policy.optimizer) is th.optim.SGD
     assert type(make_model("qrdqn", policy_kwargs={"optimizer_class": th.optim.Adam}).policy.optimizer) is th.optim.Adam
+    by_name = {"optimizer_class": "Adam", "optimizer_kwargs": {"eps": 1e-5}}
+    optimizer = make_model("qrdqn", policy_kwargs=by_name).policy.optimizer
+    assert type(optimizer) is th.optim.Adam
+    assert optimizer.defaults["eps"] == 1e-5
 
 
 def test_registering_twice_changes_nothing():
