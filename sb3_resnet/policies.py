@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch as th
 from gymnasium import spaces
@@ -248,6 +248,18 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
     def make_q_net(self) -> QNetwork:
         network: QNetwork = self._make_network(ResNetQNetwork)
         return network
+
+    @property
+    def quantile_net(self) -> NoReturn:
+        """
+        What QR-DQN takes from its policy at construction.
+
+        :raises TypeError: always, as this is DQN's policy
+        """
+        raise TypeError(
+            "The class ResNetCnnPolicy is DQN's. For QRDQN write its name as a string, 'ResNetCnnPolicy', or the class "
+            "sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
+        )
 
 
 def register_policies() -> None:

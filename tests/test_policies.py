@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import NatureCNN
@@ -268,6 +269,12 @@ def test_qrdqn_gets_adamw_with_the_papers_eps_unless_the_user_names_one():
     optimizer = make_model("qrdqn", policy_kwargs=by_name).policy.optimizer
     assert type(optimizer) is th.optim.Adam
     assert optimizer.defaults["eps"] == 1e-5
+
+
+def test_the_class_of_dqn_given_to_qrdqn_says_what_to_write():
+    eyes = {"features_extractor_kwargs": {"backbone": "resnet_mini"}}
+    with pytest.raises(TypeError, match="QRDQN write its name as a string, 'ResNetCnnPolicy'"):
+        QRDQN(sb3_resnet.ResNetCnnPolicy, TinyGame(), buffer_size=10, policy_kwargs=eyes)
 
 
 def test_registering_twice_changes_nothing():
