@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
 from stable_baselines3 import DQN
@@ -148,12 +147,15 @@ def test_without_an_evaluation_it_says_what_it_cannot_do(tmp_path):
     assert names(tmp_path) == ["rl_model_4_steps.zip", "rl_model_8_steps.zip"]
 
 
-def test_left_overs_of_a_killed_process_go(tmp_path):
-    (tmp_path / ".writing-123-rl_model_4_steps.zip").write_bytes(b"half a file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make_model().learn(4, callback=BestCheckpointCallback(0, tmp_path))
-    assert names(tmp_path) == []
+@pytest.mark.parametrize("writer", ["gone", "this", "other", "no number", "99999999999999999999"])
+def test_left_overs_of_a_killed_process_go_and_those_of_others_stay(tmp_path, writer):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    pid = {"gone": process.pid, "this": os.getpid(), "other": os.getppid()}.get(writer, writer)
+    left_over = tmp_path / f".writing-{pid}-rl_model_4_steps.zip"
+    left_over.write_bytes(b"half a file")
+    learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 4)
+    assert left_over.exists() == (writer == "other")
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

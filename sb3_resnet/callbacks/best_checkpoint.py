@@ -83,7 +83,9 @@ class BestCheckpointCallback(BaseCallback):
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         for left_over in self._folder.glob(f"{_TEMPORARY}*"):
-            left_over.unlink()
+            writer = left_over.name.removeprefix(_TEMPORARY).split("-")[0]
+            if not (writer.isdecimal() and _is_at_work(int(writer))):
+                left_over.unlink(missing_ok=True)
         self._record = self._read_record()
         self._last_save = self.model.num_timesteps
 
@@ -188,6 +190,21 @@ def newest_checkpoint(folder: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{str(folder)!r} holds no checkpoint (rl_model_<timesteps>_steps.zip)")
     return found[-1]
+
+
+def _is_at_work(pid: int) -> bool:
+    """Whether a process other than this one lives, as far as the system tells."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # os.kill would end it; a file left over does no harm
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _replace(temporary: Path, path: Path) -> None:
