@@ -126,6 +126,17 @@ def test_the_record_survives_a_resume(tmp_path, same_folder):
     assert json.loads((folder / RECORD).read_text())["best"]["reward"] == 6.0
 
 
+@pytest.mark.parametrize("content", ["", '{"best": {"rew', "[1]", '{"best": 3}', '{"best": {"reward": 1.0}}', "\xff"])
+def test_a_broken_record_is_named_and_can_be_deleted(tmp_path, content):
+    model = learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 8, [5.0, 1.0])
+    (tmp_path / RECORD).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"best\.json' is no record of best models .*Delete it"):
+        learn(model, tmp_path, 4, [4.0])
+    (tmp_path / RECORD).unlink()
+    learn(model, tmp_path, 4, [4.0])
+    assert not (tmp_path / RECORD).exists()  # 5.0 is still the best
+
+
 def test_a_new_run_does_not_take_over_the_record_of_another(tmp_path):
     learn(make_model(), tmp_path, 4, [5.0])
     with pytest.warns(UserWarning, match="record of another run"):

@@ -125,8 +125,14 @@ class BestCheckpointCallback(BaseCallback):
         if not saved and self.model._n_updates == 0 and self.model.num_timesteps == 0:
             warnings.warn(f"{path} is the record of another run; this one starts its own and replaces it", stacklevel=2)
             return {}
-        record: dict[str, dict[str, Any]] = json.loads(path.read_text())
-        return record
+        try:
+            record = json.loads(path.read_text())
+            return {key: {**entry, "reward": float(entry["reward"])} for key, entry in record.items() if entry["file"]}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no record of best models ({type(error).__name__}). Delete it: a resumed model has a "
+                "copy of the record up to its own step."
+            ) from error
 
     def _keep_if_best(self, reward: float) -> None:
         names = {"best": "best", self._phase_name: f"best_{self._phase_name}"}
