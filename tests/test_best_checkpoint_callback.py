@@ -54,6 +54,15 @@ def test_the_replay_buffer_travels_with_its_checkpoint(tmp_path):
     assert (loaded.replay_buffer.observations == model.replay_buffer.observations).all()
 
 
+def test_a_replay_buffer_whose_model_was_never_saved_goes_with_the_next_checkpoint(tmp_path):
+    foreign = tmp_path / "rl_model_replay_buffer_4_steps.pkl"  # as SB3's CheckpointCallback names them
+    for path in (foreign, tmp_path / "rl_model_4_steps_replay_buffer.pkl"):
+        path.write_bytes(b"a buffer")
+    learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 24, save_freq=12, save_replay_buffer=True)
+    saved = [f"rl_model_{step}_steps{end}" for step in (12, 24) for end in (".zip", "_replay_buffer.pkl")]
+    assert names(tmp_path) == [*saved, foreign.name]
+
+
 class Spy(BaseCallback):
     """Weights at each fourth step, when the evaluation takes place."""
 

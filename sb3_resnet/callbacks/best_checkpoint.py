@@ -18,6 +18,7 @@ from sb3_resnet.optim import recall, remember
 
 _STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
 _TEMPORARY = ".writing-"
+_BUFFER = "_replay_buffer.pkl"
 RECORD = "best.json"
 
 
@@ -158,13 +159,16 @@ class BestCheckpointCallback(BaseCallback):
         model: Any = self.model
         if self.save_replay_buffer and getattr(model, "replay_buffer", None) is not None:
             # Before the model: whoever finds the model finds its buffer.
-            temporary = self._temporary(f"{name}_replay_buffer.pkl")
+            temporary = self._temporary(f"{name}{_BUFFER}")
             model.save_replay_buffer(temporary)
-            _replace(temporary, self._folder / f"{name}_replay_buffer.pkl")
+            _replace(temporary, self._folder / f"{name}{_BUFFER}")
         self._save(self._folder / f"{name}.zip")
         for old in checkpoints(self._folder)[: -self.keep_last]:
             old.unlink()
-            old.with_name(f"{old.stem}_replay_buffer.pkl").unlink(missing_ok=True)
+        # Also those of a process that was killed before its model was there.
+        for buffer in self._folder.glob(f"rl_model_*_steps{_BUFFER}"):
+            if not buffer.with_name(f"{buffer.name.removesuffix(_BUFFER)}.zip").exists():
+                buffer.unlink(missing_ok=True)
 
     def _save(self, path: Path) -> None:
         temporary = self._temporary(path.name)
