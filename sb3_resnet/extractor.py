@@ -46,7 +46,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
     :param weights: other weights: a name of torchvision's enum, or the path of a ``.pth``, ``.pt`` or
         ``.safetensors`` file; goes before ``pretrained``
-    :param freeze_backbone: start with all stages frozen (``set_freeze_boundary`` moves the boundary later)
+    :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
+        an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
         begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
         multiple of three), features concatenated
@@ -155,7 +156,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
             warnings.warn(
                 "The backbone is frozen with random weights and learns little. Write pretrained=True (or "
-                "weights=PATH), or unfreeze it: freeze_backbone=False, or an UnfreezeCallback.",
+                "weights=PATH), or unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
                 stacklevel=2,
             )
 

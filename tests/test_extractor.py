@@ -685,6 +685,7 @@ def test_a_frozen_random_backbone_warns_once_and_not_at_load(name, tmp_path):
     assert len(messages) == 1
     assert "pretrained=True" in messages[0]
     assert "freeze_backbone=False" in messages[0]
+    assert "with ResNetCnnPolicy an UnfreezeCallback" in messages[0]  # which refuses PPO's and A2C's policies
     model.save(tmp_path / "model")
     model.policy.save(tmp_path / "policy.pth")
     assert frozen_random_warnings(lambda: algorithm.load(tmp_path / "model"))[1] == []

@@ -44,7 +44,7 @@ class Phase:
 
 class UnfreezeCallback(BaseCallback):
     """
-    Move the freeze boundary down in phases.
+    Move the freeze boundary down in phases; for ``ResNetCnnPolicy``, so for DQN and QR-DQN.
 
     Where training stands is saved with the model: a resumed run, a second ``learn()`` and
     ``reset_num_timesteps=True`` go on in the phase that was reached, and no phase begins twice. Example::
