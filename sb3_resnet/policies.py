@@ -23,6 +23,10 @@ from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ra
 from sb3_resnet.weights import about_to_be_overwritten, checkpoint_follows
 
 POLICY_NAME = "ResNetCnnPolicy"
+_FOR_QRDQN = (
+    "The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN write its name as a string, 'ResNetCnnPolicy', "
+    "or the class sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
+)
 _EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 # In signatures of policies, but nothing that a user writes in policy_kwargs.
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
@@ -75,6 +79,8 @@ class ResNetPolicyMixin:
     ) -> None:
         host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
         own = {*host} - _NOT_WRITTEN
+        if "n_quantiles" in {*kwargs} - own:
+            raise TypeError(_FOR_QRDQN)
         no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
         if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
             raise TypeError(
@@ -256,10 +262,7 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
 
         :raises TypeError: always, as this is DQN's policy
         """
-        raise TypeError(
-            "The class ResNetCnnPolicy is DQN's. For QRDQN write its name as a string, 'ResNetCnnPolicy', or the class "
-            "sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
-        )
+        raise TypeError(_FOR_QRDQN)
 
 
 def register_policies() -> None:

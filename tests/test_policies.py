@@ -271,8 +271,9 @@ def test_qrdqn_gets_adamw_with_the_papers_eps_unless_the_user_names_one():
     assert optimizer.defaults["eps"] == 1e-5
 
 
-def test_the_class_of_dqn_given_to_qrdqn_says_what_to_write():
-    eyes = {"features_extractor_kwargs": {"backbone": "resnet_mini"}}
+@pytest.mark.parametrize("own", [{}, {"n_quantiles": 5}])
+def test_the_class_of_dqn_given_to_qrdqn_says_what_to_write(own):
+    eyes = {"features_extractor_kwargs": {"backbone": "resnet_mini"}, **own}
     with pytest.raises(TypeError, match="QRDQN write its name as a string, 'ResNetCnnPolicy'"):
         QRDQN(sb3_resnet.ResNetCnnPolicy, TinyGame(), buffer_size=10, policy_kwargs=eyes)
 
