@@ -83,14 +83,24 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     return str(value)
 
 
-def no_unknown(owner: str, given: Iterable[str], allowed: Iterable[str]) -> None:
+def no_unknown(
+    owner: str, given: Iterable[str], allowed: Iterable[str], elsewhere: Iterable[str] = (), place: str = ""
+) -> None:
     """
     Refuse keyword arguments that nobody reads.
 
-    :raises TypeError: with the allowed names and the nearest of them
+    :param owner: who does not read them, for the error
+    :param given: names of the arguments
+    :param allowed: names that the owner takes
+    :param elsewhere: names that belong to another place
+    :param place: where those are to be written
+    :raises TypeError: with that place, or with the allowed names and the nearest of them
     """
     names = sorted(allowed)
+    misplaced = {*elsewhere}
     for name in (name for name in given if name not in names):
+        if name in misplaced:
+            raise TypeError(f"{owner} has no argument {name!r}: write it in {place}")
         raise TypeError(f"{owner} has no argument {name!r}{nearest(name, names)}. It takes: {', '.join(names)}")
 
 

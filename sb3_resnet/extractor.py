@@ -21,7 +21,7 @@ from sb3_resnet import weights as weight_files
 from sb3_resnet.augment import read_augment
 from sb3_resnet.checks import choice, flag, integer, no_unknown
 from sb3_resnet.finite import check_observations
-from sb3_resnet.images import check_size, information_keeping_adapter, read_image_size, scale_of, statistics
+from sb3_resnet.images import check_size, information_keeping_adapter, is_scaled, read_image_size, scale_of, statistics
 from sb3_resnet.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.phases import FreezeBoundary
 from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
@@ -38,14 +38,16 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     Scaling follows the observation *space*, never the values of a batch: uint8 0..255 is divided by 255 by SB3,
     float 0..255 is divided by 255 here, float 0..1 is left alone. (Guessing from a batch's maximum scales a dark
-    frame differently from a bright one.)
+    frame differently from a bright one.) With ``normalize_images=False`` SB3 would not divide, and the first images
+    that are not black are refused.
 
     :param observation_space: image space, ``(C, H, W)``; SB3 transposes ``(H, W, C)`` uint8 images itself
     :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
     :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
     :param weights: other weights: a name of torchvision's enum, or the path of a ``.pth``, ``.pt`` or
         ``.safetensors`` file; goes before ``pretrained``
-    :param freeze_backbone: start with all stages frozen (``set_freeze_boundary`` moves the boundary later)
+    :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
+        an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
         begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
         multiple of three), features concatenated
@@ -131,6 +133,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.resizes = image_size is not None and image_size != (height, width)
         self._scale = scale
         self._is_uint8 = observation_space.dtype == np.uint8
+        self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
         self._per_frame = per_frame
         self._frame_channels = frame_channels
         self._n_frames = n_frames
@@ -153,7 +156,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
             warnings.warn(
                 "The backbone is frozen with random weights and learns little. Write pretrained=True (or "
-                "weights=PATH), or unfreeze it: freeze_backbone=False, or an UnfreezeCallback.",
+                "weights=PATH), or unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
                 stacklevel=2,
             )
 
@@ -188,7 +191,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
+        :raises ValueError: if SB3 was told not to scale, and for NaN and infinity
         """
+        if self._is_uint8 and not self._is_scaled:
+            self._is_scaled = is_scaled(observations)
         x = self.preprocess(observations)
         size = None if self.micro_batch_size is None else self.micro_batch_size * self._n_frames
         with th.no_grad(), autocast(self.precision, x.device):

@@ -48,6 +48,22 @@ def scale_of(space: Any) -> float:
     )
 
 
+def is_scaled(observations: th.Tensor) -> bool:
+    """
+    :param observations: images of a uint8 space, as SB3 hands them over
+    :return: whether they are known to be divided by 255; black images do not tell
+    :raises ValueError: if they are not divided
+    """
+    if th.compiler.is_compiling():  # an exported graph has no such branch
+        return False
+    highest = float(observations.detach().max())
+    if highest > 1.0:
+        raise ValueError(
+            "uint8 images come as 0..255 instead of 0..1: leave normalize_images=False out of policy_kwargs"
+        )
+    return highest > 0.0
+
+
 def read_image_size(value: Any) -> tuple[int, int] | None:
     """
     :param value: ``None``, one number, or height and width

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch as th
 from gymnasium import spaces
@@ -20,9 +20,16 @@ from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.heads import FEATURE_NORMS, make_head
 from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
-from sb3_resnet.weights import about_to_be_overwritten
+from sb3_resnet.weights import about_to_be_overwritten, checkpoint_follows
 
 POLICY_NAME = "ResNetCnnPolicy"
+_FOR_QRDQN = (
+    "The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN write its name as a string, 'ResNetCnnPolicy', "
+    "or the class sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
+)
+_EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
+# In signatures of policies, but nothing that a user writes in policy_kwargs.
+_NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
 
 
 class ResNetPolicyMixin:
@@ -71,11 +78,17 @@ class ResNetPolicyMixin:
         **kwargs: Any,
     ) -> None:
         host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        no_unknown(POLICY_NAME, kwargs, {*host} - {"self", "args", "kwargs", "unknown"})
+        own = {*host} - _NOT_WRITTEN
+        if "n_quantiles" in {*kwargs} - own:
+            raise TypeError(_FOR_QRDQN)
+        no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
         if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
             raise TypeError(
                 f"features_extractor_class must be ResNetExtractor or a subclass, got {features_extractor_class}"
             )
+        if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
+            given = kwargs.get("features_extractor_kwargs") or {}
+            no_unknown("ResNetExtractor", given, _EXTRACTOR_ARGUMENTS, own, "policy_kwargs")
         if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
             raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
         for name in {"lr", "weight_decay"} & {*(kwargs.get("optimizer_kwargs") or {})}:
@@ -136,7 +149,9 @@ class ResNetPolicyMixin:
 
     def _build(self, lr_schedule: Schedule) -> None:
         lr = float(lr_schedule(1))
-        ratios = lr_ratios(lr, self.lr_head, self.lr_backbone)
+        # rl_zoo3.enjoy loads with a schedule that is always 0; the true ratios come with the optimizer's state.
+        relative_to_nothing = lr == 0 and checkpoint_follows()
+        ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
         backbone, scales = self._backbone_parts()
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
@@ -239,6 +254,15 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
     def make_q_net(self) -> QNetwork:
         network: QNetwork = self._make_network(ResNetQNetwork)
         return network
+
+    @property
+    def quantile_net(self) -> NoReturn:
+        """
+        What QR-DQN takes from its policy at construction.
+
+        :raises TypeError: always, as this is DQN's policy
+        """
+        raise TypeError(_FOR_QRDQN)
 
 
 def register_policies() -> None:

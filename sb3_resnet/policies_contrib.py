@@ -17,7 +17,13 @@ class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
 
 
 class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
-    """Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments."""
+    """
+    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments.
+
+    Where ``policy_kwargs`` name no optimizer, QRDQN writes ``optimizer_class=torch.optim.Adam`` with ``eps`` alone into
+    them, which is made AdamW here. The same written by hand looks no different, and becomes AdamW too: for Adam with
+    an ``eps`` of your own write ``optimizer_class="Adam"``, the name instead of the class.
+    """
 
     _network = "quantile_net"
 

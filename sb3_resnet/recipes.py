@@ -31,7 +31,8 @@ def fine_tuning_callbacks(
     what lies below sees edges and colours and is left alone. The tenth is the policy's default ``lr_backbone``.
     Example::
 
-        model.learn(1_000_000, callback=[sb3_resnet.fine_tuning_callbacks(1_000_000), EvalCallback(eval_env)])
+        recipe = sb3_resnet.fine_tuning_callbacks(1_000_000, save_path="logs")
+        model.learn(1_000_000, callback=[recipe, EvalCallback(eval_env)])
 
     In RL-Zoo's YAML::
 
@@ -44,7 +45,8 @@ def fine_tuning_callbacks(
     :param ramp: gradient updates in which the backbone's rate rises at each unfreezing
     :param max_norm: largest gradient norm of head and of backbone (1 to 5 is usual)
     :param save_freq: environment steps between two checkpoints
-    :param save_path: folder of checkpoints and best models; ``None``: that of the ``EvalCallback``
+    :param save_path: folder of checkpoints and best models; ``None``: that of the ``EvalCallback``,
+        which has one in RL-Zoo
     :param restore_best: start each phase from the best model of the one before
     :return: the callbacks, as one
     :raises ValueError: for values that cannot work

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
@@ -107,10 +108,10 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str) ->
     :param source: name of the file, for the errors
     :raises ValueError: with all that is missing, unexpected, of another shape, or not finite
     """
-    prefix = _prefix(state, source)
+    wanted = resnet.state_dict()
+    prefix = _prefix(state, wanted, source)
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     given = {key: value for key, value in given.items() if not key.startswith("fc.")}
-    wanted = resnet.state_dict()
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in wanted]
@@ -162,7 +163,7 @@ def _unwrap(raw: Any, source: str) -> dict[str, th.Tensor]:
     return dict(raw)
 
 
-def _prefix(state: Mapping[str, th.Tensor], source: str) -> str:
+def _prefix(state: Mapping[str, th.Tensor], wanted: Iterable[str], source: str) -> str:
     """The prefix under which a whole ResNet lies; ``conv1.weight`` alone also ends every block's first conv."""
     found = [
         key.removesuffix("conv1.weight")
@@ -171,7 +172,11 @@ def _prefix(state: Mapping[str, th.Tensor], source: str) -> str:
     ]
     if len(found) > 1:
         raise ValueError(f"{source} holds several ResNets, under {', '.join(map(repr, found))}. Save the one you want.")
-    return found[0] if found else ""
+    if found:
+        return found[0]
+    # Something is missing, so this will be an error: under the prefix of most names it lists that alone.
+    counts = Counter(key.removesuffix(name) for key in state for name in wanted if key.endswith(name))
+    return counts.most_common(1)[0][0] if counts else ""
 
 
 def _shorten(names: list[str]) -> str:

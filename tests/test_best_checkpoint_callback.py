@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 
 import pytest
 from stable_baselines3 import DQN
@@ -55,6 +54,15 @@ def test_the_replay_buffer_travels_with_its_checkpoint(tmp_path):
     assert (loaded.replay_buffer.observations == model.replay_buffer.observations).all()
 
 
+def test_a_replay_buffer_whose_model_was_never_saved_goes_with_the_next_checkpoint(tmp_path):
+    foreign = tmp_path / "rl_model_replay_buffer_4_steps.pkl"  # as SB3's CheckpointCallback names them
+    for path in (foreign, tmp_path / "rl_model_4_steps_replay_buffer.pkl"):
+        path.write_bytes(b"a buffer")
+    learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 24, save_freq=12, save_replay_buffer=True)
+    saved = [f"rl_model_{step}_steps{end}" for step in (12, 24) for end in (".zip", "_replay_buffer.pkl")]
+    assert names(tmp_path) == [*saved, foreign.name]
+
+
 class Spy(BaseCallback):
     """Weights at each fourth step, when the evaluation takes place."""
 
@@ -89,6 +97,20 @@ def test_nothing_is_best_where_every_reward_is_nan(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_best_model_may_be_the_one_whose_evaluation_stops_training(tmp_path, first):
+    model, spy = make_model(learning_starts=0), Spy()
+    evaluations = Rewards([1.0, 2.0, 99.0], stop_at=99.0)
+    callback = BestCheckpointCallback(0, tmp_path)
+    model.learn(40, callback=[spy, callback, evaluations] if first else [spy, evaluations, callback])
+    assert model.num_timesteps == 12
+    assert json.loads((tmp_path / RECORD).read_text())["best"]["reward"] == 99.0
+    assert_same(DQN.load(tmp_path / "best.zip", device="cpu").policy.state_dict(), spy.weights[-1])
+    saved = (tmp_path / "best.zip").stat().st_mtime_ns
+    callback.on_training_end()  # RL-Zoo calls it again
+    assert (tmp_path / "best.zip").stat().st_mtime_ns == saved
+
+
 def test_each_phase_has_its_own_best(tmp_path):
     model = make_model()
     learn(model, tmp_path, 8, [5.0, 1.0])
@@ -113,6 +135,17 @@ def test_the_record_survives_a_resume(tmp_path, same_folder):
     assert json.loads((folder / RECORD).read_text())["best"]["reward"] == 6.0
 
 
+@pytest.mark.parametrize("content", ["", '{"best": {"rew', "[1]", '{"best": 3}', '{"best": {"reward": 1.0}}', "\xff"])
+def test_a_broken_record_is_named_and_can_be_deleted(tmp_path, content):
+    model = learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 8, [5.0, 1.0])
+    (tmp_path / RECORD).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"best\.json' is no record of best models .*Delete it"):
+        learn(model, tmp_path, 4, [4.0])
+    (tmp_path / RECORD).unlink()
+    learn(model, tmp_path, 4, [4.0])
+    assert not (tmp_path / RECORD).exists()  # 5.0 is still the best
+
+
 def test_a_new_run_does_not_take_over_the_record_of_another(tmp_path):
     learn(make_model(), tmp_path, 4, [5.0])
     with pytest.warns(UserWarning, match="record of another run"):
@@ -134,12 +167,15 @@ def test_without_an_evaluation_it_says_what_it_cannot_do(tmp_path):
     assert names(tmp_path) == ["rl_model_4_steps.zip", "rl_model_8_steps.zip"]
 
 
-def test_left_overs_of_a_killed_process_go(tmp_path):
-    (tmp_path / ".writing-123-rl_model_4_steps.zip").write_bytes(b"half a file")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        make_model().learn(4, callback=BestCheckpointCallback(0, tmp_path))
-    assert names(tmp_path) == []
+@pytest.mark.parametrize("writer", ["gone", "this", "other", "no number", "99999999999999999999"])
+def test_left_overs_of_a_killed_process_go_and_those_of_others_stay(tmp_path, writer):
+    with subprocess.Popen([sys.executable, "-c", ""]) as process:
+        process.wait()
+    pid = {"gone": process.pid, "this": os.getpid(), "other": os.getppid()}.get(writer, writer)
+    left_over = tmp_path / f".writing-{pid}-rl_model_4_steps.zip"
+    left_over.write_bytes(b"half a file")
+    learn(make_model(extractor={"backbone": "resnet_mini"}), tmp_path, 4)
+    assert left_over.exists() == (writer == "other")
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):

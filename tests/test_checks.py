@@ -118,6 +118,12 @@ def test_no_unknown_names_the_nearest_and_all(name, hint):
     assert str(caught.value) == f"Adam has no argument {name!r}{hint}. It takes: eps, lr"
 
 
+def test_no_unknown_sends_a_name_to_the_place_that_takes_it():
+    no_unknown("Policy", ["dropout"], ["dropout"], ["dropout", "backbone"], "features_extractor_kwargs")
+    with pytest.raises(TypeError, match=r"^Policy has no argument 'backbone': write it in features_extractor_kwargs$"):
+        no_unknown("Policy", ["backbone"], ["lr_backbone"], ["backbone"], "features_extractor_kwargs")
+
+
 @pytest.mark.parametrize(("value", "expected"), [("resnet-18", "; did you mean 'resnet18'?"), ("vgg", ""), (None, "")])
 def test_nearest_is_silent_where_nothing_is_near(value, expected):
     assert nearest(value, iter(["resnet18", "resnet50"])) == expected

@@ -653,6 +653,21 @@ def test_sac_trains_on_frozen_features(trunk_file):
     assert all(value.isfinite().all() for value in after.values())
 
 
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_images_that_sb3_does_not_scale_are_refused(algorithm):
+    options = {"n_steps": 4, "policy_kwargs": {**host_policy_kwargs(), "normalize_images": False}}
+    with pytest.raises(ValueError, match="leave normalize_images=False out"):
+        algorithm("CnnPolicy", image_env(), **options).learn(4)
+
+
+def test_black_images_do_not_tell_whether_sb3_scales():
+    extractor, images = build(3, 32, 32), th.zeros(2, 3, 32, 32)
+    extractor(images)
+    with pytest.raises(ValueError, match="leave normalize_images=False out"):
+        extractor(images + 255.0)
+    assert extractor(images + 1.0).isfinite().all()
+
+
 def frozen_random_warnings(function):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -670,6 +685,7 @@ def test_a_frozen_random_backbone_warns_once_and_not_at_load(name, tmp_path):
     assert len(messages) == 1
     assert "pretrained=True" in messages[0]
     assert "freeze_backbone=False" in messages[0]
+    assert "with ResNetCnnPolicy an UnfreezeCallback" in messages[0]  # which refuses PPO's and A2C's policies
     model.save(tmp_path / "model")
     model.policy.save(tmp_path / "policy.pth")
     assert frozen_random_warnings(lambda: algorithm.load(tmp_path / "model"))[1] == []

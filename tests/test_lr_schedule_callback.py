@@ -4,14 +4,16 @@ import math
 
 import pytest
 from stable_baselines3 import A2C, PPO, SAC
-from stable_baselines3.common.callbacks import CallbackList, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_resnet import schedules
 from sb3_resnet.callbacks import LRScheduleCallback
 from sb3_resnet.callbacks._evaluations import Evaluations
 from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.optim import recall
 from tests.helpers import TinyGame, fill, make_model
+from tests.test_unfreeze_callback import Rewards
 
 LR = 1e-3
 
@@ -149,19 +151,6 @@ def test_rates_are_logged_by_group():
     assert model.logger.name_to_value["train/lr_backbone"] == pytest.approx(LR / 100)
 
 
-class Rewards(EvalCallback):
-    """SB3's EvalCallback with given rewards instead of an evaluation."""
-
-    def __init__(self, rewards):
-        super().__init__(TinyGame(), eval_freq=4, warn=False)
-        self.rewards = [*rewards]
-
-    def _on_step(self):
-        if self.n_calls % self.eval_freq == 0:
-            self.last_mean_reward = self.rewards.pop(0)
-        return True
-
-
 REWARDS = [1.0, 2.0, 1.5, 2.0, 2.0, math.nan, 3.0, 0.0, 0.0, 0.0]
 
 
@@ -183,6 +172,34 @@ def test_plateau_state_lives_in_the_checkpoint(tmp_path):
     callback = LRScheduleCallback(0, "plateau", patience=2, gamma=0.5)
     resumed.learn(4, callback=[callback, Rewards([2.0])])
     assert callback._plateau == {"best": 2.0, "bad": 2, "factor": 0.5}
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_plateau_knows_the_evaluation_that_stops_training(first):
+    model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+    callback, evaluations = LRScheduleCallback(0, "plateau", patience=0, gamma=0.5), Rewards([5.0, 4.0], stop_at=4.0)
+    model.learn(40, callback=[callback, evaluations] if first else [evaluations, callback])
+    callback.on_training_end()  # RL-Zoo calls it again
+    assert recall(model.policy.optimizer, "lr_schedule")["plateau"] == {"best": 5.0, "bad": 0, "factor": 0.5}
+    assert {group["lr_factors"]["schedule"] for group in model.policy.optimizer.param_groups} == {0.5}
+
+
+def test_a_callback_starts_anew_with_another_model():
+    callback = LRScheduleCallback(0, "plateau", patience=0, gamma=0.5)
+    for _ in range(2):
+        model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+        model.learn(8, callback=[callback, Rewards([5.0, 4.0])])
+        assert callback._plateau == {"best": 5.0, "bad": 0, "factor": 0.5}
+
+
+def test_a_checkpoint_of_the_same_step_has_the_reduction(tmp_path):
+    model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+    callback = LRScheduleCallback(0, "plateau", patience=0, gamma=0.5)
+    model.learn(8, callback=[Rewards([5.0, 4.0]), callback, CheckpointCallback(8, tmp_path)])
+    (checkpoint,) = tmp_path.glob("rl_model_8_steps.zip")
+    groups = type(model).load(checkpoint, device="cpu").policy.optimizer.param_groups
+    assert {group["lr_schedule"]["plateau"]["factor"] for group in groups if "lr_schedule" in group} == {0.5}
+    assert {group["lr_factors"]["schedule"] for group in groups} == {0.5}
 
 
 def test_plateau_needs_an_evaluation():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import NatureCNN
@@ -77,6 +78,21 @@ def test_a_loaded_model_goes_on_learning(tmp_path, algorithm):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_rates_of_its_own_load_with_a_learning_rate_of_0(tmp_path, algorithm):
+    """As ``rl_zoo3.enjoy`` loads; what is built anew with 0 stays refused."""
+    rates = {"lr_head": 2e-4, "lr_backbone": 1e-5}
+    model = make_model(algorithm, policy_kwargs=dict(rates))
+    model.save(tmp_path / "model")
+    nothing = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}
+    loaded = ALGORITHMS[algorithm].load(tmp_path / "model", device="cpu", custom_objects=nothing)
+    groups, expected = loaded.policy.optimizer.param_groups, model.policy.optimizer.param_groups
+    assert [group["lr_ratio"] for group in groups] == [group["lr_ratio"] for group in expected]
+    assert [group["lr"] for group in groups] == [group["lr"] for group in expected]
+    with pytest.raises(ValueError, match="which is 0"):
+        make_model(algorithm, policy_kwargs=dict(rates), learning_rate=0.0)
+
+
 def test_several_environments_in_processes(tmp_path):
     env = make_vec_env(TinyGame, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"})
     model = make_model(env=env)
@@ -172,6 +188,16 @@ def test_invariant_11_everything_in_a_checkpoint_is_data(tmp_path):
 
 BAD = [
     ({"dropuot": 0.1}, None, TypeError, "ResNetCnnPolicy has no argument 'dropuot'; did you mean 'dropout'"),
+    ({"backbone": "resnet18"}, None, TypeError, "no argument 'backbone': write it in features_extractor_kwargs"),
+    (
+        {"freeze_backbone": False},
+        None,
+        TypeError,
+        "no argument 'freeze_backbone': write it in features_extractor_kwargs",
+    ),
+    ({"pretrained": True}, None, TypeError, "no argument 'pretrained': write it in features_extractor_kwargs"),
+    ({}, {"lr_backbone": 1e-5}, TypeError, "ResNetExtractor has no argument 'lr_backbone': write it in policy_kwargs"),
+    ({}, {"net_arch": [8]}, TypeError, "ResNetExtractor has no argument 'net_arch': write it in policy_kwargs"),
     ({"dropout": 1.5}, None, ValueError, "dropout must be finite and >= 0 and <= 0.99"),
     ({"net_arch": [0]}, None, ValueError, "net_arch must be finite and >= 1"),
     ({"net_arch": 256}, None, TypeError, r"such as \[256\]"),
@@ -239,6 +265,17 @@ def test_qrdqn_gets_adamw_with_the_papers_eps_unless_the_user_names_one():
     assert model.policy.optimizer.defaults["eps"] == pytest.approx(0.01 / 32)
     assert type(make_model("qrdqn", policy_kwargs={"optimizer_class": "SGD"}).policy.optimizer) is th.optim.SGD
     assert type(make_model("qrdqn", policy_kwargs={"optimizer_class": th.optim.Adam}).policy.optimizer) is th.optim.Adam
+    by_name = {"optimizer_class": "Adam", "optimizer_kwargs": {"eps": 1e-5}}
+    optimizer = make_model("qrdqn", policy_kwargs=by_name).policy.optimizer
+    assert type(optimizer) is th.optim.Adam
+    assert optimizer.defaults["eps"] == 1e-5
+
+
+@pytest.mark.parametrize("own", [{}, {"n_quantiles": 5}])
+def test_the_class_of_dqn_given_to_qrdqn_says_what_to_write(own):
+    eyes = {"features_extractor_kwargs": {"backbone": "resnet_mini"}, **own}
+    with pytest.raises(TypeError, match="QRDQN write its name as a string, 'ResNetCnnPolicy'"):
+        QRDQN(sb3_resnet.ResNetCnnPolicy, TinyGame(), buffer_size=10, policy_kwargs=eyes)
 
 
 def test_registering_twice_changes_nothing():

@@ -1,18 +1,21 @@
 """The recommended fine-tuning schedule, as one call and as a section of YAML."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from rl_zoo3.utils import get_callback_list
-from stable_baselines3.common.callbacks import CallbackList
+from stable_baselines3.common.callbacks import CallbackList, EvalCallback
 
+import sb3_resnet
 from sb3_resnet import fine_tuning_callbacks
 from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback
-from tests.helpers import make_model
+from tests.helpers import TinyGame, make_model
 from tests.test_unfreeze_callback import Rewards
 
-CONFIG = Path(__file__).parent.parent / "zoo_configs" / "dqn_fine_tuning.yml"
+ROOT = Path(__file__).parent.parent
+CONFIG, README = ROOT / "zoo_configs" / "dqn_fine_tuning.yml", ROOT / "README.md"
 
 
 def settings(callback):
@@ -37,6 +40,16 @@ def test_the_recipe_runs_its_phases_and_keeps_the_best(tmp_path):
     rates = {group["name"]: group["lr"] for group in model.policy.optimizer.param_groups}
     assert rates["backbone"] == pytest.approx(rates["head"] / 10)
     assert {"best.zip", "best_frozen.zip", "best_layer4.zip", "best_layer3.zip"} <= {p.name for p in tmp_path.iterdir()}
+
+
+@pytest.mark.parametrize("written", ["README", "docstring"])
+def test_the_documented_call_runs(written, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = README.read_text() if written == "README" else fine_tuning_callbacks.__doc__
+    call = re.search(r"^ *recipe = .*\n *model\.learn\(.*", text, re.MULTILINE).group()
+    names = {"sb3_resnet": sb3_resnet, "EvalCallback": EvalCallback, "eval_env": TinyGame(), "model": make_model()}
+    exec("\n".join(map(str.strip, call.replace("1_000_000", "20").splitlines())), names)
+    assert names["model"].policy.freeze_boundary == "layer3"
 
 
 def test_the_yaml_section_is_the_recipe_written_out():

@@ -1,6 +1,8 @@
 """UnfreezeCallback: transitions, ramps, restoring the best (invariants 3, 5, 13 and 14)."""
 
 import copy
+import itertools
+import json
 import math
 import warnings
 
@@ -11,7 +13,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
-from sb3_resnet.optim import is_part
+from sb3_resnet.optim import is_part, recall
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
 LR = 1e-3
@@ -36,15 +38,17 @@ def rates(model, part="backbone"):
 
 
 class Rewards(EvalCallback):
-    """SB3's EvalCallback with given rewards instead of an evaluation."""
+    """SB3's EvalCallback with given rewards instead of an evaluation; one of ``stop_at`` ends training."""
 
-    def __init__(self, rewards, eval_freq=4, **kwargs):
+    def __init__(self, rewards, eval_freq=4, stop_at=None, **kwargs):
         super().__init__(TinyGame(), eval_freq=eval_freq, warn=False, verbose=0, **kwargs)
         self.rewards = [*rewards]
+        self.stop_at = stop_at
 
     def _on_step(self):
         if self.n_calls % self.eval_freq == 0:
             self.last_mean_reward = self.rewards.pop(0)
+            return self.last_mean_reward != self.stop_at
         return True
 
 
@@ -201,6 +205,28 @@ def test_plateau_state_lives_in_the_checkpoint(tmp_path):
     assert resumed.policy.freeze_boundary == "layer4"
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_the_plateau_knows_the_evaluation_that_stops_training(first):
+    model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+    callback = UnfreezeCallback([{"on_plateau": {"patience": 5}, "unfreeze_from": "layer4"}], verbose=0)
+    evaluations = Rewards([5.0, 4.0], stop_at=4.0)
+    with pytest.warns(UserWarning, match="never began"):
+        model.learn(40, callback=[callback, evaluations] if first else [evaluations, callback])
+    callback.on_training_end()  # RL-Zoo calls it again
+    expected = {"timesteps": 8, "plateau": {"best": 5.0, "bad": 1, "factor": 1.0}}
+    assert recall(model.policy.optimizer, "unfreeze") == expected
+
+
+def test_a_callback_starts_anew_with_another_model():
+    callback = UnfreezeCallback([{"on_plateau": {"patience": 5}, "unfreeze_from": "layer4"}], verbose=0)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match="never began"):
+            make_model(learning_starts=0, extractor={"backbone": "resnet_mini"}).learn(
+                8, callback=[callback, Rewards([5.0, 4.0])]
+            )
+        assert callback._plateau == {"best": 5.0, "bad": 1, "factor": 1.0}
+
+
 def test_invariant_3_timesteps_count_on_after_a_reset(tmp_path):
     phases = [{"at_timestep": 30, "unfreeze_from": "layer4"}]
     model = make_model()
@@ -270,6 +296,18 @@ def test_restore_best_takes_weights_and_moments_only(tmp_path, rewards, best, or
     assert seen["epsilon"] == model.exploration_rate
 
 
+@pytest.mark.parametrize("order", [*itertools.permutations(range(3))])
+def test_an_evaluation_at_a_transition_belongs_to_the_phase_that_ends(tmp_path, order):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    phases = UnfreezeCallback([{"at_timestep": 8, "unfreeze_from": "layer4"}])
+    callbacks = [phases, BestCheckpointCallback(0, tmp_path), Rewards([10.0, 11.0, 4.0])]
+    model.learn(12, callback=[callbacks[index] for index in order])
+    record = json.loads((tmp_path / "best.json").read_text())
+    assert {key: entry["reward"] for key, entry in record.items()} == {"best": 11.0, "frozen": 11.0, "layer4": 4.0}
+    boundaries = {key: DQN.load(entry["file"], device="cpu").policy.freeze_boundary for key, entry in record.items()}
+    assert boundaries == {"best": None, "frozen": None, "layer4": "layer4"}
+
+
 def test_restore_best_without_an_evaluation_keeps_the_weights(tmp_path, capsys):
     model = make_model(learning_starts=0)
     phases = [{"at_timestep": 8, "unfreeze_from": "layer4", "restore_best": True}]
@@ -316,6 +354,18 @@ def test_a_model_that_already_trains_there_is_refused(stage):
     model = make_model(extractor={"freeze_backbone": False})
     with pytest.raises(ValueError, match=r"boundary only moves down.*freeze_backbone=True"):
         model.learn(4, callback=UnfreezeCallback([{"at_timestep": 1, "unfreeze_from": stage}]))
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_a_model_that_has_trained_there_without_phases_is_refused(tmp_path, loaded):
+    model = make_model(extractor={"backbone": "resnet_mini", "freeze_backbone": False}, learning_starts=0)
+    model.learn(8)
+    if loaded:
+        model.save(tmp_path / "model")
+        model = DQN.load(tmp_path / "model", env=TinyGame(), device="cpu")
+    assert model._n_updates > 0
+    with pytest.raises(ValueError, match=r"boundary only moves down.*freeze_backbone=True"):
+        model.learn(4, callback=UnfreezeCallback([{"at_timestep": 1, "unfreeze_from": "layer4"}]))
 
 
 def test_invariant_14_a_phase_that_never_began_warns_once_at_the_end():

@@ -227,6 +227,10 @@ def save_changed(change):
     return lambda source, path: th.save(change(source), path)
 
 
+def without(name, source):
+    return {key: value for key, value in source.items() if key != name}
+
+
 def with_nan(source):
     broken = source["layer2.0.conv1.weight"].clone()
     broken[0, 0, 0, 0] = th.nan
@@ -271,8 +275,16 @@ WHICH = "Is backbone= the network that it was made for?"
         ("other.pth", save_changed(lambda source: {"w": th.zeros(2)}), [WHICH, "missing", "conv1.weight"]),
         (
             "missing.pth",
-            save_changed(lambda source: {key: value for key, value in source.items() if key != "layer3.0.bn2.bias"}),
+            save_changed(lambda source: without("layer3.0.bn2.bias", source)),
             [WHICH, "missing: layer3.0.bn2.bias."],
+        ),
+        *(
+            (
+                f"prefixed_without_{missing}.pth",
+                save_changed(lambda source, missing=missing: prefixed("module.", without(missing, source))),
+                [WHICH, f"backbone. missing: {missing}. Is"],
+            )
+            for missing in ("conv1.weight", "layer1.0.conv1.weight", "layer2.0.conv1.weight")
         ),
         (
             "shape.pth",

@@ -55,6 +55,29 @@ def test_train_enjoy_and_continue(algorithm, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_enjoy_plays_a_model_with_rates_of_its_own(algorithm, tmp_path):
+    """RL-Zoo loads it with a learning rate of 0."""
+    own = "policy_kwargs:dict(lr_backbone=1e-5, features_extractor_kwargs=dict(image_size=32))"
+    small = [f"{key}:{value}" for key, value in SMALL.items()]
+    zoo(
+        "train",
+        algorithm,
+        tmp_path,
+        "--conf-file",
+        CONFIGS[algorithm],
+        "-n",
+        24,
+        "--eval-freq",
+        -1,
+        "-params",
+        *small,
+        own,
+    )
+    assert "Loading" in zoo("enjoy", algorithm, tmp_path, "-n", 20, "--no-render")
+
+
+@pytest.mark.slow
 @pytest.mark.usefixtures("_image_env")
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)

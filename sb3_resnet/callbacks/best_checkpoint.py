@@ -18,6 +18,7 @@ from sb3_resnet.optim import recall, remember
 
 _STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
 _TEMPORARY = ".writing-"
+_BUFFER = "_replay_buffer.pkl"
 RECORD = "best.json"
 
 
@@ -83,7 +84,9 @@ class BestCheckpointCallback(BaseCallback):
             )
         self._folder.mkdir(parents=True, exist_ok=True)
         for left_over in self._folder.glob(f"{_TEMPORARY}*"):
-            left_over.unlink()
+            writer = left_over.name.removeprefix(_TEMPORARY).split("-")[0]
+            if not (writer.isdecimal() and _is_at_work(int(writer))):
+                left_over.unlink(missing_ok=True)
         self._record = self._read_record()
         self._last_save = self.model.num_timesteps
 
@@ -98,6 +101,10 @@ class BestCheckpointCallback(BaseCallback):
         if self.save_freq and self.model.num_timesteps - self._last_save >= self.save_freq:
             self._last_save = self.model.num_timesteps
             self._save_checkpoint()
+
+    def _on_training_end(self) -> None:
+        # Of an evaluation that stops training, after which SB3 calls no on_rollout_end; RL-Zoo ends training twice.
+        self._on_step()
 
     @property
     def _folder(self) -> Path:
@@ -119,8 +126,14 @@ class BestCheckpointCallback(BaseCallback):
         if not saved and self.model._n_updates == 0 and self.model.num_timesteps == 0:
             warnings.warn(f"{path} is the record of another run; this one starts its own and replaces it", stacklevel=2)
             return {}
-        record: dict[str, dict[str, Any]] = json.loads(path.read_text())
-        return record
+        try:
+            record = json.loads(path.read_text())
+            return {key: {**entry, "reward": float(entry["reward"])} for key, entry in record.items() if entry["file"]}
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(
+                f"{str(path)!r} is no record of best models ({type(error).__name__}). Delete it: a resumed model has a "
+                "copy of the record up to its own step."
+            ) from error
 
     def _keep_if_best(self, reward: float) -> None:
         names = {"best": "best", self._phase_name: f"best_{self._phase_name}"}
@@ -146,13 +159,16 @@ class BestCheckpointCallback(BaseCallback):
         model: Any = self.model
         if self.save_replay_buffer and getattr(model, "replay_buffer", None) is not None:
             # Before the model: whoever finds the model finds its buffer.
-            temporary = self._temporary(f"{name}_replay_buffer.pkl")
+            temporary = self._temporary(f"{name}{_BUFFER}")
             model.save_replay_buffer(temporary)
-            _replace(temporary, self._folder / f"{name}_replay_buffer.pkl")
+            _replace(temporary, self._folder / f"{name}{_BUFFER}")
         self._save(self._folder / f"{name}.zip")
         for old in checkpoints(self._folder)[: -self.keep_last]:
             old.unlink()
-            old.with_name(f"{old.stem}_replay_buffer.pkl").unlink(missing_ok=True)
+        # Also those of a process that was killed before its model was there.
+        for buffer in self._folder.glob(f"rl_model_*_steps{_BUFFER}"):
+            if not buffer.with_name(f"{buffer.name.removesuffix(_BUFFER)}.zip").exists():
+                buffer.unlink(missing_ok=True)
 
     def _save(self, path: Path) -> None:
         temporary = self._temporary(path.name)
@@ -184,6 +200,21 @@ def newest_checkpoint(folder: str | Path) -> Path:
     if not found:
         raise FileNotFoundError(f"{str(folder)!r} holds no checkpoint (rl_model_<timesteps>_steps.zip)")
     return found[-1]
+
+
+def _is_at_work(pid: int) -> bool:
+    """Whether a process other than this one lives, as far as the system tells."""
+    if pid == os.getpid():
+        return False
+    if os.name == "nt":  # os.kill would end it; a file left over does no harm
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -103,7 +103,7 @@ class LRScheduleCallback(BaseCallback):
             raise ValueError("schedule='plateau' follows the evaluation reward: add an EvalCallback to learn()")
         saved = recall(optimizer_of(self.model), _STATE)
         self._updates.attach(self.model, saved.get("updates", 0))
-        self._plateau = saved.get("plateau", self._plateau)
+        self._plateau = saved.get("plateau", schedules.plateau_start())
         self._horizon = self.decay_steps or saved.get("horizon")
         if self.schedule in ("linear", "cosine") and self._horizon is None:
             self._horizon = max(1, self._updates.n + _planned_updates(self.model) - self.warmup_steps)
@@ -120,6 +120,7 @@ class LRScheduleCallback(BaseCallback):
             )
             if self.verbose and self._plateau["factor"] != before:
                 print(f"LRSchedule: no gain on plateau, learning rates x {self._plateau['factor']:g}")
+            self._apply(self._updates.n)  # at once: a checkpoint of this step has it
         return True
 
     def _on_rollout_end(self) -> None:
@@ -130,6 +131,7 @@ class LRScheduleCallback(BaseCallback):
         record(self.model, {f"train/lr_{group.get('name', 'all')}": group["effective_lr"] for group in groups})
 
     def _on_training_end(self) -> None:
+        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
         self._updates.detach()
 
     def _apply(self, n: int) -> None:

@@ -44,7 +44,7 @@ class Phase:
 
 class UnfreezeCallback(BaseCallback):
     """
-    Move the freeze boundary down in phases.
+    Move the freeze boundary down in phases; for ``ResNetCnnPolicy``, so for DQN and QR-DQN.
 
     Where training stands is saved with the model: a resumed run, a second ``learn()`` and
     ``reset_num_timesteps=True`` go on in the phase that was reached, and no phase begins twice. Example::
@@ -107,7 +107,7 @@ class UnfreezeCallback(BaseCallback):
         for phase in self.phases:
             choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])
         saved = recall(optimizer_of(self.model), _STATE)
-        if self.phase > 0 and not saved and self.model._n_updates == 0:
+        if self.phase > 0 and not saved:
             raise ValueError(
                 f"The boundary only moves down, but the model already trains from {policy.freeze_boundary!r} and "
                 f"phases[0] says {self.phases[0].unfreeze_from!r}. Write freeze_backbone=True, or name lower stages."
@@ -118,7 +118,7 @@ class UnfreezeCallback(BaseCallback):
         if any(phase.restore_best for phase in self._ahead) and self._keeper is None:
             raise ValueError("restore_best needs a BestCheckpointCallback in the same learn()")
         self._offset = max(0, saved.get("timesteps", 0) - self.model.num_timesteps)
-        self._plateau = saved.get("plateau", self._plateau)
+        self._plateau = saved.get("plateau", schedules.plateau_start())
         self._ended = False
         self._updates.attach(self.model)
         self._apply_ramp(self._updates.n)
@@ -137,6 +137,8 @@ class UnfreezeCallback(BaseCallback):
         self._updates.follow(self.model)
         ahead = self._ahead
         due = [index for index, phase in enumerate(ahead, 1) if self._is_due(phase)]
+        if due and self._keeper is not None:
+            self._keeper.best_of_phase()  # it may come after us: what was evaluated belongs to the phase that ends
         for phase in ahead[: due[-1] if due else 0]:
             self._begin(phase)
         policy: Any = self.model.policy
@@ -149,6 +151,7 @@ class UnfreezeCallback(BaseCallback):
         if self._ended:  # RL-Zoo ends training twice
             return
         self._ended = True
+        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
         for phase in self._ahead:
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
