@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -30,6 +30,10 @@ _FOR_QRDQN = (
 _EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 # In signatures of policies, but nothing that a user writes in policy_kwargs.
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
+
+
+class WrongPolicyError(TypeError, AttributeError):
+    """A policy that the algorithm cannot train; an ``AttributeError``, so that ``hasattr`` says no."""
 
 
 class ResNetPolicyMixin:
@@ -255,14 +259,11 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
         network: QNetwork = self._make_network(ResNetQNetwork)
         return network
 
-    @property
-    def quantile_net(self) -> NoReturn:
-        """
-        What QR-DQN takes from its policy at construction.
-
-        :raises TypeError: always, as this is DQN's policy
-        """
-        raise TypeError(_FOR_QRDQN)
+    def __getattr__(self, name: str) -> Any:
+        """QR-DQN, given this class, takes the ``quantile_net`` of its policy at construction."""
+        if name == "quantile_net":
+            raise WrongPolicyError(_FOR_QRDQN)
+        return super().__getattr__(name)
 
 
 def register_policies() -> None:

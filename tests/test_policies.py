@@ -276,6 +276,7 @@ def test_the_class_of_dqn_given_to_qrdqn_says_what_to_write(own):
     eyes = {"features_extractor_kwargs": {"backbone": "resnet_mini"}, **own}
     with pytest.raises(TypeError, match="QRDQN write its name as a string, 'ResNetCnnPolicy'"):
         QRDQN(sb3_resnet.ResNetCnnPolicy, TinyGame(), buffer_size=10, policy_kwargs=eyes)
+    assert not hasattr(make_model().policy, "quantile_net")
 
 
 def test_registering_twice_changes_nothing():
