@@ -139,15 +139,16 @@ class MixedPrecision:
 
     def _unscale_at_parameters(self, trunk: Any) -> None:
         """In forward, and not once at the start: the boundary moves, and a parameter that is frozen takes no hook."""
-        frozen = trunk.boundary.frozen_stages
-        before, handles = self._watched.get(id(trunk), (None, []))
-        if before == frozen:
-            return
-        _remove(handles)
+        stage = trunk.boundary.stage
+        if id(trunk) in self._watched:
+            before, handles = self._watched[id(trunk)]
+            if before == stage:
+                return
+            _remove(handles)
         modules = [module for name in trunk.stages for module in trunk.stage_modules(name)]
         live = [p for module in modules for p in module.parameters() if p.requires_grad]
         # Before the gradient is accumulated: a hook after it would divide what earlier passes have left there again.
-        self._watched[id(trunk)] = (frozen, [parameter.register_hook(self._unscale) for parameter in live])
+        self._watched[id(trunk)] = (stage, [parameter.register_hook(self._unscale) for parameter in live])
 
     def _unscale(self, gradient: th.Tensor) -> th.Tensor:
         assert self.scaler is not None

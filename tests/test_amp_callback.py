@@ -275,6 +275,34 @@ def test_a_frozen_part_is_reduced_too_and_a_boundary_that_moves_is_followed():
         th.testing.assert_close(again[name], grad, rtol=0.1, atol=1e-3)  # not 4 or 16 times as large
 
 
+def test_gradients_are_unscaled_wherever_the_boundary_moves_above_an_adapter_that_trains():
+    def gradients(dtype):
+        model = small(extractor={"train_adapter": True}, max_grad_norm=1e9)
+        amp(model, dtype, init_scale=1024.0)
+        norms, seen = {}, {}
+
+        def look(*_):
+            live = (item for item in model.q_net.named_parameters() if item[1].requires_grad)
+            norms.update({name: parameter.grad.norm().item() for name, parameter in live})
+
+        model.policy.optimizer.register_step_post_hook(look)
+        weights = snapshot(model.policy)
+        for number, boundary in enumerate([None, "layer4", None, "layer3"]):
+            model.policy.set_freeze_boundary(boundary)
+            np.random.seed(0)
+            norms.clear()
+            model.train(1, 8)
+            model.policy.load_state_dict(weights)
+            parts = ("adapter.weight", "layer4.0.conv1.weight")
+            seen[number] = {n: norm for n, norm in norms.items() if n.endswith(parts)}
+        return seen
+
+    plain, reduced = gradients("float32"), gradients("float16")
+    assert [len(norms) for norms in plain.values()] == [1, 2, 1, 2]
+    for number, norms in plain.items():
+        assert reduced[number] == pytest.approx(norms, rel=0.1), number
+
+
 def test_with_a_cache_it_covers_the_live_part():
     model = small(extractor={})
     model.policy.set_freeze_boundary("layer4")
