@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,22 @@ _ENTRY_BYTES = 2  # of a cached feature
 _MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
 
 
-def static_findings(model: Any, total_timesteps: int | None = None) -> list[Finding]:
+def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
     """
     What can be seen without training.
 
     :param model: an SB3 model with ResNet features; what the model has not (PPO has no replay buffer) is not checked
     :param total_timesteps: planned environment steps, if known
+    :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
     :return: the findings, in the order of the list in the README
     """
     network = getattr(model.policy, "online", model.policy)
     extractor = getattr(network, "features_extractor", None)
     optimizer = getattr(model.policy, "optimizer", None)  # SAC has several
+    reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
     found = [
-        _frozen_random(extractor),
+        _frozen_random(extractor, reached[-1].unfreeze_from if reached else None),
+        None if unfreezer is None else _phase_never_begins(unfreezer.phases[len(reached) :], total_timesteps),
         _lr_order(optimizer),
         _lr_zero(model, optimizer),
         _epsilon(model),
@@ -59,17 +64,17 @@ def read_log(path: str | Path) -> dict[str, list[float | None]]:
     return columns
 
 
-def has_random_weights(extractor: Any) -> bool:
+def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
     """
-    Whether the frozen stages of the trunk are as they were initialised.
+    Whether stages of the trunk are as they were initialised.
 
     Told by the norm layers, which begin as exactly mean 0, variance 1, weight 1 and bias 0: no trained network keeps
     all of them. So it also holds for a loaded model, which does not say where its weights came from.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
-    :return: whether at least one frozen stage has norm layers and none of them has ever changed
+    :param stages: some of its stages
+    :return: whether they have norm layers and none of them has ever changed
     """
-    stages = [name for name in extractor.boundary.frozen_stages if name != "adapter"]
     layers = [layer for name in stages for module in extractor.stage_modules(name) for layer in module.modules()]
     initial = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
     norms = [layer for layer in layers if "Norm" in type(layer).__name__]
@@ -111,16 +116,31 @@ def _entry_bytes(extractor: Any, cache: Any) -> float:
     return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
 
 
-def _frozen_random(extractor: Any) -> Finding | None:
-    if not hasattr(extractor, "boundary") or not has_random_weights(extractor):
+def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
+    """Of the stages that will never train."""
+    if not hasattr(extractor, "boundary") or unfrozen_from == "all":
         return None
-    frozen = [name for name in extractor.boundary.frozen_stages if name != "adapter"]
+    below = takewhile(lambda name: name != unfrozen_from, extractor.boundary.frozen_stages)
+    frozen = [name for name in below if name != "adapter"]
+    if not has_random_weights(extractor, frozen):
+        return None
     return Finding(
         "frozen_random_backbone",
         f"The stages {', '.join(frozen)} are frozen and their weights random.",
         "Frozen, they stay so: the agent sees through a random filter and learns little.",
         "Write pretrained=True or weights=PATH in features_extractor_kwargs, or unfreeze: freeze_backbone=False, or an "
-        "UnfreezeCallback.",
+        "UnfreezeCallback down to unfreeze_from='all'.",
+    )
+
+
+def _phase_never_begins(missed: Sequence[Any], total_timesteps: int | None) -> Finding | None:
+    if not missed:
+        return None
+    return Finding(
+        "phase_never_begins",
+        f"Training ends at step {total_timesteps}, before the phase with {missed[0]}.",
+        "The stages that it names stay frozen to the end.",
+        "Write a smaller at_timestep, or train longer.",
     )
 
 

@@ -37,7 +37,7 @@ default:
     features_extractor_kwargs: {backbone: resnet_tiny}
   callback:
     - sb3_resnet.callbacks.UnfreezeCallback:
-        phases: [{at_timestep: 500, unfreeze_from: layer4}]
+        phases: [{at_timestep: 500, unfreeze_from: all}]
 """
 
 
@@ -241,6 +241,19 @@ def test_check_reads_rl_zoos_yaml_and_leaves_nothing_behind(tmp_path, monkeypatc
     assert "(flatten)" in text
     assert "777" in text
     assert [path.name for path in tmp_path.iterdir()] == ["zoo.yml"]
+
+
+def test_check_names_what_a_phase_leaves_frozen_with_random_weights_and_a_phase_after_the_end(tmp_path):
+    file = tmp_path / "zoo.yml"
+    options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
+    file.write_text(YAML.replace("unfreeze_from: all", "unfreeze_from: layer4"))
+    status, text, _ = run(*options)
+    assert status == 0
+    assert "warning frozen_random_backbone: The stages stem, layer1, layer2, layer3 are frozen" in text
+    file.write_text(YAML.replace("at_timestep: 500", "at_timestep: 5000"))
+    _, text, _ = run(*options)
+    assert "The stages stem, layer1, layer2, layer3, layer4 are frozen" in text
+    assert "warning phase_never_begins: Training ends at step 1000, before the phase with unfreeze_from='all'" in text
 
 
 WRONG_YAML = {

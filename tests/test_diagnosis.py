@@ -183,7 +183,8 @@ def test_random_weights_are_told_from_loaded_ones(hub_weights, tmp_path):
         return DQN("ResNetCnnPolicy", TinyGame(), policy_kwargs={"features_extractor_kwargs": extractor}, **options)
 
     model = build(weights=str(path))
-    assert not has_random_weights(model.q_net.features_extractor)
+    extractor = model.q_net.features_extractor
+    assert not has_random_weights(extractor, extractor.stages)
     model.save(tmp_path / "model.zip")
     assert static(DQN.load(tmp_path / "model.zip", env=TinyGame())) == []
     assert codes(static(build())) == ["frozen_random_backbone"]

@@ -10,6 +10,7 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.diagnosis import static_findings
 from sb3_resnet.finding import Finding
 from sb3_resnet.frames import Array
@@ -96,9 +97,8 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
 
 def settings_findings(setup: Setup) -> list[Finding]:
     """:return: what can be seen without training; of the model's small buffer nothing can be said"""
-    found = static_findings(setup.model, setup.total_timesteps)
-    later = {"frozen_random_backbone"} if "UnfreezeCallback" in setup.callback_names else set()
-    return [finding for finding in found if finding.code not in {"buffer_memory", *later}]
+    found = static_findings(setup.model, setup.total_timesteps, setup.callback(UnfreezeCallback))
+    return [finding for finding in found if finding.code != "buffer_memory"]
 
 
 def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
@@ -116,7 +116,7 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
             name = "sb3_resnet.buffers.FrameReplayBuffer"
             change += f", or replay_buffer_class={name}, which takes about {gigabytes(frames)}"
         return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
-    if "FeatureCacheCallback" in setup.callback_names and buffer + cache > available:
+    if setup.callback(FeatureCacheCallback) is not None and buffer + cache > available:
         seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
         change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
         return [Finding("cache_memory", seen, why, change)]
@@ -156,7 +156,7 @@ def _describe(setup: Setup, extractor: Any) -> list[tuple[str, str]]:
         ("batch size", str(trial.batch_size_of(model))),
         ("steps of the run", f"{setup.total_timesteps:,}"),
     ]
-    names = sorted(setup.callback_names)
+    names = sorted({type(callback).__name__ for callback in setup.all_callbacks})
     return [*lines, ("callbacks", ", ".join(names))] if names else lines
 
 

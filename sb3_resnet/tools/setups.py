@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.policies import POLICY_NAME
 from sb3_resnet.tools import envs
 from sb3_resnet.tools.extras import import_extra
@@ -20,6 +21,7 @@ from sb3_resnet.tools.loading import algorithm_class, one_line
 
 #: Algorithms that :func:`from_arguments` builds.
 ALGORITHMS = ("dqn", "qrdqn")
+Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
 _ROWS = 8  # of the small replay buffer, for each environment
 
@@ -71,15 +73,13 @@ class Setup:
     warnings: list[str] = field(default_factory=list)
 
     @property
-    def callback_names(self) -> set[str]:
-        """Class names of the callbacks and of those inside lists of callbacks."""
-        names: set[str] = set()
-        ahead = [*self.callbacks]
-        while ahead:
-            callback = ahead.pop()
-            names.add(type(callback).__name__)
-            ahead += getattr(callback, "callbacks", [])
-        return names
+    def all_callbacks(self) -> list[Any]:
+        """The callbacks, and those inside lists of callbacks."""
+        return [child for callback in self.callbacks for child in walk(callback)]
+
+    def callback(self, kind: type[Callback]) -> Callback | None:
+        """:return: the first callback of a class, if there is one"""
+        return next((callback for callback in self.all_callbacks if isinstance(callback, kind)), None)
 
 
 def from_zoo(
