@@ -110,6 +110,17 @@ def test_a_nan_is_no_finding_of_another_kind(key):
     assert history_findings({**HEALTHY, key: [math.nan] * 30}) == []
 
 
+@pytest.mark.parametrize("n", [60, 3000])
+def test_a_schedule_may_end_at_zero_but_not_long_before_the_end(n):
+    cosine = [1e-4 * (1 + math.cos(math.pi * i / (n - 1))) / 2 for i in range(n)]
+    columns = {"lr/head": cosine, "update_ratio/head": [10 * rate for rate in cosine]}
+    assert history_findings({**HEALTHY, **columns}) == []
+    (found,) = history_findings({**HEALTHY, "lr/head": [*cosine[::2], *[0.0] * (n // 2)]})
+    assert f"No learning rate exceeded 0.0e+00 in the last {n // 3} logged updates" in found.seen
+    (found,) = history_findings({**HEALTHY, "update_ratio/head": [*cosine[::2], *[0.0] * (n // 2)]})
+    assert found.code == "lr_zero"
+
+
 def test_epsilon_may_be_high_while_training_goes_on():
     assert history_findings({**HEALTHY, "rollout/exploration_rate": [1.0] * 30}) == []
 
