@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -47,18 +48,27 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
 
 def read_log(path: str | Path) -> dict[str, list[float | None]]:
     """
-    Read SB3's ``progress.csv``.
+    Read SB3's ``progress.csv``, also that of a run that was killed while it wrote its last row.
 
     :param path: the file
-    :return: its columns; ``None`` where a cell is empty; columns that hold other than numbers are left out
+    :return: its columns; ``None`` where a cell is empty or cut off; columns that hold other than numbers are left out
     :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it cannot be read
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        text = Path(path).read_text().replace("\0", "")  # a crash of the machine leaves such
+        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read as SB3's log: {error}") from error
+    if rows and not text.endswith("\n"):
+        rows[-1].pop()  # 1.2 may be the beginning of 1.2e+09
     columns: dict[str, list[float | None]] = {}
-    for key in rows[0] if rows else ():
+    for index, key in enumerate(header if rows else ()):
+        cells = [row[index] if index < len(row) else "" for row in rows]
         try:
-            columns[key] = [float(row[key]) if row[key] else None for row in rows]
+            columns[key] = [*(_number(cell) for cell in cells[:-1]), _number_or_none(cells[-1])]
         except ValueError:
             continue
     return columns
@@ -108,6 +118,17 @@ def buffer_bytes(model: Any) -> int:
     if cache is not None:
         size += _entry_bytes(model.policy.online.features_extractor, cache)
     return int(left * rows * size)
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
+def _number_or_none(cell: str) -> float | None:
+    try:
+        return _number(cell)
+    except ValueError:
+        return None
 
 
 def _entry_bytes(extractor: Any, cache: Any) -> float:

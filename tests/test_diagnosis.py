@@ -1,6 +1,7 @@
 """Findings from a model and from a log, without training."""
 
 import math
+import re
 
 import pytest
 import torch as th
@@ -153,6 +154,41 @@ def test_a_log_is_read_as_sb3_wrote_it(tmp_path):
     assert read_log(tmp_path / "empty.csv") == {}
     with pytest.raises(FileNotFoundError):
         read_log(tmp_path / "none.csv")
+
+
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        ("\n3000,1.5\n", 1.5),
+        ("\n3000,1.5", None),  # may be 1.5e+09
+        ("\n3000,1.2e", None),
+        ("\n3000,1.2e\n", None),
+        ("\n3000,-\n", None),
+        ("\n30", None),
+        ("\n3000,1.5,7,8\n", 1.5),
+        ("\n\0\0\0,\0\0\n", None),
+        ("\n\n", 0.5 * 1.2**29),
+    ],
+)
+def test_a_log_that_was_cut_off_still_tells_that_the_run_diverged(tmp_path, last, loss):
+    path = tmp_path / "progress.csv"
+    rows = "".join(f"\n{100 * i},{value}" for i, value in enumerate(RISING))
+    path.write_text(f"time/total_timesteps,train/loss{rows}{last}")
+    columns = read_log(path)
+    assert [*columns] == ["time/total_timesteps", "train/loss"]
+    assert columns["train/loss"][:30] == RISING
+    assert columns["train/loss"][-1] == loss
+    assert codes(history_findings(columns)) == ["loss_explodes"]
+
+
+def test_what_cannot_be_read_as_a_log_is_named(tmp_path):
+    (tmp_path / "binary.csv").write_bytes(b"a,b\n\xff\xfe\n")
+    (tmp_path / "long.csv").write_text('a,b\n"' + "x" * 200_000)
+    for path in (tmp_path / "binary.csv", tmp_path / "long.csv", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as SB3's log")):
+            read_log(path)
+    (tmp_path / "extra.csv").write_text("a,b\n1,2,3\n4,5\n")
+    assert read_log(tmp_path / "extra.csv") == {"a": [1.0, 4.0], "b": [2.0, 5.0]}
 
 
 def test_every_limit_names_its_source():
