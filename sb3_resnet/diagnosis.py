@@ -220,13 +220,17 @@ def _epsilon(model: Any) -> Finding | None:
 
 
 def _never_trains(model: Any, total_timesteps: int | None) -> Finding | None:
+    why = "There will be no gradient update at all."
+    if getattr(model, "gradient_steps", None) == 0:
+        change = "Write gradient_steps=1, or -1 for one each step."
+        return Finding("never_trains", "gradient_steps is 0.", why, change, "error")
     starts = getattr(model, "learning_starts", None)
     if total_timesteps is None or starts is None or starts < total_timesteps:
         return None
     return Finding(
         "never_trains",
         f"learning_starts is {starts}, and training ends at step {total_timesteps}.",
-        "There will be no gradient update at all.",
+        why,
         f"Write learning_starts={max(1, total_timesteps // 100)}, or train longer.",
         "error",
     )

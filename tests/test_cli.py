@@ -256,6 +256,34 @@ def test_check_names_what_a_phase_leaves_frozen_with_random_weights_and_a_phase_
     assert "warning phase_never_begins: Training ends at step 1000, before the phase with unfreeze_from='all'" in text
 
 
+CACHE = "    - sb3_resnet.callbacks.FeatureCacheCallback\n"
+RESTORE = "{at_timestep: 500, unfreeze_from: all, restore_best: true}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            YAML.replace("resnet_tiny}", "resnet_tiny, augment: [random_shift]}") + CACHE,
+            "error feature_cache: FeatureCacheCallback: augment changes an observation each time it is sampled",
+        ),
+        (
+            YAML.replace("{at_timestep: 500, unfreeze_from: all}", RESTORE),
+            "error restore_best: A phase has restore_best, and no callback keeps the best model.",
+        ),
+        (YAML.replace("batch_size: 8", "gradient_steps: 0"), "error never_trains: gradient_steps is 0."),
+    ],
+)
+def test_check_finds_what_ends_training_at_its_start(tmp_path, text, message):
+    (tmp_path / "zoo.yml").write_text(text)
+    options = ["check", "--env", TINY, "--conf-file", tmp_path / "zoo.yml", "--buffer-size", 1000]
+    status, printed, _ = run(*options)
+    assert status == 1
+    assert message in printed
+    (tmp_path / "zoo.yml").write_text(YAML + CACHE)
+    assert "FeatureCacheCallback:" not in run(*options)[1]
+
+
 WRONG_YAML = {
     "a: [": "cannot be read as YAML",
     "[1, 2]": "must hold sections",
@@ -434,7 +462,9 @@ def test_updates_for_each_step(options, updates):
 def test_refused_caches_are_left_out():
     model = make_model(extractor={"norm": "batch"})
     played, env_step = trial.play(model, 4)
-    assert trial.measure(model, model.policy.online.features_extractor, played, env_step).cached_update is None
+    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    assert speed.cached_update is None
+    assert speed.cache_refusal.startswith("norm='batch' makes an entry depend on the batch")
 
 
 def test_a_trial_that_fails_is_a_finding(monkeypatch):

@@ -212,6 +212,7 @@ def test_a_healthy_model_gives_no_finding():
         ("epsilon_never_ends", "warning", {"exploration_final_eps": 0.5}),
         ("epsilon_never_ends", "warning", {"exploration_fraction": 1.0}),
         ("never_trains", "error", {"learning_starts": 5000}),
+        ("never_trains", "error", {"gradient_steps": 0}),
     ],
 )
 def test_a_sick_model_gives_the_one_finding(code, severity, kwargs):

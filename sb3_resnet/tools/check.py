@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.diagnosis import static_findings
 from sb3_resnet.finding import Finding
 from sb3_resnet.frames import Array
@@ -88,7 +88,11 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
         report.memory = _memory(setup, extractor, played, available)
         report.findings += memory_findings(setup, dict(report.memory))
     report.shapes = _shapes(model, extractor, played)
-    speed = trial.measure(model, extractor, played, env_step)
+    cache = setup.callback(FeatureCacheCallback)
+    speed = trial.measure(model, extractor, played, env_step, cache)
+    if cache is not None and speed.cache_refusal is not None:
+        seen = f"FeatureCacheCallback: {speed.cache_refusal}."
+        report.findings.append(Finding("feature_cache", seen, "Training would end at its start.", "", "error"))
     report.findings += gradient_findings(model)
     report.speed = _speed(speed, setup.total_timesteps)
     told = "frozen with random weights"  # a finding of its own
@@ -97,7 +101,13 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
 
 def settings_findings(setup: Setup) -> list[Finding]:
     """:return: what can be seen without training; of the model's small buffer nothing can be said"""
-    found = static_findings(setup.model, setup.total_timesteps, setup.callback(UnfreezeCallback))
+    unfreezer = setup.callback(UnfreezeCallback)
+    found = static_findings(setup.model, setup.total_timesteps, unfreezer)
+    restores = unfreezer is not None and any(phase.restore_best for phase in unfreezer.phases)
+    if restores and setup.callback(BestCheckpointCallback) is None:
+        seen = "A phase has restore_best, and no callback keeps the best model."
+        change = "Add sb3_resnet.callbacks.BestCheckpointCallback, or leave restore_best out."
+        found.append(Finding("restore_best", seen, "Training would end at its start.", change, "error"))
     return [finding for finding in found if finding.code != "buffer_memory"]
 
 
