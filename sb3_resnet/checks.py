@@ -70,6 +70,20 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
+def text(name: str, value: Any) -> str:
+    """
+    Read a string that says something.
+
+    :raises TypeError: if it is no string
+    :raises ValueError: if it is empty
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must not be empty")
+    return value
+
+
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """
     Read one of a few names.

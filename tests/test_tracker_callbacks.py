@@ -192,6 +192,28 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(cls, module, ex
         cls(nam="x")
 
 
+@pytest.mark.parametrize(
+    ("cls", "arguments", "error", "message"),
+    [
+        (WandbTrackerCallback, {"mode": "offlin"}, ValueError, "mode must be one of .*did you mean 'offline'"),
+        (WandbTrackerCallback, {"project": 5}, TypeError, "project must be a string, got 5"),
+        (WandbTrackerCallback, {"name": ["a"]}, TypeError, "name must be a string"),
+        (WandbTrackerCallback, {"folder": 5}, TypeError, "folder must be a string"),
+        (WandbTrackerCallback, {"init": ["a"]}, TypeError, "init must be a dict of arguments of wandb.init"),
+        (MLflowTrackerCallback, {"experiment": ""}, ValueError, "experiment must not be empty"),
+        (MLflowTrackerCallback, {"experiment": None}, TypeError, "experiment must be a string"),
+        (MLflowTrackerCallback, {"name": 1}, TypeError, "name must be a string"),
+        (MLflowTrackerCallback, {"tracking_uri": 5}, TypeError, "tracking_uri must be a string"),
+        (MLflowTrackerCallback, {"artifact_location": 5}, TypeError, "artifact_location must be a string"),
+        (MLflowTrackerCallback, {"tags": ["a"]}, TypeError, "tags must be a dict of strings"),
+        (MLflowTrackerCallback, {"tags": {"seed": 0}}, TypeError, "tags: 'seed' must be a string, got 0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_at_construction(cls, arguments, error, message):
+    with pytest.raises(error, match=message):
+        cls(**arguments)
+
+
 @pytest.mark.slow
 def test_mlflow_keeps_the_run_in_a_database(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
