@@ -9,6 +9,8 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.buffers import NStepReplayBuffer
+
 from sb3_resnet.finding import Finding
 from sb3_resnet.memory import available_bytes
 from sb3_resnet.symptoms import Columns, history_findings
@@ -118,6 +120,23 @@ def buffer_bytes(model: Any) -> int:
     if cache is not None:
         size += _entry_bytes(model.policy.online.features_extractor, cache)
     return int(left * rows * size)
+
+
+def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
+    """
+    :param buffer: a buffer of SB3
+    :param yaml: as RL-Zoo's YAML, whose strings RL-Zoo evaluates in a module of its own
+    :return: the arguments with which each frame is stored once, as the user writes them
+    """
+    n_step = isinstance(buffer, NStepReplayBuffer)
+    name = "FrameNStepReplayBuffer" if n_step else "FrameReplayBuffer"
+    path = f"\"importlib.import_module('sb3_resnet.buffers').{name}\"" if yaml else f"sb3_resnet.buffers.{name}"
+    equals = ": " if yaml else "="
+    text = f"replay_buffer_class{equals}{path}"
+    if n_step:  # SB3 sets n_steps up for its own class only
+        kwargs = {"n_steps": buffer.n_steps, "gamma": buffer.gamma}
+        text += f" with replay_buffer_kwargs{equals}{kwargs} instead of n_steps"
+    return text
 
 
 def _number(cell: str) -> float | None:
@@ -245,11 +264,8 @@ def _buffer(model: Any, extractor: Any) -> Finding | None:
     if needed <= limit:
         return None
     size = int(model.buffer_size * limit / needed * 0.9)
-    smaller = (
-        ""
-        if hasattr(model.replay_buffer, "shared")
-        else (", or replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer, which keeps each frame once")
-    )
+    ours = hasattr(model.replay_buffer, "shared")
+    smaller = "" if ours else f", or {frame_buffer_arguments(model.replay_buffer)}, which keeps each frame once"
     return Finding(
         "buffer_memory",
         f"The replay buffer will take {needed / 1e9:.1f} GB more, and {room / 1e9:.1f} GB are left.",

@@ -12,7 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from sb3_resnet import ResNetExtractor, cli
-from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.commands import app
 from sb3_resnet.tools import check as checking
@@ -419,6 +419,46 @@ def test_memory_findings_of_frames_and_cache():
     assert finding.change == "Write buffer_size=21000."
     (finding,) = checking.memory_findings(setup, {**needed, "available": 105 * 10**7})
     assert (finding.code, finding.change) == ("cache_memory", "Write FeatureCacheCallback(max_bytes=45000000).")
+
+
+def test_memory_advice_keeps_n_step_returns():
+    needed = {"ReplayBuffer": 10**10, "FrameReplayBuffer": 10**9, "available": 2 * 10**9}
+
+    def change(yaml=False, callbacks=(), **kwargs):
+        setup = setups.Setup(make_model(**kwargs), 10**6, 48_712, callbacks, from_yaml=yaml)
+        return [finding.change for finding in checking.memory_findings(setup, needed)]
+
+    (advice,) = change(n_steps=3, gamma=0.9)
+    assert "replay_buffer_class=sb3_resnet.buffers.FrameNStepReplayBuffer with replay_buffer_kwargs=" in advice
+    assert "{'n_steps': 3, 'gamma': 0.9} instead of n_steps, which takes about 1.0 GB" in advice
+    (advice,) = change(yaml=True)
+    assert "replay_buffer_class: \"importlib.import_module('sb3_resnet.buffers').FrameReplayBuffer\", which" in advice
+    options = {"n_steps": 3, "gamma": 0.9}
+    assert change(replay_buffer_class=FrameNStepReplayBuffer, replay_buffer_kwargs=options) == []
+    assert change(callbacks=[FeatureCacheCallback()], n_steps=3) == []  # it replaces the buffer
+
+
+def test_the_advised_buffer_is_built_by_rl_zoo_and_by_check(tmp_path):
+    file = tmp_path / "zoo.yml"
+    many = YAML.replace("buffer_size: 1000000", "buffer_size: 1000000\n  n_steps: 3")
+    file.write_text(many)
+    options = ["check", "--env", TINY, "--conf-file", file, "--memory", 5]
+    _, text, _ = run(*options)
+    advice = re.search(r"or (replay_buffer_class: .*) with (replay_buffer_kwargs: .*) instead of n_steps", text)
+    file.write_text(many.replace("n_steps: 3", "\n  ".join(advice.groups())))
+    buffer = setups.from_zoo(file, TINY).model.replay_buffer
+    assert (type(buffer), buffer.n_steps) == (FrameNStepReplayBuffer, 3)
+    _, text, _ = run(*options)
+    assert "buffer_memory" not in text
+
+    option = "replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer"
+    for given in (HEALTHY, [*options[1:], "--param", "replay_buffer_kwargs={}"]):
+        status, text, _ = run("check", *given, "--param", option)
+        assert "error" not in text.replace("0 errors", "")
+        assert status == 0
+    _, text, _ = run("check", *HEALTHY, "--param", "replay_buffer_class=FrameReplayBuffer")
+    assert "error setup: replay_buffer_class FrameReplayBuffer: " in text
+    assert "Write package.module.Class" in text
 
 
 def test_gradients_that_are_missing_or_infinite_are_found():

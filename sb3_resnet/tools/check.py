@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
-from sb3_resnet.diagnosis import static_findings
+from sb3_resnet.diagnosis import frame_buffer_arguments, static_findings
 from sb3_resnet.finding import Finding
 from sb3_resnet.frames import Array
 from sb3_resnet.memory import available_bytes
@@ -115,7 +115,9 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     """:return: what of replay and cache does not fit; ``needed`` is ``Report.memory``"""
     if "available" not in needed or setup.buffer_size is None:
         return []
-    ours = issubclass(setup.model.replay_buffer_class, FrameReplayBuffer)
+    cached = setup.callback(FeatureCacheCallback) is not None
+    # The cache puts such a buffer into the place of SB3's.
+    ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
     available, frames = needed["available"], needed["FrameReplayBuffer"]
     buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
     why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
@@ -123,10 +125,10 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
         seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
         change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
         if not ours and frames < available:
-            name = "sb3_resnet.buffers.FrameReplayBuffer"
-            change += f", or replay_buffer_class={name}, which takes about {gigabytes(frames)}"
+            arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
+            change += f", or {arguments}, which takes about {gigabytes(frames)}"
         return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
-    if setup.callback(FeatureCacheCallback) is not None and buffer + cache > available:
+    if cached and buffer + cache > available:
         seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
         change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
         return [Finding("cache_memory", seen, why, change)]

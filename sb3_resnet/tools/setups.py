@@ -42,8 +42,11 @@ class Arguments:
 
     def onto(self, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
         """:return: what replaces values of a configuration"""
+        model = dict(self.model)
+        if isinstance(model.get("replay_buffer_class"), str):
+            model["replay_buffer_class"] = envs.class_of("replay_buffer_class", model["replay_buffer_class"])
         if not self.policy and not self.extractor:
-            return dict(self.model)
+            return model
         given = hyperparams.get("policy_kwargs") or {}
         if not isinstance(given, Mapping):
             raise ValueError(
@@ -51,7 +54,7 @@ class Arguments:
             )
         policy = {**given, **self.policy}
         policy["features_extractor_kwargs"] = {**(policy.get("features_extractor_kwargs") or {}), **self.extractor}
-        return {**self.model, "policy_kwargs": policy}
+        return {**model, "policy_kwargs": policy}
 
 
 @dataclass
@@ -64,6 +67,7 @@ class Setup:
     :param buffer_size: transitions that its replay buffer would hold; ``None`` without one
     :param callbacks: what the configuration names
     :param warnings: what was warned about during construction
+    :param from_yaml: whether RL-Zoo's YAML is where its arguments are written
     """
 
     model: Any
@@ -71,6 +75,7 @@ class Setup:
     buffer_size: int | None
     callbacks: Sequence[Any] = ()
     warnings: list[str] = field(default_factory=list)
+    from_yaml: bool = False
 
     @property
     def all_callbacks(self) -> list[Any]:
@@ -125,7 +130,7 @@ def from_zoo(
         small, buffer_size = _small_buffer(algorithms[algo], hyperparams, int(hyperparams.get("n_envs", 1)))
         final = experiment(**{**changes, **small})
         model, _ = final.setup_experiment()
-        return Setup(model, final.n_timesteps, buffer_size, final.callbacks, caught)
+        return Setup(model, final.n_timesteps, buffer_size, final.callbacks, caught, from_yaml=True)
 
 
 def from_arguments(
