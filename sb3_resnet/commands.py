@@ -34,6 +34,7 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]
 
 _PICTURE_WIDTH = 116  # characters
+_PICTURE = "sb3_resnet.picture"  # key of the file in what the contexts of a command line share
 
 
 @app.callback()
@@ -48,23 +49,33 @@ def options(
         if not svg.parent.is_dir():
             typer.echo(f"Error: --svg {svg}: {svg.parent} is no folder, make it first", err=True)
             raise typer.Exit(1)
-        title = f"sb3-resnet {context.invoked_subcommand}"
-        context.call_on_close(lambda: console.save_svg(str(svg), title=title))
+        if svg.is_dir():
+            typer.echo(f"Error: --svg {svg} is a folder: write the name of a file in it", err=True)
+            raise typer.Exit(1)
+        context.meta[_PICTURE] = svg
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End a command with its error in one line, and exit status 1."""
+    """End a command with its error in one line, and exit status 1; save what it printed only where it did its work."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(context: typer.Context, **kwargs: Any) -> None:
+        ended: typer.Exit | None = None
         try:
-            return command(*args, **kwargs)
-        except typer.Exit:
-            raise
+            try:
+                command(context, **kwargs)
+            except typer.Exit as error:  # findings are what a command is for
+                ended = error
+            if _PICTURE in context.meta:
+                context.obj.save_svg(str(context.meta[_PICTURE]), title=f"sb3-resnet {context.info_name}")
         except (ValueError, TypeError, OSError, ImportError) as error:
             message = one_line(error)
         except Exception as error:  # of torch, SB3 or an environment
             message = f"{type(error).__name__}: {one_line(error)}"
+        else:
+            if ended is not None:
+                raise ended
+            return
         typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(1)
 

@@ -106,6 +106,26 @@ def test_groups_prints_the_table_and_a_picture(dqn_zip, tmp_path):
     assert "head_no_decay" in svg.read_text()
 
 
+def test_a_picture_is_saved_only_where_the_command_did_its_work(dqn_zip, tmp_path):
+    svg = tmp_path / "picture.svg"
+    svg.write_text("before")
+    error_of("--svg", svg, "groups", tmp_path / "none.zip")
+    assert svg.read_text() == "before"
+    assert f"--svg {tmp_path} is a folder" in error_of("--svg", tmp_path, "groups", dqn_zip)
+    status, _, _ = run("--svg", svg, "check", *HEALTHY, "--param", "learning_starts=2000000")
+    assert status == 1  # of a finding
+    assert "never_trains" in svg.read_text()
+    assert "sb3-resnet check" in svg.read_text().replace("&#160;", " ")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(dqn_zip, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError("no right to write")
+
+    monkeypatch.setattr("rich.console.Console.save_svg", fail)
+    assert error_of("--svg", tmp_path / "x.svg", "groups", dqn_zip) == "Error: no right to write"
+
+
 def _zip_of(**files):
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
