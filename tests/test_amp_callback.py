@@ -437,6 +437,20 @@ def test_an_overflow_of_features_spares_the_heads_statistics():
     assert norm.running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("boundary", ["all", "layer4", None])
+def test_features_that_overflow_are_skipped_and_not_trained_on_as_large_ones(boundary):
+    model = small(extractor={})
+    model.policy.set_freeze_boundary(boundary)
+    with th.no_grad():
+        for network in (model.q_net, model.q_net_target):
+            network.features_extractor.backbone.layer4[0].bn2.weight.fill_(1e6)
+    amp(model, init_scale=1.0)
+    before = snapshot(model.q_net.q_net[1])
+    model.train(3, 4)
+    assert state_of(model)["skipped"] == 3
+    assert_same(before, model.q_net.q_net[1].state_dict())
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_what_was_chosen_is_said(dtype, capsys, caplog):
     model = small(extractor={})
