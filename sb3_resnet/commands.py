@@ -290,11 +290,10 @@ def plot(
     band is over its episodes.
     """
     from sb3_resnet.checks import integer, number
-    from sb3_resnet.tools.plot import draw
+    from sb3_resnet.tools.plot import check_output, draw
     from sb3_resnet.tools.runs import find_runs
 
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is no folder: make it first, or write another --output")
+    check_output(output)
     runs = {run.folder.resolve(): run for folder in run_folders for run in find_runs(folder)}
     curves = draw(output, [*runs.values()], integer("--window", window, 1), number("--confidence", confidence, 1, 99.9))
     context.obj.print(f"{output}: {len(curves)} curves of {len(runs)} runs", highlight=False, soft_wrap=True)

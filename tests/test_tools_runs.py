@@ -199,6 +199,13 @@ def test_plot_writes_a_picture(tmp_path):
     assert picture.shape[1] > 1000
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
     assert "is no folder" in invoke("plot", tmp_path / "logs", "-o", tmp_path / "none" / "a.png")[2]
+    for name in ("curves", "curves.foo", "curves.v2"):
+        error = invoke("plot", tmp_path / "logs", "-o", tmp_path / name)[2]
+        assert f"{name} names no format of pictures by its end: write one of ." in error
+        assert not (tmp_path / name).exists()
+    assert "is a folder: write the name of a picture" in invoke("plot", tmp_path / "logs", "-o", tmp_path)[2]
+    assert invoke("plot", tmp_path / "logs", "-o", tmp_path / "curves.SVG")[1].startswith(f"{tmp_path}/curves.SVG: ")
+    assert (tmp_path / "curves.SVG").read_text().startswith("<?xml")
     write_run(tmp_path / "empty", log="a\n")
     assert "nothing to draw" in invoke("plot", tmp_path / "empty", "-o", output)[2]
     assert "--window must be" in invoke("plot", tmp_path / "logs", "-o", output, "--window", 0)[2]
