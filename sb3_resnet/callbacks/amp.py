@@ -72,8 +72,8 @@ class AMPCallback(BaseCallback):
             self._scaler = LossScaler(**self._scaling)
             self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
         self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler)
-        self._lend(self._precision)
         self._updates.attach(self.model, first=True)
+        self._lend(self._precision)
         self._rewards(self.model)
         scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
         line = f"AMP: the trunk computes in {name} on {self.model.device.type}{scale} (dtype={self.dtype!r})"
