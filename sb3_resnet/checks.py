@@ -35,6 +35,8 @@ def number(
         result = float(value)
     except ValueError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a whole number beyond 1e308") from None
     low = result > minimum if above else result >= minimum
     if not (math.isfinite(result) and low and result <= maximum):
         bounds = f"{'>' if above else '>='} {minimum:g}" + (f" and <= {maximum:g}" if math.isfinite(maximum) else "")

@@ -201,12 +201,18 @@ def explain(
     device: Device = "auto",
 ) -> None:
     """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
-    from sb3_resnet.checks import integer
+    from sb3_resnet.backbones import STAGES
+    from sb3_resnet.checks import choice, integer
     from sb3_resnet.tools import envs, pictures
-    from sb3_resnet.tools.explain import default_layer, heat_maps, play_greedily
+    from sb3_resnet.tools.explain import METHODS, default_layer, heat_maps, play_greedily
     from sb3_resnet.tools.loading import load_model
 
+    # An episode may take minutes: what is wrong is said before it.
     steps, frames = integer("--steps", steps, 1), integer("--frames", frames, 1)
+    choice("--method", method, METHODS)
+    if layer is not None:
+        choice("--layer", layer, STAGES)
+    pictures.check_folder(output)
     envs.import_packages(gym_packages or [])
     agent = load_model(model, device)
     layer = layer or default_layer(agent)

@@ -14,6 +14,8 @@ from sb3_resnet.finite import FIND_THE_STEP, any_non_finite, gradients
 DTYPES = {"float32": th.float32, "float16": th.float16, "bfloat16": th.bfloat16}
 #: Smallest scale: 32 halvings below GradScaler's first. What is still not finite there is not so because of the scale.
 MIN_SCALE = 2.0**-16
+#: Largest scale: the scale is a float32, whose largest power of two this is.
+MAX_SCALE = 2.0**127
 
 
 def resolve_dtype(name: str, device: th.device | str) -> th.dtype:
@@ -54,7 +56,7 @@ class LossScaler:
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
     ) -> None:
-        self.scale = number("init_scale", init_scale, MIN_SCALE)
+        self.scale = number("init_scale", init_scale, MIN_SCALE, MAX_SCALE)
         self.growth_tracker = 0
         self.skipped = 0
         self._growth_factor = number("growth_factor", growth_factor, 1.0, above=True)

@@ -368,6 +368,19 @@ def test_explain_says_what_is_wrong(case, dqn_zip, tmp_path):
     assert message in error_of("explain", dqn_zip, "-o", tmp_path / "out", *options)
 
 
+@pytest.mark.parametrize("option", [["--method", "foo"], ["--layer", "foo"], ["-o", "file"], ["-o", "file/below"], []])
+def test_explain_refuses_before_it_plays(option, dqn_zip, tmp_path, monkeypatch):
+    def play(*args):
+        raise RuntimeError("played")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sb3_resnet.tools.explain.play_greedily", play)
+    error = error_of("explain", dqn_zip, "--env", TINY, *option)
+    assert ("played" in error) == (option == [])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
     assert "is no folder" in error_of("export", dqn_zip, "-o", tmp_path / "none" / "x.onnx")
     assert "--frames must be finite and >= 2" in error_of("export", dqn_zip, "--frames", 1)
