@@ -117,9 +117,13 @@ def check(
     strict: Strict = False,
 ) -> None:
     """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
+    from sb3_resnet.checks import integer, number
     from sb3_resnet.tools import envs, setups
     from sb3_resnet.tools.check import check as run_check
     from sb3_resnet.tools.show import show_report
+
+    n_timesteps, n_envs = integer("-n", n_timesteps), integer("--n-envs", n_envs, 1)
+    available = None if memory is None else int(1e9 * number("--memory", memory, above=True))
 
     given = {"batch_size": batch_size, "buffer_size": buffer_size, "learning_rate": learning_rate}
     arguments = setups.Arguments(
@@ -136,7 +140,7 @@ def check(
             return setups.from_arguments(env, algo, arguments, n_timesteps, device, n_envs, wrapper)
         return setups.from_zoo(conf_file, env, algo, arguments, n_timesteps, device)
 
-    report = run_check(build, None if memory is None else int(memory * 1e9))
+    report = run_check(build, available)
     show_report(context.obj, report)
     if report.failed or (strict and report.findings):
         raise typer.Exit(1)

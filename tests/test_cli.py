@@ -304,6 +304,53 @@ def test_check_finds_what_ends_training_at_its_start(tmp_path, text, message):
     assert "FeatureCacheCallback:" not in run(*options)[1]
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--memory", "-1"], "--memory must be finite and > 0, got -1.0"),
+        (["--memory", "nan"], "--memory must be finite and > 0, got nan"),
+        (["--memory", "0"], "--memory must be finite and > 0, got 0.0"),
+        (["--n-envs", "0"], "--n-envs must be finite and >= 1, got 0"),
+        (["-n", "-5"], "-n must be finite and >= 0, got -5"),
+    ],
+)
+def test_check_refuses_options_that_cannot_be(option, message):
+    assert error_of("check", *HEALTHY, *option) == f"Error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", "0", "batch_size must be >= 1, got 0"),
+        ("buffer_size", "-1", "buffer_size must be >= 1, got -1"),
+        # PyYAML reads the one as a string and the other as a float; SB3 takes neither.
+        ("buffer_size", "1e6", "buffer_size must be a whole number, with neither point nor exponent, got '1e6'"),
+        ("batch_size", "8.0", "batch_size must be a whole number, with neither point nor exponent, got 8.0"),
+        ("n_envs", "0", "n_envs must be >= 1, got 0"),
+    ],
+)
+def test_check_names_counts_that_cannot_be(name, value, message, tmp_path):
+    file = tmp_path / "zoo.yml"
+    file.write_text(re.sub(rf"  {name}: .*\n", "", YAML).replace("callback:", f"{name}: {value}\n  callback:"))
+    calls = [["--env", TINY, "--conf-file", file]]
+    if name != "n_envs":
+        calls.append(["--env", TINY, "--backbone", "resnet_tiny", "--param", f"{name}={value}"])
+    for options in calls:
+        status, text, _ = run("check", *options)
+        assert status == 1
+        assert f"error setup: {message}" in text
+
+
+def test_check_names_a_section_without_a_length(tmp_path):
+    file = tmp_path / "zoo.yml"
+    file.write_text(YAML.replace("  n_timesteps: 1000\n", ""))
+    options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
+    for length in ([], ["-n", 777]):
+        status, text, _ = run(*options, *length)
+        assert status == 1
+        assert f"error setup: {file} has no n_timesteps for {TINY}: write it, RL-Zoo wants it even beside -n" in text
+
+
 WRONG_YAML = {
     "a: [": "cannot be read as YAML",
     "[1, 2]": "must hold sections",

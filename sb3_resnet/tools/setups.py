@@ -127,7 +127,10 @@ def from_zoo(
             raise ValueError(f"{conf_file} has no section for {env_id}: it needs {env_id!r} or {error}") from error
         changes = (arguments or Arguments()).onto(hyperparams)
         hyperparams = {**hyperparams, **changes}
-        small, buffer_size = _small_buffer(algorithms[algo], hyperparams, int(hyperparams.get("n_envs", 1)))
+        if "n_timesteps" not in hyperparams:
+            raise ValueError(f"{conf_file} has no n_timesteps for {env_id}: write it, RL-Zoo wants it even beside -n")
+        _check_counts(hyperparams)
+        small, buffer_size = _small_buffer(algorithms[algo], hyperparams, hyperparams.get("n_envs", 1))
         final = experiment(**{**changes, **small})
         model, _ = final.setup_experiment()
         return Setup(model, final.n_timesteps, buffer_size, final.callbacks, caught, from_yaml=True)
@@ -158,6 +161,7 @@ def from_arguments(
         raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}; others need a --conf-file")
     algorithm: Any = algorithm_class(algo)
     kwargs = (arguments or Arguments()).onto({})
+    _check_counts(kwargs)
     small, buffer_size = _small_buffer(algorithm, kwargs, n_envs)
     with _quiet() as caught:
         env = envs.make_env(env_id, n_envs, 0, None, wrapper)
@@ -185,12 +189,22 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
     return sections
 
 
+def _check_counts(hyperparams: Mapping[str, Any]) -> None:
+    """SB3 takes whole numbers only, and fails far from where they are written."""
+    for name in ("n_envs", "batch_size", "buffer_size"):
+        value = hyperparams.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
 def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) -> tuple[dict[str, Any], int | None]:
     """:return: what to replace so that nothing large is allocated, and the size that was asked for"""
     parameter = inspect.signature(algorithm).parameters.get("buffer_size")
     if parameter is None:
         return {}, None
-    return {"buffer_size": _ROWS * n_envs}, int(hyperparams.get("buffer_size", parameter.default))
+    return {"buffer_size": _ROWS * n_envs}, hyperparams.get("buffer_size", parameter.default)
 
 
 @contextlib.contextmanager
