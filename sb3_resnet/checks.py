@@ -35,6 +35,8 @@ def number(
         result = float(value)
     except ValueError:
         raise TypeError(f"{name} must be a number, got {value!r}") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be finite, got a whole number beyond 1e308") from None
     low = result > minimum if above else result >= minimum
     if not (math.isfinite(result) and low and result <= maximum):
         bounds = f"{'>' if above else '>='} {minimum:g}" + (f" and <= {maximum:g}" if math.isfinite(maximum) else "")
@@ -67,6 +69,20 @@ def flag(name: str, value: Any) -> bool:
     """
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+def text(name: str, value: Any) -> str:
+    """
+    Read a string that says something.
+
+    :raises TypeError: if it is no string
+    :raises ValueError: if it is empty
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a string, got {value!r}")
+    if not value:
+        raise ValueError(f"{name} must not be empty")
     return value
 
 

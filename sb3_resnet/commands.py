@@ -34,6 +34,7 @@ Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]
 
 _PICTURE_WIDTH = 116  # characters
+_PICTURE = "sb3_resnet.picture"  # key of the file in what the contexts of a command line share
 
 
 @app.callback()
@@ -48,23 +49,33 @@ def options(
         if not svg.parent.is_dir():
             typer.echo(f"Error: --svg {svg}: {svg.parent} is no folder, make it first", err=True)
             raise typer.Exit(1)
-        title = f"sb3-resnet {context.invoked_subcommand}"
-        context.call_on_close(lambda: console.save_svg(str(svg), title=title))
+        if svg.is_dir():
+            typer.echo(f"Error: --svg {svg} is a folder: write the name of a file in it", err=True)
+            raise typer.Exit(1)
+        context.meta[_PICTURE] = svg
 
 
 def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
-    """End a command with its error in one line, and exit status 1."""
+    """End a command with its error in one line, and exit status 1; save what it printed only where it did its work."""
 
     @functools.wraps(command)
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def run(context: typer.Context, **kwargs: Any) -> None:
+        ended: typer.Exit | None = None
         try:
-            return command(*args, **kwargs)
-        except typer.Exit:
-            raise
+            try:
+                command(context, **kwargs)
+            except typer.Exit as error:  # findings are what a command is for
+                ended = error
+            if _PICTURE in context.meta:
+                context.obj.save_svg(str(context.meta[_PICTURE]), title=f"sb3-resnet {context.info_name}")
         except (ValueError, TypeError, OSError, ImportError) as error:
             message = one_line(error)
         except Exception as error:  # of torch, SB3 or an environment
             message = f"{type(error).__name__}: {one_line(error)}"
+        else:
+            if ended is not None:
+                raise ended
+            return
         typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(1)
 
@@ -106,9 +117,13 @@ def check(
     strict: Strict = False,
 ) -> None:
     """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
+    from sb3_resnet.checks import integer, number
     from sb3_resnet.tools import envs, setups
     from sb3_resnet.tools.check import check as run_check
     from sb3_resnet.tools.show import show_report
+
+    n_timesteps, n_envs = integer("-n", n_timesteps), integer("--n-envs", n_envs, 1)
+    available = None if memory is None else int(1e9 * number("--memory", memory, above=True))
 
     given = {"batch_size": batch_size, "buffer_size": buffer_size, "learning_rate": learning_rate}
     arguments = setups.Arguments(
@@ -125,7 +140,7 @@ def check(
             return setups.from_arguments(env, algo, arguments, n_timesteps, device, n_envs, wrapper)
         return setups.from_zoo(conf_file, env, algo, arguments, n_timesteps, device)
 
-    report = run_check(build, None if memory is None else int(memory * 1e9))
+    report = run_check(build, available)
     show_report(context.obj, report)
     if report.failed or (strict and report.findings):
         raise typer.Exit(1)
@@ -190,12 +205,18 @@ def explain(
     device: Device = "auto",
 ) -> None:
     """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
-    from sb3_resnet.checks import integer
+    from sb3_resnet.backbones import STAGES
+    from sb3_resnet.checks import choice, integer
     from sb3_resnet.tools import envs, pictures
-    from sb3_resnet.tools.explain import default_layer, heat_maps, play_greedily
+    from sb3_resnet.tools.explain import METHODS, default_layer, heat_maps, play_greedily
     from sb3_resnet.tools.loading import load_model
 
+    # An episode may take minutes: what is wrong is said before it.
     steps, frames = integer("--steps", steps, 1), integer("--frames", frames, 1)
+    choice("--method", method, METHODS)
+    if layer is not None:
+        choice("--layer", layer, STAGES)
+    pictures.check_folder(output)
     envs.import_packages(gym_packages or [])
     agent = load_model(model, device)
     layer = layer or default_layer(agent)
@@ -279,11 +300,10 @@ def plot(
     band is over its episodes.
     """
     from sb3_resnet.checks import integer, number
-    from sb3_resnet.tools.plot import draw
+    from sb3_resnet.tools.plot import check_output, draw
     from sb3_resnet.tools.runs import find_runs
 
-    if not output.parent.is_dir():
-        raise FileNotFoundError(f"{output.parent} is no folder: make it first, or write another --output")
+    check_output(output)
     runs = {run.folder.resolve(): run for folder in run_folders for run in find_runs(folder)}
     curves = draw(output, [*runs.values()], integer("--window", window, 1), number("--confidence", confidence, 1, 99.9))
     context.obj.print(f"{output}: {len(curves)} curves of {len(runs)} runs", highlight=False, soft_wrap=True)

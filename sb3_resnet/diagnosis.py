@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
+
+from stable_baselines3.common.buffers import NStepReplayBuffer
 
 from sb3_resnet.finding import Finding
 from sb3_resnet.memory import available_bytes
@@ -17,19 +22,22 @@ _ENTRY_BYTES = 2  # of a cached feature
 _MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
 
 
-def static_findings(model: Any, total_timesteps: int | None = None) -> list[Finding]:
+def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
     """
     What can be seen without training.
 
     :param model: an SB3 model with ResNet features; what the model has not (PPO has no replay buffer) is not checked
     :param total_timesteps: planned environment steps, if known
+    :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
     :return: the findings, in the order of the list in the README
     """
     network = getattr(model.policy, "online", model.policy)
     extractor = getattr(network, "features_extractor", None)
     optimizer = getattr(model.policy, "optimizer", None)  # SAC has several
+    reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
     found = [
-        _frozen_random(extractor),
+        _frozen_random(extractor, reached[-1].unfreeze_from if reached else None),
+        None if unfreezer is None else _phase_never_begins(unfreezer.phases[len(reached) :], total_timesteps),
         _lr_order(optimizer),
         _lr_zero(model, optimizer),
         _epsilon(model),
@@ -42,34 +50,43 @@ def static_findings(model: Any, total_timesteps: int | None = None) -> list[Find
 
 def read_log(path: str | Path) -> dict[str, list[float | None]]:
     """
-    Read SB3's ``progress.csv``.
+    Read SB3's ``progress.csv``, also that of a run that was killed while it wrote its last row.
 
     :param path: the file
-    :return: its columns; ``None`` where a cell is empty; columns that hold other than numbers are left out
+    :return: its columns; ``None`` where a cell is empty or cut off; columns that hold other than numbers are left out
     :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it cannot be read
     """
-    with open(path, newline="") as file:
-        rows = list(csv.DictReader(file))
+    try:
+        text = Path(path).read_text().replace("\0", "")  # a crash of the machine leaves such
+        header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} cannot be read as SB3's log: {error}") from error
+    if rows and not text.endswith("\n"):
+        rows[-1].pop()  # 1.2 may be the beginning of 1.2e+09
     columns: dict[str, list[float | None]] = {}
-    for key in rows[0] if rows else ():
+    for index, key in enumerate(header if rows else ()):
+        cells = [row[index] if index < len(row) else "" for row in rows]
         try:
-            columns[key] = [float(row[key]) if row[key] else None for row in rows]
+            columns[key] = [*(_number(cell) for cell in cells[:-1]), _number_or_none(cells[-1])]
         except ValueError:
             continue
     return columns
 
 
-def has_random_weights(extractor: Any) -> bool:
+def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
     """
-    Whether the frozen stages of the trunk are as they were initialised.
+    Whether stages of the trunk are as they were initialised.
 
     Told by the norm layers, which begin as exactly mean 0, variance 1, weight 1 and bias 0: no trained network keeps
     all of them. So it also holds for a loaded model, which does not say where its weights came from.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
-    :return: whether at least one frozen stage has norm layers and none of them has ever changed
+    :param stages: some of its stages
+    :return: whether they have norm layers and none of them has ever changed
     """
-    stages = [name for name in extractor.boundary.frozen_stages if name != "adapter"]
     layers = [layer for name in stages for module in extractor.stage_modules(name) for layer in module.modules()]
     initial = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
     norms = [layer for layer in layers if "Norm" in type(layer).__name__]
@@ -105,22 +122,65 @@ def buffer_bytes(model: Any) -> int:
     return int(left * rows * size)
 
 
+def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
+    """
+    :param buffer: a buffer of SB3
+    :param yaml: as RL-Zoo's YAML, whose strings RL-Zoo evaluates in a module of its own
+    :return: the arguments with which each frame is stored once, as the user writes them
+    """
+    n_step = isinstance(buffer, NStepReplayBuffer)
+    name = "FrameNStepReplayBuffer" if n_step else "FrameReplayBuffer"
+    path = f"\"importlib.import_module('sb3_resnet.buffers').{name}\"" if yaml else f"sb3_resnet.buffers.{name}"
+    equals = ": " if yaml else "="
+    text = f"replay_buffer_class{equals}{path}"
+    if n_step:  # SB3 sets n_steps up for its own class only
+        kwargs = {"n_steps": buffer.n_steps, "gamma": buffer.gamma}
+        text += f" with replay_buffer_kwargs{equals}{kwargs} instead of n_steps"
+    return text
+
+
+def _number(cell: str) -> float | None:
+    return float(cell) if cell else None
+
+
+def _number_or_none(cell: str) -> float | None:
+    try:
+        return _number(cell)
+    except ValueError:
+        return None
+
+
 def _entry_bytes(extractor: Any, cache: Any) -> float:
     if extractor.freeze_boundary is None:
         return float(_ENTRY_BYTES * getattr(extractor.projection, "in_features", extractor.features_dim))
     return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
 
 
-def _frozen_random(extractor: Any) -> Finding | None:
-    if not hasattr(extractor, "boundary") or not has_random_weights(extractor):
+def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
+    """Of the stages that will never train."""
+    if not hasattr(extractor, "boundary") or unfrozen_from == "all":
         return None
-    frozen = [name for name in extractor.boundary.frozen_stages if name != "adapter"]
+    below = takewhile(lambda name: name != unfrozen_from, extractor.boundary.frozen_stages)
+    frozen = [name for name in below if name != "adapter"]
+    if not has_random_weights(extractor, frozen):
+        return None
     return Finding(
         "frozen_random_backbone",
         f"The stages {', '.join(frozen)} are frozen and their weights random.",
         "Frozen, they stay so: the agent sees through a random filter and learns little.",
         "Write pretrained=True or weights=PATH in features_extractor_kwargs, or unfreeze: freeze_backbone=False, or an "
-        "UnfreezeCallback.",
+        "UnfreezeCallback down to unfreeze_from='all'.",
+    )
+
+
+def _phase_never_begins(missed: Sequence[Any], total_timesteps: int | None) -> Finding | None:
+    if not missed:
+        return None
+    return Finding(
+        "phase_never_begins",
+        f"Training ends at step {total_timesteps}, before the phase with {missed[0]}.",
+        "The stages that it names stay frozen to the end.",
+        "Write a smaller at_timestep, or train longer.",
     )
 
 
@@ -179,13 +239,17 @@ def _epsilon(model: Any) -> Finding | None:
 
 
 def _never_trains(model: Any, total_timesteps: int | None) -> Finding | None:
+    why = "There will be no gradient update at all."
+    if getattr(model, "gradient_steps", None) == 0:
+        change = "Write gradient_steps=1, or -1 for one each step."
+        return Finding("never_trains", "gradient_steps is 0.", why, change, "error")
     starts = getattr(model, "learning_starts", None)
     if total_timesteps is None or starts is None or starts < total_timesteps:
         return None
     return Finding(
         "never_trains",
         f"learning_starts is {starts}, and training ends at step {total_timesteps}.",
-        "There will be no gradient update at all.",
+        why,
         f"Write learning_starts={max(1, total_timesteps // 100)}, or train longer.",
         "error",
     )
@@ -200,11 +264,8 @@ def _buffer(model: Any, extractor: Any) -> Finding | None:
     if needed <= limit:
         return None
     size = int(model.buffer_size * limit / needed * 0.9)
-    smaller = (
-        ""
-        if hasattr(model.replay_buffer, "shared")
-        else (", or replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer, which keeps each frame once")
-    )
+    ours = hasattr(model.replay_buffer, "shared")
+    smaller = "" if ours else f", or {frame_buffer_arguments(model.replay_buffer)}, which keeps each frame once"
     return Finding(
         "buffer_memory",
         f"The replay buffer will take {needed / 1e9:.1f} GB more, and {room / 1e9:.1f} GB are left.",

@@ -20,7 +20,8 @@ class FeatureStandardizer(nn.Module):
     A frozen ResNet's features are mostly constant: on Pong a random one gives a mean of 0.7 and a standard deviation
     over frames of 0.09, and the head sees only what varies. Unlike BatchNorm1d, training normalises by the running
     statistics too, so that online and target network, training and acting compute the same function. The buffers'
-    names begin with ``running_``: SB3 copies such buffers to the target network.
+    names begin with ``running_``: SB3 copies such buffers to the target network. What is not finite comes out
+    as NaN.
 
     :param dim: number of features
     :param horizon: after so many samples the average becomes an exponential one, to follow an unfrozen trunk
@@ -47,7 +48,8 @@ class FeatureStandardizer(nn.Module):
         if self.training:
             self._update(features.detach())
         scaled = F.batch_norm(features, self.running_mean, self.running_var, eps=self.eps)
-        return scaled.clamp(-self.clip, self.clip)
+        # Infinity x 0 is NaN: clamped, an overflow of the trunk would pass for a large feature and be trained on.
+        return th.add(scaled.clamp(-self.clip, self.clip), features.detach(), alpha=0.0)
 
     @th.no_grad()
     def _update(self, features: th.Tensor) -> None:

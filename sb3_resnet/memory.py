@@ -50,8 +50,15 @@ def _container_available() -> int | None:
     for limit, used in _CGROUPS:
         if limit.exists() and used.exists():
             text = limit.read_text().strip()
-            return max(0, int(text) - int(used.read_text())) if text.isdigit() else None
+            taken = int(used.read_text()) - _page_cache(limit.with_name("memory.stat"))
+            return max(0, int(text) - taken) if text.isdigit() else None
     return None
+
+
+def _page_cache(stat: Path) -> int:
+    """What files in memory take that nobody used lately: counted as used, and given up when there is need."""
+    values = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    return int(values.get("total_inactive_file", values.get("inactive_file", 0)))  # cgroup version 1 and 2
 
 
 def _page_size() -> int:

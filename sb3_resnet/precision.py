@@ -14,6 +14,8 @@ from sb3_resnet.finite import FIND_THE_STEP, any_non_finite, gradients
 DTYPES = {"float32": th.float32, "float16": th.float16, "bfloat16": th.bfloat16}
 #: Smallest scale: 32 halvings below GradScaler's first. What is still not finite there is not so because of the scale.
 MIN_SCALE = 2.0**-16
+#: Largest scale: the scale is a float32, whose largest power of two this is.
+MAX_SCALE = 2.0**127
 
 
 def resolve_dtype(name: str, device: th.device | str) -> th.dtype:
@@ -54,7 +56,7 @@ class LossScaler:
         backoff_factor: float = 0.5,
         growth_interval: int = 2000,
     ) -> None:
-        self.scale = number("init_scale", init_scale, MIN_SCALE)
+        self.scale = number("init_scale", init_scale, MIN_SCALE, MAX_SCALE)
         self.growth_tracker = 0
         self.skipped = 0
         self._growth_factor = number("growth_factor", growth_factor, 1.0, above=True)
@@ -139,15 +141,16 @@ class MixedPrecision:
 
     def _unscale_at_parameters(self, trunk: Any) -> None:
         """In forward, and not once at the start: the boundary moves, and a parameter that is frozen takes no hook."""
-        frozen = trunk.boundary.frozen_stages
-        before, handles = self._watched.get(id(trunk), (None, []))
-        if before == frozen:
-            return
-        _remove(handles)
+        stage = trunk.boundary.stage
+        if id(trunk) in self._watched:
+            before, handles = self._watched[id(trunk)]
+            if before == stage:
+                return
+            _remove(handles)
         modules = [module for name in trunk.stages for module in trunk.stage_modules(name)]
         live = [p for module in modules for p in module.parameters() if p.requires_grad]
         # Before the gradient is accumulated: a hook after it would divide what earlier passes have left there again.
-        self._watched[id(trunk)] = (frozen, [parameter.register_hook(self._unscale) for parameter in live])
+        self._watched[id(trunk)] = (stage, [parameter.register_hook(self._unscale) for parameter in live])
 
     def _unscale(self, gradient: th.Tensor) -> th.Tensor:
         assert self.scaler is not None

@@ -211,14 +211,15 @@ def _gradients_explode(columns: Columns) -> Finding | None:
 
 def _lr_zero(columns: Columns) -> Finding | None:
     keys = [*_keys(columns, "lr/"), *_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
-    rates = [_recent(columns, key) for key in keys]
+    # A third of the log: a schedule that ends at zero, as it should, is there at the end.
+    rates = [_last_third(columns, key) for key in keys]
     rates = [rate for rate in rates if len(rate) >= _enough()]
     highest = max((float(rate.max()) for rate in rates), default=math.inf)
-    ratios = [_recent(columns, key) for key in _keys(columns, "update_ratio/")]
+    ratios = [_last_third(columns, key) for key in _keys(columns, "update_ratio/")]
     ratios = [ratio for ratio in ratios if len(ratio) >= _enough()]
     moved = max((float(np.median(ratio)) for ratio in ratios), default=math.inf)
     if highest < THRESHOLDS["lr_zero"].value:
-        seen = f"No learning rate exceeded {highest:.1e} in the last {_enough():.0f} logged updates."
+        seen = f"No learning rate exceeded {highest:.1e} in the last {max(map(len, rates))} logged updates."
     elif moved < THRESHOLDS["update_ratio"].value:
         seen = f"An update changes the weights by {moved:.1e} of their size, at a learning rate of {highest:.1e}."
     else:
@@ -284,6 +285,11 @@ def _loss(columns: Columns) -> np.ndarray:
 
 def _recent(columns: Columns, key: str) -> np.ndarray:
     return _values(columns, key)[-int(_enough()) :]
+
+
+def _last_third(columns: Columns, key: str) -> np.ndarray:
+    values = _values(columns, key)
+    return values[-max(int(_enough()), len(values) // 3) :]
 
 
 def _values(columns: Columns, key: str) -> np.ndarray:

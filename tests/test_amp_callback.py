@@ -275,6 +275,34 @@ def test_a_frozen_part_is_reduced_too_and_a_boundary_that_moves_is_followed():
         th.testing.assert_close(again[name], grad, rtol=0.1, atol=1e-3)  # not 4 or 16 times as large
 
 
+def test_gradients_are_unscaled_wherever_the_boundary_moves_above_an_adapter_that_trains():
+    def gradients(dtype):
+        model = small(extractor={"train_adapter": True}, max_grad_norm=1e9)
+        amp(model, dtype, init_scale=1024.0)
+        norms, seen = {}, {}
+
+        def look(*_):
+            live = (item for item in model.q_net.named_parameters() if item[1].requires_grad)
+            norms.update({name: parameter.grad.norm().item() for name, parameter in live})
+
+        model.policy.optimizer.register_step_post_hook(look)
+        weights = snapshot(model.policy)
+        for number, boundary in enumerate([None, "layer4", None, "layer3"]):
+            model.policy.set_freeze_boundary(boundary)
+            np.random.seed(0)
+            norms.clear()
+            model.train(1, 8)
+            model.policy.load_state_dict(weights)
+            parts = ("adapter.weight", "layer4.0.conv1.weight")
+            seen[number] = {n: norm for n, norm in norms.items() if n.endswith(parts)}
+        return seen
+
+    plain, reduced = gradients("float32"), gradients("float16")
+    assert [len(norms) for norms in plain.values()] == [1, 2, 1, 2]
+    for number, norms in plain.items():
+        assert reduced[number] == pytest.approx(norms, rel=0.1), number
+
+
 def test_with_a_cache_it_covers_the_live_part():
     model = small(extractor={})
     model.policy.set_freeze_boundary("layer4")
@@ -409,6 +437,20 @@ def test_an_overflow_of_features_spares_the_heads_statistics():
     assert norm.running_var.isfinite().all()
 
 
+@pytest.mark.parametrize("boundary", ["all", "layer4", None])
+def test_features_that_overflow_are_skipped_and_not_trained_on_as_large_ones(boundary):
+    model = small(extractor={})
+    model.policy.set_freeze_boundary(boundary)
+    with th.no_grad():
+        for network in (model.q_net, model.q_net_target):
+            network.features_extractor.backbone.layer4[0].bn2.weight.fill_(1e6)
+    amp(model, init_scale=1.0)
+    before = snapshot(model.q_net.q_net[1])
+    model.train(3, 4)
+    assert state_of(model)["skipped"] == 3
+    assert_same(before, model.q_net.q_net[1].state_dict())
+
+
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_what_was_chosen_is_said(dtype, capsys, caplog):
     model = small(extractor={})
@@ -429,6 +471,7 @@ def test_what_was_chosen_is_said(dtype, capsys, caplog):
         ({"dtype": "half"}, ValueError, "dtype must be one of 'auto'.*'float16'"),
         ({"dtypes": "float16"}, TypeError, "did you mean 'dtype'"),
         ({"init_scale": 0}, ValueError, "init_scale must be finite and >="),
+        ({"init_scale": 1e39}, ValueError, r"init_scale must be finite and >= .* and <= 1.70141e\+38, got 1e\+39"),
         ({"growth_factor": 1.0}, ValueError, "growth_factor must be finite and > 1"),
         ({"backoff_factor": 1.0}, ValueError, "backoff_factor must be finite and > 0"),
         ({"growth_interval": 0}, ValueError, "growth_interval must be finite and >= 1"),

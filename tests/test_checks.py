@@ -51,6 +51,12 @@ def test_number_refuses_what_is_out_of_range(value, bounds, says):
     assert str(caught.value).endswith(says)
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_whole_numbers_beyond_any_float_are_refused(value):
+    with pytest.raises(ValueError, match="lr must be finite"):
+        integer("lr", value)
+
+
 @pytest.mark.parametrize(("value", "bounds"), [(0.5, {"minimum": 0.5}), (1, {"maximum": 1.0}), (1e-9, {"above": True})])
 def test_number_takes_its_bounds(value, bounds):
     assert number("lr", value, **bounds) == value

@@ -12,7 +12,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from sb3_resnet import ResNetExtractor, cli
-from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.commands import app
 from sb3_resnet.tools import check as checking
@@ -37,7 +37,7 @@ default:
     features_extractor_kwargs: {backbone: resnet_tiny}
   callback:
     - sb3_resnet.callbacks.UnfreezeCallback:
-        phases: [{at_timestep: 500, unfreeze_from: layer4}]
+        phases: [{at_timestep: 500, unfreeze_from: all}]
 """
 
 
@@ -104,6 +104,26 @@ def test_groups_prints_the_table_and_a_picture(dqn_zip, tmp_path):
     assert counts["backbone"][1] == "0"
     assert svg.read_text().startswith("<svg")
     assert "head_no_decay" in svg.read_text()
+
+
+def test_a_picture_is_saved_only_where_the_command_did_its_work(dqn_zip, tmp_path):
+    svg = tmp_path / "picture.svg"
+    svg.write_text("before")
+    error_of("--svg", svg, "groups", tmp_path / "none.zip")
+    assert svg.read_text() == "before"
+    assert f"--svg {tmp_path} is a folder" in error_of("--svg", tmp_path, "groups", dqn_zip)
+    status, _, _ = run("--svg", svg, "check", *HEALTHY, "--param", "learning_starts=2000000")
+    assert status == 1  # of a finding
+    assert "never_trains" in svg.read_text()
+    assert "sb3-resnet check" in svg.read_text().replace("&#160;", " ")
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(dqn_zip, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise PermissionError("no right to write")
+
+    monkeypatch.setattr("rich.console.Console.save_svg", fail)
+    assert error_of("--svg", tmp_path / "x.svg", "groups", dqn_zip) == "Error: no right to write"
 
 
 def _zip_of(**files):
@@ -243,6 +263,94 @@ def test_check_reads_rl_zoos_yaml_and_leaves_nothing_behind(tmp_path, monkeypatc
     assert [path.name for path in tmp_path.iterdir()] == ["zoo.yml"]
 
 
+def test_check_names_what_a_phase_leaves_frozen_with_random_weights_and_a_phase_after_the_end(tmp_path):
+    file = tmp_path / "zoo.yml"
+    options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
+    file.write_text(YAML.replace("unfreeze_from: all", "unfreeze_from: layer4"))
+    status, text, _ = run(*options)
+    assert status == 0
+    assert "warning frozen_random_backbone: The stages stem, layer1, layer2, layer3 are frozen" in text
+    file.write_text(YAML.replace("at_timestep: 500", "at_timestep: 5000"))
+    _, text, _ = run(*options)
+    assert "The stages stem, layer1, layer2, layer3, layer4 are frozen" in text
+    assert "warning phase_never_begins: Training ends at step 1000, before the phase with unfreeze_from='all'" in text
+
+
+CACHE = "    - sb3_resnet.callbacks.FeatureCacheCallback\n"
+RESTORE = "{at_timestep: 500, unfreeze_from: all, restore_best: true}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            YAML.replace("resnet_tiny}", "resnet_tiny, augment: [random_shift]}") + CACHE,
+            "error feature_cache: FeatureCacheCallback: augment changes an observation each time it is sampled",
+        ),
+        (
+            YAML.replace("{at_timestep: 500, unfreeze_from: all}", RESTORE),
+            "error restore_best: A phase has restore_best, and no callback keeps the best model.",
+        ),
+        (YAML.replace("batch_size: 8", "gradient_steps: 0"), "error never_trains: gradient_steps is 0."),
+    ],
+)
+def test_check_finds_what_ends_training_at_its_start(tmp_path, text, message):
+    (tmp_path / "zoo.yml").write_text(text)
+    options = ["check", "--env", TINY, "--conf-file", tmp_path / "zoo.yml", "--buffer-size", 1000]
+    status, printed, _ = run(*options)
+    assert status == 1
+    assert message in printed
+    (tmp_path / "zoo.yml").write_text(YAML + CACHE)
+    assert "FeatureCacheCallback:" not in run(*options)[1]
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        (["--memory", "-1"], "--memory must be finite and > 0, got -1.0"),
+        (["--memory", "nan"], "--memory must be finite and > 0, got nan"),
+        (["--memory", "0"], "--memory must be finite and > 0, got 0.0"),
+        (["--n-envs", "0"], "--n-envs must be finite and >= 1, got 0"),
+        (["-n", "-5"], "-n must be finite and >= 0, got -5"),
+    ],
+)
+def test_check_refuses_options_that_cannot_be(option, message):
+    assert error_of("check", *HEALTHY, *option) == f"Error: {message}"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("batch_size", "0", "batch_size must be >= 1, got 0"),
+        ("buffer_size", "-1", "buffer_size must be >= 1, got -1"),
+        # PyYAML reads the one as a string and the other as a float; SB3 takes neither.
+        ("buffer_size", "1e6", "buffer_size must be a whole number, with neither point nor exponent, got '1e6'"),
+        ("batch_size", "8.0", "batch_size must be a whole number, with neither point nor exponent, got 8.0"),
+        ("n_envs", "0", "n_envs must be >= 1, got 0"),
+    ],
+)
+def test_check_names_counts_that_cannot_be(name, value, message, tmp_path):
+    file = tmp_path / "zoo.yml"
+    file.write_text(re.sub(rf"  {name}: .*\n", "", YAML).replace("callback:", f"{name}: {value}\n  callback:"))
+    calls = [["--env", TINY, "--conf-file", file]]
+    if name != "n_envs":
+        calls.append(["--env", TINY, "--backbone", "resnet_tiny", "--param", f"{name}={value}"])
+    for options in calls:
+        status, text, _ = run("check", *options)
+        assert status == 1
+        assert f"error setup: {message}" in text
+
+
+def test_check_names_a_section_without_a_length(tmp_path):
+    file = tmp_path / "zoo.yml"
+    file.write_text(YAML.replace("  n_timesteps: 1000\n", ""))
+    options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
+    for length in ([], ["-n", 777]):
+        status, text, _ = run(*options, *length)
+        assert status == 1
+        assert f"error setup: {file} has no n_timesteps for {TINY}: write it, RL-Zoo wants it even beside -n" in text
+
+
 WRONG_YAML = {
     "a: [": "cannot be read as YAML",
     "[1, 2]": "must hold sections",
@@ -305,6 +413,19 @@ OTHER = {
 def test_explain_says_what_is_wrong(case, dqn_zip, tmp_path):
     options, message = OTHER[case]
     assert message in error_of("explain", dqn_zip, "-o", tmp_path / "out", *options)
+
+
+@pytest.mark.parametrize("option", [["--method", "foo"], ["--layer", "foo"], ["-o", "file"], ["-o", "file/below"], []])
+def test_explain_refuses_before_it_plays(option, dqn_zip, tmp_path, monkeypatch):
+    def play(*args):
+        raise RuntimeError("played")
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("sb3_resnet.tools.explain.play_greedily", play)
+    error = error_of("explain", dqn_zip, "--env", TINY, *option)
+    assert ("played" in error) == (option == [])
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
@@ -380,6 +501,46 @@ def test_memory_findings_of_frames_and_cache():
     assert (finding.code, finding.change) == ("cache_memory", "Write FeatureCacheCallback(max_bytes=45000000).")
 
 
+def test_memory_advice_keeps_n_step_returns():
+    needed = {"ReplayBuffer": 10**10, "FrameReplayBuffer": 10**9, "available": 2 * 10**9}
+
+    def change(yaml=False, callbacks=(), **kwargs):
+        setup = setups.Setup(make_model(**kwargs), 10**6, 48_712, callbacks, from_yaml=yaml)
+        return [finding.change for finding in checking.memory_findings(setup, needed)]
+
+    (advice,) = change(n_steps=3, gamma=0.9)
+    assert "replay_buffer_class=sb3_resnet.buffers.FrameNStepReplayBuffer with replay_buffer_kwargs=" in advice
+    assert "{'n_steps': 3, 'gamma': 0.9} instead of n_steps, which takes about 1.0 GB" in advice
+    (advice,) = change(yaml=True)
+    assert "replay_buffer_class: \"importlib.import_module('sb3_resnet.buffers').FrameReplayBuffer\", which" in advice
+    options = {"n_steps": 3, "gamma": 0.9}
+    assert change(replay_buffer_class=FrameNStepReplayBuffer, replay_buffer_kwargs=options) == []
+    assert change(callbacks=[FeatureCacheCallback()], n_steps=3) == []  # it replaces the buffer
+
+
+def test_the_advised_buffer_is_built_by_rl_zoo_and_by_check(tmp_path):
+    file = tmp_path / "zoo.yml"
+    many = YAML.replace("buffer_size: 1000000", "buffer_size: 1000000\n  n_steps: 3")
+    file.write_text(many)
+    options = ["check", "--env", TINY, "--conf-file", file, "--memory", 5]
+    _, text, _ = run(*options)
+    advice = re.search(r"or (replay_buffer_class: .*) with (replay_buffer_kwargs: .*) instead of n_steps", text)
+    file.write_text(many.replace("n_steps: 3", "\n  ".join(advice.groups())))
+    buffer = setups.from_zoo(file, TINY).model.replay_buffer
+    assert (type(buffer), buffer.n_steps) == (FrameNStepReplayBuffer, 3)
+    _, text, _ = run(*options)
+    assert "buffer_memory" not in text
+
+    option = "replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer"
+    for given in (HEALTHY, [*options[1:], "--param", "replay_buffer_kwargs={}"]):
+        status, text, _ = run("check", *given, "--param", option)
+        assert "error" not in text.replace("0 errors", "")
+        assert status == 0
+    _, text, _ = run("check", *HEALTHY, "--param", "replay_buffer_class=FrameReplayBuffer")
+    assert "error setup: replay_buffer_class FrameReplayBuffer: " in text
+    assert "Write package.module.Class" in text
+
+
 def test_gradients_that_are_missing_or_infinite_are_found():
     model = make_model()
     (finding,) = checking.gradient_findings(model)
@@ -421,7 +582,9 @@ def test_updates_for_each_step(options, updates):
 def test_refused_caches_are_left_out():
     model = make_model(extractor={"norm": "batch"})
     played, env_step = trial.play(model, 4)
-    assert trial.measure(model, model.policy.online.features_extractor, played, env_step).cached_update is None
+    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    assert speed.cached_update is None
+    assert speed.cache_refusal.startswith("norm='batch' makes an entry depend on the batch")
 
 
 def test_a_trial_that_fails_is_a_finding(monkeypatch):

@@ -1,6 +1,7 @@
 """Findings from a model and from a log, without training."""
 
 import math
+import re
 
 import pytest
 import torch as th
@@ -110,6 +111,17 @@ def test_a_nan_is_no_finding_of_another_kind(key):
     assert history_findings({**HEALTHY, key: [math.nan] * 30}) == []
 
 
+@pytest.mark.parametrize("n", [60, 3000])
+def test_a_schedule_may_end_at_zero_but_not_long_before_the_end(n):
+    cosine = [1e-4 * (1 + math.cos(math.pi * i / (n - 1))) / 2 for i in range(n)]
+    columns = {"lr/head": cosine, "update_ratio/head": [10 * rate for rate in cosine]}
+    assert history_findings({**HEALTHY, **columns}) == []
+    (found,) = history_findings({**HEALTHY, "lr/head": [*cosine[::2], *[0.0] * (n // 2)]})
+    assert f"No learning rate exceeded 0.0e+00 in the last {n // 3} logged updates" in found.seen
+    (found,) = history_findings({**HEALTHY, "update_ratio/head": [*cosine[::2], *[0.0] * (n // 2)]})
+    assert found.code == "lr_zero"
+
+
 def test_epsilon_may_be_high_while_training_goes_on():
     assert history_findings({**HEALTHY, "rollout/exploration_rate": [1.0] * 30}) == []
 
@@ -144,6 +156,41 @@ def test_a_log_is_read_as_sb3_wrote_it(tmp_path):
         read_log(tmp_path / "none.csv")
 
 
+@pytest.mark.parametrize(
+    ("last", "loss"),
+    [
+        ("\n3000,1.5\n", 1.5),
+        ("\n3000,1.5", None),  # may be 1.5e+09
+        ("\n3000,1.2e", None),
+        ("\n3000,1.2e\n", None),
+        ("\n3000,-\n", None),
+        ("\n30", None),
+        ("\n3000,1.5,7,8\n", 1.5),
+        ("\n\0\0\0,\0\0\n", None),
+        ("\n\n", 0.5 * 1.2**29),
+    ],
+)
+def test_a_log_that_was_cut_off_still_tells_that_the_run_diverged(tmp_path, last, loss):
+    path = tmp_path / "progress.csv"
+    rows = "".join(f"\n{100 * i},{value}" for i, value in enumerate(RISING))
+    path.write_text(f"time/total_timesteps,train/loss{rows}{last}")
+    columns = read_log(path)
+    assert [*columns] == ["time/total_timesteps", "train/loss"]
+    assert columns["train/loss"][:30] == RISING
+    assert columns["train/loss"][-1] == loss
+    assert codes(history_findings(columns)) == ["loss_explodes"]
+
+
+def test_what_cannot_be_read_as_a_log_is_named(tmp_path):
+    (tmp_path / "binary.csv").write_bytes(b"a,b\n\xff\xfe\n")
+    (tmp_path / "long.csv").write_text('a,b\n"' + "x" * 200_000)
+    for path in (tmp_path / "binary.csv", tmp_path / "long.csv", tmp_path):
+        with pytest.raises(ValueError, match=re.escape(f"{path} cannot be read as SB3's log")):
+            read_log(path)
+    (tmp_path / "extra.csv").write_text("a,b\n1,2,3\n4,5\n")
+    assert read_log(tmp_path / "extra.csv") == {"a": [1.0, 4.0], "b": [2.0, 5.0]}
+
+
 def test_every_limit_names_its_source():
     assert all(limit.source and limit.value > 0 for limit in THRESHOLDS.values())
     assert Finding("code", "Seen.", "Why.", "Change.") == Finding("code", "Seen.", "Why.", "Change.", "warning")
@@ -165,6 +212,7 @@ def test_a_healthy_model_gives_no_finding():
         ("epsilon_never_ends", "warning", {"exploration_final_eps": 0.5}),
         ("epsilon_never_ends", "warning", {"exploration_fraction": 1.0}),
         ("never_trains", "error", {"learning_starts": 5000}),
+        ("never_trains", "error", {"gradient_steps": 0}),
     ],
 )
 def test_a_sick_model_gives_the_one_finding(code, severity, kwargs):
@@ -183,7 +231,8 @@ def test_random_weights_are_told_from_loaded_ones(hub_weights, tmp_path):
         return DQN("ResNetCnnPolicy", TinyGame(), policy_kwargs={"features_extractor_kwargs": extractor}, **options)
 
     model = build(weights=str(path))
-    assert not has_random_weights(model.q_net.features_extractor)
+    extractor = model.q_net.features_extractor
+    assert not has_random_weights(extractor, extractor.stages)
     model.save(tmp_path / "model.zip")
     assert static(DQN.load(tmp_path / "model.zip", env=TinyGame())) == []
     assert codes(static(build())) == ["frozen_random_backbone"]

@@ -207,6 +207,23 @@ def test_a_coming_phase_cures_a_frozen_random_backbone():
     assert watched((make_model(learning_rate=1e-4), CallbackList([phases])), 40).findings == []
 
 
+def test_what_no_phase_reaches_stays_frozen():
+    def phases(when, stage):
+        return UnfreezeCallback([{"at_timestep": when, "unfreeze_from": stage}], verbose=0)
+
+    (lower,) = watched((make_model(learning_rate=1e-4), phases(24, "layer4")), 40).findings
+    assert lower.seen == "The stages stem, layer1, layer2, layer3 are frozen and their weights random."
+    frozen, late = watched((make_model(learning_rate=1e-4), phases(5000, "all")), 40).findings
+    assert frozen.seen == "The stages stem, layer1, layer2, layer3, layer4 are frozen and their weights random."
+    assert (late.code, late.severity) == ("phase_never_begins", "warning")
+    assert late.seen == "Training ends at step 40, before the phase with unfreeze_from='all' at timestep 5000."
+    # Steps count over the whole training, whatever SB3 counts.
+    model = make_model(learning_rate=1e-4)
+    with pytest.warns(UserWarning, match="never began"):
+        model.learn(40, callback=phases(100, "all"))
+    assert watched((model, phases(70, "all")), 40).findings == []
+
+
 def test_stop_ends_training_at_the_first_finding():
     model = make_model()
     assert [finding.code for finding in watched(model, action="stop").findings] == ["frozen_random_backbone"]

@@ -72,6 +72,18 @@ def test_constant_and_rare_features_stay_in_range():
     assert FeatureStandardizer(1).eval()(th.tensor([[99.0]])) == 10.0
 
 
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_comes_out_as_nan_and_spares_the_rest(value):
+    layer = trained(samples(20))
+    x = th.as_tensor(samples(4, seed=1))
+    expected = layer.eval()(x)
+    x[1, 2] = value
+    found = layer(x)
+    assert found.isnan().nonzero().tolist() == [[1, 2]]
+    expected[1, 2] = found[1, 2] = 0.0
+    assert th.equal(found, expected)
+
+
 def test_gradients_do_not_cross_the_statistics():
     layer = trained(samples(30, scale=2.0))
     x = th.as_tensor(samples(4, seed=1)).requires_grad_()

@@ -46,6 +46,20 @@ def test_a_containers_limit_counts(limit, left, tmp_path, monkeypatch):
     assert memory.available_bytes() == (left if left is not None else pytest.approx(system, rel=0.1))
 
 
+@pytest.mark.parametrize(
+    "stat",
+    [
+        "anon 2000\nfile 31000\ninactive_file 30000\nactive_file 1000\n",
+        "cache 31000\nrss 2000\ninactive_file 7\ntotal_inactive_file 30000\n",
+    ],
+)
+def test_files_that_are_only_cached_leave_a_container_its_memory(stat, tmp_path, monkeypatch):
+    for name, text in {"memory.max": "34000\n", "memory.current": "33000\n", "memory.stat": stat}.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "_CGROUPS", ((tmp_path / "memory.max", tmp_path / "memory.current"),))
+    assert memory.available_bytes() == 31_000
+
+
 def test_tensors_on_a_gpu_are_counted(monkeypatch):
     monkeypatch.setattr(th.cuda, "memory_allocated", lambda device: 123)
     assert memory.device_bytes(th.device("cuda")) == 123

@@ -1,13 +1,26 @@
-"""NanGuardCallback: rewards that are not finite are named before they are trained on."""
+"""NanGuardCallback: rewards and gradients that are not finite are named before they are trained on."""
 
 import numpy as np
 import pytest
-from stable_baselines3 import DQN, PPO
+from gymnasium import spaces
+from stable_baselines3 import A2C, DQN, PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
 
+from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import NanGuardCallback
 from tests.helpers import TinyGame, fill, make_model
 from tests.test_unfreeze_callback import start
+
+
+class Continuous(TinyGame):
+    """The tiny game with an action that SAC can choose."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Box(-1, 1, (1,), np.float32)
+
+    def step(self, action):
+        return super().step(int(action[0] > 0))
 
 
 class Broken(TinyGame):
@@ -46,6 +59,26 @@ def test_learning_stops_before_the_update(name, value):
         model.learn(100, callback=NanGuardCallback())
     assert model.num_timesteps == (8 if name != "ppo" else 16)
     assert model._n_updates == (1 if name != "ppo" else 0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize(
+    ("algorithm", "kwargs"),
+    [
+        (PPO, {"n_steps": 8, "batch_size": 8, "n_epochs": 1}),
+        (A2C, {"n_steps": 8}),
+        (SAC, {"buffer_size": 50, "learning_starts": 8, "batch_size": 4}),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_not_stepped_on(algorithm, kwargs, value):
+    extractor = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_mini"}}
+    env = Continuous() if algorithm is SAC else TinyGame()
+    model = algorithm("CnnPolicy", env, policy_kwargs=extractor, device="cpu", seed=0, **kwargs)
+    network = model.policy.actor.mu if algorithm is SAC else model.policy.action_net
+    network.weight.register_hook(lambda gradient: gradient * value)
+    with pytest.raises(ValueError, match="The gradient holds NaN or inf, so this update was not made"):
+        model.learn(32, callback=NanGuardCallback())
+    assert all(parameter.isfinite().all() for parameter in model.policy.parameters())
 
 
 def test_finite_rewards_pass_in_every_turn_of_the_buffer():

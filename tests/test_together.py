@@ -9,11 +9,20 @@ import sys
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3.common.callbacks import CallbackList
 
-from sb3_resnet.callbacks import AMPCallback, GradientClipCallback, LRScheduleCallback, UnfreezeCallback
+from sb3_resnet.callbacks import (
+    AMPCallback,
+    DoctorCallback,
+    GradientClipCallback,
+    LRScheduleCallback,
+    MonitorCallback,
+    UnfreezeCallback,
+)
 from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
 from tests.test_amp_callback import amp, small
 from tests.test_resume import drive, everything, random_state
+from tests.test_unfreeze_callback import start
 
 TOTAL = 14
 BEGINS = 4  # updates before layer4 trains
@@ -125,3 +134,27 @@ def test_bfloat16_learns_as_float32_does():
     assert exact[-1] < 0.3 * exact[0]
     np.testing.assert_allclose(reduced, exact, rtol=0.05)
     assert not np.array_equal(reduced, exact)
+
+
+@pytest.mark.filterwarnings("ignore:frozen_random_backbone")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: LRScheduleCallback(warmup_steps=10, verbose=0),
+        lambda: GradientClipCallback(1.0),
+        lambda: MonitorCallback(),
+        lambda: DoctorCallback(),
+        lambda: AMPCallback("bfloat16", verbose=0),
+        lambda: UnfreezeCallback([{"at_timestep": 4, "unfreeze_from": "all"}], verbose=0),
+    ],
+)
+def test_two_callbacks_of_a_kind_are_refused_and_one_may_follow_an_interrupted_one(make):
+    model = make_model()
+    first = make()
+    name = type(first).__name__
+    with pytest.raises(ValueError, match=rf"learn\(\) was given 2 callbacks {name}, which would .*: write one"):
+        model.learn(10, callback=[first, CallbackList([make()])])
+    assert model.q_net.features_extractor.precision is None
+    start(model, first)  # never ends
+    model.learn(10, callback=make())
+    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == 1  # the policy's own

@@ -1,5 +1,6 @@
 """Run folders as SB3 and RL-Zoo leave them: reading, judging, drawing."""
 
+import io
 import json
 
 import numpy as np
@@ -93,7 +94,47 @@ def test_half_a_last_line_is_left_out(tmp_path):
     assert len(find_runs(folder)[0].episodes) == 2
 
 
+def archive(**arrays):
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    return stream.getvalue()
+
+
+def test_a_run_that_has_just_begun_does_not_hide_the_others(tmp_path):
+    for number in (1, 2):
+        write_run(tmp_path / f"a_{number}", [1, 2, 3])
+    write_run(tmp_path / "a_3")
+    (tmp_path / "a_3" / "0.monitor.csv").write_text("")
+    assert [len(run.episodes) for run in find_runs(tmp_path)] == [3, 3, 0]
+    status, text, _ = invoke("plot", tmp_path, "-o", tmp_path / "curves.png")
+    assert status == 0
+    assert "1 curves of 3 runs" in text
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("0.monitor.csv", ""),
+        ("0.monitor.csv", '#{"t_start": 1}\nr,l,t\n'),
+        ("progress.csv", ""),
+        ("progress.csv", "time/total_timesteps,train/loss\n"),
+    ],
+)
+def test_doctor_says_that_empty_logs_tell_nothing(name, content, tmp_path):
+    (tmp_path / name).write_text(content)
+    status, text, error = invoke("doctor", tmp_path)
+    assert status == 1
+    assert "Nothing is wrong" not in text
+    (line,) = error.splitlines()
+    assert line.startswith(f"Error: {tmp_path}: the logs hold no line, so nothing could be judged")
+
+
+NO_EVALUATIONS = "evaluations.npz is no file of EvalCallback"
 BROKEN = {
+    "no evaluations": ("evaluations.npz", archive(timesteps=np.zeros(0), results=np.zeros((0, 3))), NO_EVALUATIONS),
+    "no episodes": ("evaluations.npz", archive(timesteps=np.arange(3), results=np.zeros((3, 0))), NO_EVALUATIONS),
+    "scalars": ("evaluations.npz", archive(timesteps=3, results=2.0), NO_EVALUATIONS),
+    "fewer results": ("evaluations.npz", archive(timesteps=np.arange(3), results=np.zeros((2, 2))), NO_EVALUATIONS),
     "monitor header": ("0.monitor.csv", b"r,l,t\n1,2,3\n", "is no monitor file of SB3"),
     "monitor line": ("0.monitor.csv", b'#{"t_start": 1}\nr,l,t\n1,x,3\n1,2,3\n', "line 3: no episode"),
     "evaluations": ("evaluations.npz", b"no archive", "is no file of EvalCallback"),
@@ -199,6 +240,13 @@ def test_plot_writes_a_picture(tmp_path):
     assert picture.shape[1] > 1000
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 50
     assert "is no folder" in invoke("plot", tmp_path / "logs", "-o", tmp_path / "none" / "a.png")[2]
+    for name in ("curves", "curves.foo", "curves.v2"):
+        error = invoke("plot", tmp_path / "logs", "-o", tmp_path / name)[2]
+        assert f"{name} names no format of pictures by its end: write one of ." in error
+        assert not (tmp_path / name).exists()
+    assert "is a folder: write the name of a picture" in invoke("plot", tmp_path / "logs", "-o", tmp_path)[2]
+    assert invoke("plot", tmp_path / "logs", "-o", tmp_path / "curves.SVG")[1].startswith(f"{tmp_path}/curves.SVG: ")
+    assert (tmp_path / "curves.SVG").read_text().startswith("<?xml")
     write_run(tmp_path / "empty", log="a\n")
     assert "nothing to draw" in invoke("plot", tmp_path / "empty", "-o", output)[2]
     assert "--window must be" in invoke("plot", tmp_path / "logs", "-o", output, "--window", 0)[2]

@@ -134,6 +134,37 @@ def test_each_learn_is_a_run_and_a_second_end_changes_nothing(tmp_path):
     assert bare.trackers[0].numbers == []
 
 
+@pytest.mark.parametrize("method", ["log_numbers", "log_file", "close"])
+def test_a_tracker_that_breaks_is_warned_of_once_and_training_goes_on(tmp_path, method, monkeypatch):
+    calls = []
+
+    def fail(*args):
+        calls.append(args)
+        raise OSError("the server\nis gone")
+
+    monkeypatch.setattr(Memory, method, fail)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = make_model()
+        model.set_logger(configure(str(tmp_path / "log"), ["csv"]))
+        best = BestCheckpointCallback(save_freq=0, save_path=tmp_path / "best")
+        evaluation = EvalCallback(TinyGame(), n_eval_episodes=1, eval_freq=20, verbose=0)
+        model.learn(60, callback=[MemoryCallback(), evaluation, best], log_interval=1)
+    (told,) = (str(warning.message) for warning in caught if "memory" in str(warning.message))
+    assert told.endswith("(OSError: the server is gone): training goes on without it")
+    assert model.num_timesteps == 60
+    assert len(calls) == 1
+    assert not [output for output in model.logger.output_formats if isinstance(output, Tracker)]
+
+
+def test_a_tracker_that_cannot_be_opened_ends_training_at_its_start(monkeypatch):
+    monkeypatch.setattr(MemoryCallback, "_open", lambda *args: 1 / 0)
+    model = make_model()
+    with pytest.raises(ZeroDivisionError):
+        model.learn(60, callback=MemoryCallback())
+    assert model.num_timesteps == 0
+
+
 def test_values_can_be_kept_from_a_tracker_and_what_is_no_number_is():
     tracker = Memory()
     tracker.write({"a": 1, "b": 2.5, "c": "text", "d": True}, {"a": ("memory",), "b": ("tensorboard",)}, 7)
@@ -159,6 +190,28 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(cls, module, ex
         cls()
     with pytest.raises(TypeError, match="did you mean 'name'"):
         cls(nam="x")
+
+
+@pytest.mark.parametrize(
+    ("cls", "arguments", "error", "message"),
+    [
+        (WandbTrackerCallback, {"mode": "offlin"}, ValueError, "mode must be one of .*did you mean 'offline'"),
+        (WandbTrackerCallback, {"project": 5}, TypeError, "project must be a string, got 5"),
+        (WandbTrackerCallback, {"name": ["a"]}, TypeError, "name must be a string"),
+        (WandbTrackerCallback, {"folder": 5}, TypeError, "folder must be a string"),
+        (WandbTrackerCallback, {"init": ["a"]}, TypeError, "init must be a dict of arguments of wandb.init"),
+        (MLflowTrackerCallback, {"experiment": ""}, ValueError, "experiment must not be empty"),
+        (MLflowTrackerCallback, {"experiment": None}, TypeError, "experiment must be a string"),
+        (MLflowTrackerCallback, {"name": 1}, TypeError, "name must be a string"),
+        (MLflowTrackerCallback, {"tracking_uri": 5}, TypeError, "tracking_uri must be a string"),
+        (MLflowTrackerCallback, {"artifact_location": 5}, TypeError, "artifact_location must be a string"),
+        (MLflowTrackerCallback, {"tags": ["a"]}, TypeError, "tags must be a dict of strings"),
+        (MLflowTrackerCallback, {"tags": {"seed": 0}}, TypeError, "tags: 'seed' must be a string, got 0"),
+    ],
+)
+def test_arguments_that_cannot_work_are_refused_at_construction(cls, arguments, error, message):
+    with pytest.raises(error, match=message):
+        cls(**arguments)
 
 
 @pytest.mark.slow

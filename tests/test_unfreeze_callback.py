@@ -71,6 +71,24 @@ def test_phases_begin_in_order_at_or_after_their_trigger(clock, capsys):
     assert [line.split(" begins")[0] for line in lines] == ["Phase 1 of 2", "Phase 2 of 2"]
 
 
+@pytest.mark.parametrize(
+    ("triggers", "total", "reached"),
+    [
+        ([{"at_timestep": 100}, {"at_timestep": 200}], 99, 0),
+        ([{"at_timestep": 100}, {"at_timestep": 200}], 100, 1),
+        ([{"at_timestep": 100}, {"at_timestep": 200}], None, 2),
+        ([{"at_timestep": 100}, {"at_update": 10**9}], 50, 2),  # a phase that is due takes those before it along
+        ([{"on_plateau": {"patience": 1}}, {"at_timestep": 200}], 50, 1),
+        ([{"on_plateau": {"patience": 1, "latest_timestep": 100}}], 50, 1),  # the plateau may come before
+    ],
+)
+def test_it_tells_beforehand_which_phases_a_run_reaches(triggers, total, reached):
+    stages = ["layer4", "layer3"]
+    phases = [{**trigger, "unfreeze_from": stage} for trigger, stage in zip(triggers, stages, strict=False)]
+    callback = UnfreezeCallback(phases)
+    assert callback.reached_by(total) == callback.phases[:reached]
+
+
 def test_frozen_until_its_transition_and_moving_after_it():
     model = fill(make_model(learning_rate=LR))
     callback = start(model, UnfreezeCallback([{"at_update": 3, "unfreeze_from": "layer4", "lr_backbone": LR}]))

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,30 @@ class Tracker(KVWriter):
     """
     One run of an experiment tracker; an output of SB3's logger beside the others.
 
+    Training is worth more than its log: what fails once the run is open is warned of, and then nothing more is logged.
+
     :param name: how ``logger.record(..., exclude=name)`` leaves a value out
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.broken = False
+
+    def attempt(self, what: str, act: Callable[..., None], *args: Any) -> None:
+        """
+        Do something that must not end training.
+
+        :param what: what it is, for the warning
+        :param act: what to call
+        :param args: with what
+        """
+        try:
+            act(*args)
+        except Exception as error:  # of a server, a database or a full disk
+            if not self.broken:
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                warnings.warn(f"{self.name} could not {what} ({reason}): training goes on without it", stacklevel=2)
+            self.broken = True
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         """Numbers only; texts, pictures and histograms stay with TensorBoard."""
@@ -40,8 +60,8 @@ class Tracker(KVWriter):
             and isinstance(value, (int, float, np.number))
             and not isinstance(value, bool)
         }
-        if numbers:
-            self.log_numbers(numbers, step)
+        if numbers and not self.broken:
+            self.attempt("log values", self.log_numbers, numbers, step)
 
     @abstractmethod
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
@@ -95,8 +115,8 @@ class TrackerCallback(BaseCallback):
             logger = self.model.logger
             self._tracker.write(logger.name_to_value, logger.name_to_excluded, self.model.num_timesteps)
         path = best_model(self._root) if self.save_best else None
-        if path is not None:
-            self._tracker.log_file(path)
+        if path is not None and not self._tracker.broken:
+            self._tracker.attempt("keep the best model", self._tracker.log_file, path)
         self._close()
 
     def _close(self) -> None:
@@ -105,7 +125,7 @@ class TrackerCallback(BaseCallback):
             return
         if hasattr(self.model, "_logger") and tracker in self.model.logger.output_formats:
             self.model.logger.output_formats.remove(tracker)
-        tracker.close()
+        tracker.attempt("end the run", tracker.close)
 
 
 def best_model(root: Any) -> Path | None:

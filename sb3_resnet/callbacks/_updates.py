@@ -7,8 +7,10 @@ from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
+from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.optim import install_effective_lr
 
 
@@ -33,14 +35,15 @@ class UpdateHook:
         :param model: an SB3 model
         :param n: where to start if the model has no such counter
         :param first: act before all that act on the optimizer's step so far
-        :raises ValueError: if the policy has not exactly one optimizer
+        :raises ValueError: if the policy has not exactly one optimizer, or ``learn()`` was given two such callbacks
         """
+        owner = getattr(self._act, "__self__", None)
         optimizer = optimizer_of(model)
+        _refuse_twins(owner)
         install_effective_lr(optimizer)
         self.n = n
         self.follow(model)
         # A learn() that was interrupted never reached on_training_end: its hook is still there.
-        owner = getattr(self._act, "__self__", None)
         hooks = optimizer._optimizer_step_pre_hooks
         for key, hook in [*hooks.items()]:
             other = getattr(hook, "__self__", None)
@@ -64,6 +67,16 @@ class UpdateHook:
     def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
         n, self.n = self.n, self.n + 1
         self._act(n)
+
+
+def _refuse_twins(owner: Any) -> None:
+    """Two of a kind would undo each other: both own the same learning rates, or the same keys of the log."""
+    if not isinstance(owner, BaseCallback):
+        return
+    kind = type(owner)
+    twins = sum(type(callback) is kind for callback in walk(owner.locals.get("callback")))
+    if twins > 1:
+        raise ValueError(f"learn() was given {twins} callbacks {kind.__name__}, which would undo each other: write one")
 
 
 def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:

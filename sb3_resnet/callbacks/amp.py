@@ -7,10 +7,10 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._extractors import extractors_of
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
 from sb3_resnet.checks import choice, no_unknown
-from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import recall, remember
 from sb3_resnet.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
 
@@ -54,13 +54,16 @@ class AMPCallback(BaseCallback):
         self._rewards = RewardCheck()
         self._updates = UpdateHook(self._before_step)
 
-    def _on_training_start(self) -> None:
-        extractors = self._extractors()
-        if not extractors:
+    def _init_callback(self) -> None:
+        """Before any callback has changed anything."""
+        if not extractors_of(self.model):
             raise TypeError(
                 f"AMPCallback needs ResNetCnnPolicy or features_extractor_class=ResNetExtractor, but "
                 f"{type(self.model.policy).__name__} has no ResNetExtractor"
             )
+        optimizer_of(self.model)
+
+    def _on_training_start(self) -> None:
         optimizer = optimizer_of(self.model)
         dtype = resolve_dtype(self.dtype, self.model.device)
         name = str(dtype).removeprefix("torch.")
@@ -69,8 +72,8 @@ class AMPCallback(BaseCallback):
             self._scaler = LossScaler(**self._scaling)
             self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
         self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler)
-        self._lend(self._precision)
         self._updates.attach(self.model, first=True)
+        self._lend(self._precision)
         self._rewards(self.model)
         scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
         line = f"AMP: the trunk computes in {name} on {self.model.device.type}{scale} (dtype={self.dtype!r})"
@@ -105,12 +108,8 @@ class AMPCallback(BaseCallback):
             values = {"train/amp_skipped": float(self._scaler.skipped), "train/amp_scale": self._scaler.scale}
             record(self.model, values)
 
-    def _extractors(self) -> list[ResNetExtractor]:
-        """Online and target network's; PPO's may be shared or two."""
-        return [module for module in self.model.policy.modules() if isinstance(module, ResNetExtractor)]
-
     def _lend(self, precision: MixedPrecision | None) -> None:
-        for extractor in self._extractors():
+        for extractor in extractors_of(self.model):
             if extractor.precision is not None:
                 extractor.precision.release()
             extractor.precision = precision

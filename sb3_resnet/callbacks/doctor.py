@@ -34,10 +34,11 @@ class DoctorCallback(BaseCallback):
         model.learn(1_000_000, callback=[FeatureCacheCallback(), doctor])
         print(doctor.findings)
 
-    What it finds: ``frozen_random_backbone``, ``lr_order``, ``lr_zero``, ``epsilon_never_ends``, ``never_trains``,
-    ``buffer_memory``, ``micro_batch``, ``loss_explodes``, ``q_explodes``, ``loss_oscillates``, ``slow_curve``,
-    ``overfitting`` (needs an ``EvalCallback``), ``q_overestimation``, ``dead_features``, ``dormant_units``,
-    ``gradients_vanish``, ``gradients_explode``, ``batchnorm_drift``, ``amp_skips``.
+    What it finds: ``frozen_random_backbone``, ``phase_never_begins``, ``lr_order``, ``lr_zero``,
+    ``epsilon_never_ends``, ``never_trains``, ``buffer_memory``, ``micro_batch``, ``loss_explodes``, ``q_explodes``,
+    ``loss_oscillates``, ``slow_curve``, ``overfitting`` (needs an ``EvalCallback``), ``q_overestimation``,
+    ``dead_features``, ``dormant_units``, ``gradients_vanish``, ``gradients_explode``, ``batchnorm_drift``,
+    ``amp_skips``.
 
     :param action: ``"warn"``, or ``"stop"`` to end training at the first finding
     :param every: gradient updates between two measurements; it looks at the whole after each ten
@@ -121,11 +122,8 @@ class DoctorCallback(BaseCallback):
 
     def _before_training(self) -> list[Finding]:
         planned = getattr(self.model, "_total_timesteps", 0) or None
-        found = static_findings(self.model, planned)
-        if any(hasattr(child, "phases") for child in walk(self.locals.get("callback"))):
-            # An UnfreezeCallback is the cure.
-            found = [finding for finding in found if finding.code != "frozen_random_backbone"]
-        return found
+        callbacks = walk(self.locals.get("callback"))
+        return static_findings(self.model, planned, next((cb for cb in callbacks if hasattr(cb, "reached_by")), None))
 
     def _context(self) -> dict[str, float]:
         """What a measurement is to be seen against."""

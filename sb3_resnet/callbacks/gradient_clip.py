@@ -7,9 +7,9 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._extractors import extractors_of
 from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
 from sb3_resnet.checks import no_unknown, number
-from sb3_resnet.optim import is_part
 
 
 class GradientClipCallback(BaseCallback):
@@ -17,21 +17,37 @@ class GradientClipCallback(BaseCallback):
     Clip the gradient norm of head and backbone each by itself.
 
     SB3 clips one joint norm (``max_grad_norm``, 10 for DQN), in which a freshly unfrozen trunk outweighs the head. This
-    clips after it, so set ``max_grad_norm`` high to make this the only one. Example::
+    clips after it, so set ``max_grad_norm`` high to make this the only one. The backbone is all stages of the policy's
+    :class:`~sb3_resnet.extractor.ResNetExtractor`, adapter included, and the head every other parameter; PPO and A2C
+    with that extractor have both as well. Example::
 
         GradientClipCallback(max_norm=2.0)
 
     :param max_norm: largest norm of each part; 1 to 5 is usual
     :param verbose: SB3's verbosity
     :raises ValueError: if it is not above 0
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for unknown arguments, and before training for a policy without a ResNetExtractor
     """
 
     def __init__(self, max_norm: float = 2.0, verbose: int = 0, **unknown: Any) -> None:
         super().__init__(verbose)
         no_unknown("GradientClipCallback", unknown, ("max_norm", "verbose"))
         self.max_norm = number("max_norm", max_norm, above=True)
+        self._parts: list[list[th.nn.Parameter]] = []
         self._updates = UpdateHook(self._clip)
+
+    def _init_callback(self) -> None:
+        """Before any callback has changed anything."""
+        extractors = extractors_of(self.model)
+        if not extractors:
+            raise TypeError(
+                f"GradientClipCallback tells head and backbone apart, but {type(self.model.policy).__name__} has no "
+                "ResNetExtractor: leave it out, and write max_grad_norm in the algorithm's arguments"
+            )
+        modules = [module for one in extractors for stage in one.stages for module in one.stage_modules(stage)]
+        backbone = {id(parameter) for module in modules for parameter in module.parameters()}
+        held = [parameter for group in optimizer_of(self.model).param_groups for parameter in group["params"]]
+        self._parts = [[p for p in held if (id(p) in backbone) is inside] for inside in (False, True)]
 
     def _on_training_start(self) -> None:
         self._updates.attach(self.model)
@@ -43,7 +59,5 @@ class GradientClipCallback(BaseCallback):
         self._updates.detach()
 
     def _clip(self, n: int) -> None:
-        groups = optimizer_of(self.model).param_groups
-        for part in ("head", "backbone"):
-            parameters = [parameter for group in groups if is_part(group, part) for parameter in group["params"]]
-            th.nn.utils.clip_grad_norm_(parameters, self.max_norm)
+        for part in self._parts:
+            th.nn.utils.clip_grad_norm_(part, self.max_norm)

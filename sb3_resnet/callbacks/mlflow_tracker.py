@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.checks import no_unknown
+from sb3_resnet.checks import no_unknown, text
 
 _PARAMS_A_CALL = 100  # MLflow's limits for one call
 _METRICS_A_CALL = 1000
@@ -33,7 +33,8 @@ class MLflowTrackerCallback(TrackerCallback):
     :param save_best: keep the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if MLflow is not installed
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for unknown arguments and wrong types
+    :raises ValueError: for empty strings
     """
 
     def __init__(
@@ -50,7 +51,15 @@ class MLflowTrackerCallback(TrackerCallback):
         super().__init__(save_best, verbose)
         allowed = ("experiment", "name", "tracking_uri", "artifact_location", "tags", "save_best", "verbose")
         no_unknown("MLflowTrackerCallback", unknown, allowed)
-        self.experiment = experiment
+        given = {"name": name, "tracking_uri": tracking_uri, "artifact_location": artifact_location}
+        for key, value in given.items():
+            if value is not None:
+                text(key, value)
+        if not (tags is None or isinstance(tags, Mapping)):
+            raise TypeError(f"tags must be a dict of strings, got {tags!r}")
+        for key, value in (tags or {}).items():
+            text(f"tags: {key!r}", value)
+        self.experiment = text("experiment", experiment)
         self.name = name
         self.tracking_uri = tracking_uri
         self.artifact_location = artifact_location

@@ -1,27 +1,31 @@
-"""Stop before NaN or infinite rewards are trained on."""
+"""Stop before NaN or infinity in rewards or gradients is trained on."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.checks import no_unknown
+from sb3_resnet.optim import install_effective_lr
 
 
 class NanGuardCallback(BaseCallback):
     """
-    Check new rewards before each ``train()``; a NaN or an infinity among them is an error that says where it is.
+    Check new rewards before each ``train()`` and the gradient before each step of an optimizer; a NaN or an infinity is
+    an error that says where it is.
 
-    ``ResNetCnnPolicy`` refuses such rewards only when they are sampled, which may be long after; PPO and A2C with a
-    :class:`~sb3_resnet.extractor.ResNetExtractor` refuse them only here. ``AMPCallback`` and ``FeatureCacheCallback``
-    check the same. Works with every SB3 algorithm that has a buffer. Example::
+    ``ResNetCnnPolicy`` refuses such gradients by itself, and such rewards when they are sampled, which may be long
+    after. Other policies, as PPO's and A2C's with a :class:`~sb3_resnet.extractor.ResNetExtractor`, refuse neither
+    without this callback or ``AMPCallback``, which checks the same; ``FeatureCacheCallback`` checks rewards. Works with
+    every SB3 algorithm. Example::
 
         NanGuardCallback()
 
     :param verbose: SB3's verbosity
-    :raises ValueError: in training, for NaN or infinity in rewards
+    :raises ValueError: in training, for NaN or infinity in rewards or gradients
     :raises TypeError: for unknown arguments
     """
 
@@ -31,6 +35,10 @@ class NanGuardCallback(BaseCallback):
         self._rewards = RewardCheck()
 
     def _on_training_start(self) -> None:
+        for module in self.model.policy.modules():
+            optimizer = getattr(module, "optimizer", None)  # SAC's networks have one each
+            if isinstance(optimizer, th.optim.Optimizer):
+                install_effective_lr(optimizer)
         self._rewards(self.model)
 
     def _on_step(self) -> bool:

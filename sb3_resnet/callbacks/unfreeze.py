@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,18 @@ class UnfreezeCallback(BaseCallback):
     def timesteps(self) -> int:
         """Environment steps of the whole training; ``reset_num_timesteps`` does not reset them."""
         return self._offset + self.model.num_timesteps
+
+    def reached_by(self, total_timesteps: int | None) -> list[Phase]:
+        """
+        Which phases ``learn()`` gets to, if updates are made and plateaus come.
+
+        :param total_timesteps: environment steps at its end; ``None``: endless
+        :return: the phases that will have begun
+        """
+        end = math.inf if total_timesteps is None else self._offset + total_timesteps
+        late = [phase.trigger == "at_timestep" and (phase.when or 0) > end for phase in self.phases]
+        # A phase that is due takes those before it along.
+        return self.phases[: max((index for index, missed in enumerate(late, 1) if not missed), default=0)]
 
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.checks import no_unknown
+from sb3_resnet.checks import choice, no_unknown, text
+
+MODES = ("online", "offline", "disabled")
 
 
 class WandbTrackerCallback(TrackerCallback):
@@ -30,7 +32,8 @@ class WandbTrackerCallback(TrackerCallback):
     :param save_best: keep the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if wandb is not installed
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for unknown arguments and wrong types
+    :raises ValueError: for an unknown mode and empty names
     """
 
     def __init__(
@@ -47,6 +50,15 @@ class WandbTrackerCallback(TrackerCallback):
         super().__init__(save_best, verbose)
         allowed = ("project", "name", "mode", "folder", "init", "save_best", "verbose")
         no_unknown("WandbTrackerCallback", unknown, allowed)
+        text("project", project)
+        if name is not None:
+            text("name", name)
+        if mode is not None:
+            choice("mode", mode, MODES)
+        if not (folder is None or isinstance(folder, Path)):
+            text("folder", folder)
+        if not (init is None or isinstance(init, Mapping)):
+            raise TypeError(f"init must be a dict of arguments of wandb.init, got {init!r}")
         self._init = {"project": project, "name": name, "mode": mode, "dir": folder, **(init or {})}
         _wandb()
 

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.diagnosis import static_findings
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
+from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.diagnosis import frame_buffer_arguments, static_findings
 from sb3_resnet.finding import Finding
 from sb3_resnet.frames import Array
 from sb3_resnet.memory import available_bytes
@@ -87,7 +88,11 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
         report.memory = _memory(setup, extractor, played, available)
         report.findings += memory_findings(setup, dict(report.memory))
     report.shapes = _shapes(model, extractor, played)
-    speed = trial.measure(model, extractor, played, env_step)
+    cache = setup.callback(FeatureCacheCallback)
+    speed = trial.measure(model, extractor, played, env_step, cache)
+    if cache is not None and speed.cache_refusal is not None:
+        seen = f"FeatureCacheCallback: {speed.cache_refusal}."
+        report.findings.append(Finding("feature_cache", seen, "Training would end at its start.", "", "error"))
     report.findings += gradient_findings(model)
     report.speed = _speed(speed, setup.total_timesteps)
     told = "frozen with random weights"  # a finding of its own
@@ -96,16 +101,23 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
 
 def settings_findings(setup: Setup) -> list[Finding]:
     """:return: what can be seen without training; of the model's small buffer nothing can be said"""
-    found = static_findings(setup.model, setup.total_timesteps)
-    later = {"frozen_random_backbone"} if "UnfreezeCallback" in setup.callback_names else set()
-    return [finding for finding in found if finding.code not in {"buffer_memory", *later}]
+    unfreezer = setup.callback(UnfreezeCallback)
+    found = static_findings(setup.model, setup.total_timesteps, unfreezer)
+    restores = unfreezer is not None and any(phase.restore_best for phase in unfreezer.phases)
+    if restores and setup.callback(BestCheckpointCallback) is None:
+        seen = "A phase has restore_best, and no callback keeps the best model."
+        change = "Add sb3_resnet.callbacks.BestCheckpointCallback, or leave restore_best out."
+        found.append(Finding("restore_best", seen, "Training would end at its start.", change, "error"))
+    return [finding for finding in found if finding.code != "buffer_memory"]
 
 
 def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     """:return: what of replay and cache does not fit; ``needed`` is ``Report.memory``"""
     if "available" not in needed or setup.buffer_size is None:
         return []
-    ours = issubclass(setup.model.replay_buffer_class, FrameReplayBuffer)
+    cached = setup.callback(FeatureCacheCallback) is not None
+    # The cache puts such a buffer into the place of SB3's.
+    ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
     available, frames = needed["available"], needed["FrameReplayBuffer"]
     buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
     why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
@@ -113,10 +125,10 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
         seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
         change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
         if not ours and frames < available:
-            name = "sb3_resnet.buffers.FrameReplayBuffer"
-            change += f", or replay_buffer_class={name}, which takes about {gigabytes(frames)}"
+            arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
+            change += f", or {arguments}, which takes about {gigabytes(frames)}"
         return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
-    if "FeatureCacheCallback" in setup.callback_names and buffer + cache > available:
+    if cached and buffer + cache > available:
         seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
         change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
         return [Finding("cache_memory", seen, why, change)]
@@ -156,7 +168,7 @@ def _describe(setup: Setup, extractor: Any) -> list[tuple[str, str]]:
         ("batch size", str(trial.batch_size_of(model))),
         ("steps of the run", f"{setup.total_timesteps:,}"),
     ]
-    names = sorted(setup.callback_names)
+    names = sorted({type(callback).__name__ for callback in setup.all_callbacks})
     return [*lines, ("callbacks", ", ".join(names))] if names else lines
 
 

@@ -32,12 +32,14 @@ def examine(folder: str | Path) -> Examination:
     :param folder: of one run
     :return: what its logs and its model say
     :raises FileNotFoundError: if there is no such folder
-    :raises ValueError: if it holds no logs, broken ones, or those of several runs
+    :raises ValueError: if it holds no logs, empty or broken ones, or those of several runs
     """
     runs = find_runs(folder)
     if len(runs) > 1:
         raise ValueError(f"{folder} holds several runs, give one of them: {', '.join(str(run.folder) for run in runs)}")
     (run,) = runs
+    if not (run.progress or len(run.episodes) or len(run.evaluations)):
+        raise ValueError(f"{folder}: the logs hold no line, so nothing could be judged; let the run train for longer")
     facts, findings = summary(run), history_findings(run.columns(), finished=True)
     if not run.progress:
         facts.append(("log", "no progress.csv, so only rewards can be judged"))

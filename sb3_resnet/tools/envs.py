@@ -34,7 +34,7 @@ def make_env(
     :raises ValueError: if it cannot be made, with the reason in one line
     """
     atari = is_atari(env_id)
-    wrap = None if wrapper is None else _class_of(wrapper)
+    wrap = None if wrapper is None else class_of("--wrapper", wrapper)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 asks for one that it may not need
@@ -121,12 +121,18 @@ def _stacked(env: VecEnv, frames: int) -> VecEnv:
     return env
 
 
-def _class_of(path: str) -> Any:
+def class_of(option: str, path: str) -> Any:
+    """
+    :param option: where the user wrote it, for the error
+    :param path: dotted path, ``package.module.Class``
+    :return: the class
+    :raises ValueError: if it cannot be imported
+    """
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"--wrapper {path}: {one_line(error)}. Write package.module.Class") from error
+        raise ValueError(f"{option} {path}: {one_line(error)}. Write package.module.Class") from error
 
 
 def _brief(owner: Any) -> str:

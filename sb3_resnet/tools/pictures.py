@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,18 @@ _COLUMNS = 4
 _PANEL = 240  # pixels of the scores beside a frame
 _STRENGTH = 0.6  # of the colours where the map is 1
 FPS = 15  # frames a second; Atari games run at 60, of which AtariWrapper shows every fourth
+
+
+def check_folder(path: Path) -> None:
+    """
+    :param path: a folder to write into, which need not exist yet
+    :raises ValueError: if it cannot be made, or written into
+    """
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, so no folder {path} can be written: write another --output")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} may not be written into: write another --output")
 
 
 def sheet(episode: Episode, heat: Array, count: int, title: str) -> Any:

@@ -76,6 +76,22 @@ def bootstrap(values: Array, confidence: float) -> tuple[Array, Array]:
     return low, high
 
 
+def check_output(path: Path) -> None:
+    """
+    :param path: where a picture shall be written
+    :raises FileNotFoundError: if there is no such folder
+    :raises ValueError: if it is a folder itself, or its suffix names no format
+    """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: write the name of a picture, such as {path / 'curves.png'}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another --output")
+    formats = import_extra("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
+    if path.suffix.lower().removeprefix(".") not in formats:
+        suffixes = ", ".join(f".{name}" for name in sorted(formats))
+        raise ValueError(f"{path} names no format of pictures by its end: write one of {suffixes}")
+
+
 def draw(path: str | Path, runs: Sequence[Run], window: int = 100, confidence: float = 95.0) -> list[Curve]:
     """
     Write a picture of the evaluations and of the training episodes.

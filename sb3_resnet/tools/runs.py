@@ -141,6 +141,8 @@ def _episodes(files: Sequence[Path]) -> Array:
 
 def _monitor_rows(file: Path) -> list[tuple[float, float, float]]:
     """:return: time of the end, reward and length of each episode"""
+    if file.stat().st_size == 0:  # of a run that has just begun
+        return []
     with open(file, newline="") as stream:
         try:
             header = json.loads(stream.readline().removeprefix("#"))
@@ -166,9 +168,11 @@ def _evaluations(files: Sequence[Path]) -> tuple[Array, Array]:
     try:
         with np.load(files[0]) as data:
             steps, results = np.asarray(data["timesteps"], np.float64), np.asarray(data["results"], np.float64)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        if steps.ndim != 1 or results.size == 0:
+            raise ValueError("it holds no evaluations")
+        return steps, results.reshape(len(steps), -1)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{files[0]} is no file of EvalCallback ({one_line(error)})") from error
-    return steps, results.reshape(len(steps), -1)
 
 
 def summary(run: Run) -> list[tuple[str, str]]:

@@ -11,8 +11,9 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.policies import POLICY_NAME
 from sb3_resnet.tools import envs
 from sb3_resnet.tools.extras import import_extra
@@ -20,6 +21,7 @@ from sb3_resnet.tools.loading import algorithm_class, one_line
 
 #: Algorithms that :func:`from_arguments` builds.
 ALGORITHMS = ("dqn", "qrdqn")
+Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
 _ROWS = 8  # of the small replay buffer, for each environment
 
@@ -40,8 +42,11 @@ class Arguments:
 
     def onto(self, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
         """:return: what replaces values of a configuration"""
+        model = dict(self.model)
+        if isinstance(model.get("replay_buffer_class"), str):
+            model["replay_buffer_class"] = envs.class_of("replay_buffer_class", model["replay_buffer_class"])
         if not self.policy and not self.extractor:
-            return dict(self.model)
+            return model
         given = hyperparams.get("policy_kwargs") or {}
         if not isinstance(given, Mapping):
             raise ValueError(
@@ -49,7 +54,7 @@ class Arguments:
             )
         policy = {**given, **self.policy}
         policy["features_extractor_kwargs"] = {**(policy.get("features_extractor_kwargs") or {}), **self.extractor}
-        return {**self.model, "policy_kwargs": policy}
+        return {**model, "policy_kwargs": policy}
 
 
 @dataclass
@@ -62,6 +67,7 @@ class Setup:
     :param buffer_size: transitions that its replay buffer would hold; ``None`` without one
     :param callbacks: what the configuration names
     :param warnings: what was warned about during construction
+    :param from_yaml: whether RL-Zoo's YAML is where its arguments are written
     """
 
     model: Any
@@ -69,17 +75,16 @@ class Setup:
     buffer_size: int | None
     callbacks: Sequence[Any] = ()
     warnings: list[str] = field(default_factory=list)
+    from_yaml: bool = False
 
     @property
-    def callback_names(self) -> set[str]:
-        """Class names of the callbacks and of those inside lists of callbacks."""
-        names: set[str] = set()
-        ahead = [*self.callbacks]
-        while ahead:
-            callback = ahead.pop()
-            names.add(type(callback).__name__)
-            ahead += getattr(callback, "callbacks", [])
-        return names
+    def all_callbacks(self) -> list[Any]:
+        """The callbacks, and those inside lists of callbacks."""
+        return [child for callback in self.callbacks for child in walk(callback)]
+
+    def callback(self, kind: type[Callback]) -> Callback | None:
+        """:return: the first callback of a class, if there is one"""
+        return next((callback for callback in self.all_callbacks if isinstance(callback, kind)), None)
 
 
 def from_zoo(
@@ -122,10 +127,13 @@ def from_zoo(
             raise ValueError(f"{conf_file} has no section for {env_id}: it needs {env_id!r} or {error}") from error
         changes = (arguments or Arguments()).onto(hyperparams)
         hyperparams = {**hyperparams, **changes}
-        small, buffer_size = _small_buffer(algorithms[algo], hyperparams, int(hyperparams.get("n_envs", 1)))
+        if "n_timesteps" not in hyperparams:
+            raise ValueError(f"{conf_file} has no n_timesteps for {env_id}: write it, RL-Zoo wants it even beside -n")
+        _check_counts(hyperparams)
+        small, buffer_size = _small_buffer(algorithms[algo], hyperparams, hyperparams.get("n_envs", 1))
         final = experiment(**{**changes, **small})
         model, _ = final.setup_experiment()
-        return Setup(model, final.n_timesteps, buffer_size, final.callbacks, caught)
+        return Setup(model, final.n_timesteps, buffer_size, final.callbacks, caught, from_yaml=True)
 
 
 def from_arguments(
@@ -153,6 +161,7 @@ def from_arguments(
         raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}; others need a --conf-file")
     algorithm: Any = algorithm_class(algo)
     kwargs = (arguments or Arguments()).onto({})
+    _check_counts(kwargs)
     small, buffer_size = _small_buffer(algorithm, kwargs, n_envs)
     with _quiet() as caught:
         env = envs.make_env(env_id, n_envs, 0, None, wrapper)
@@ -180,12 +189,22 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
     return sections
 
 
+def _check_counts(hyperparams: Mapping[str, Any]) -> None:
+    """SB3 takes whole numbers only, and fails far from where they are written."""
+    for name in ("n_envs", "batch_size", "buffer_size"):
+        value = hyperparams.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {value!r}")
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+
+
 def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) -> tuple[dict[str, Any], int | None]:
     """:return: what to replace so that nothing large is allocated, and the size that was asked for"""
     parameter = inspect.signature(algorithm).parameters.get("buffer_size")
     if parameter is None:
         return {}, None
-    return {"buffer_size": _ROWS * n_envs}, int(hyperparams.get("buffer_size", parameter.default))
+    return {"buffer_size": _ROWS * n_envs}, hyperparams.get("buffer_size", parameter.default)
 
 
 @contextlib.contextmanager

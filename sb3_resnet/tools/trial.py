@@ -16,6 +16,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.encoder import FrozenEncoder
 from sb3_resnet.frames import Array
+from sb3_resnet.tools.loading import one_line
 
 _REPEATS = 3
 _LONG = 3.0  # seconds; what takes longer is timed once
@@ -30,7 +31,8 @@ class Speed:
     :param env_step: of one step of all environments
     :param act: of choosing their actions
     :param update: of one gradient update
-    :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` where it refuses or there is no replay
+    :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` where it refuses
+    :param cache_refusal: why it does
     :param encode: of one image in the frozen stages of the fast encoder; ``None`` where none is frozen
     :param updates: gradient updates for each step of all environments; ``None`` where it depends on the episodes
     :param n_envs: environments side by side
@@ -40,6 +42,7 @@ class Speed:
     act: float
     update: float
     cached_update: float | None
+    cache_refusal: str | None
     encode: float | None
     updates: float | None
     n_envs: int
@@ -82,7 +85,9 @@ def random_play(env: Any, count: int) -> Array:
     return np.stack(seen)
 
 
-def measure(model: Any, extractor: Any, played: Array, env_step: float) -> Speed:
+def measure(
+    model: Any, extractor: Any, played: Array, env_step: float, callback: FeatureCacheCallback | None = None
+) -> Speed:
     """
     Do real updates, which change the model.
 
@@ -90,26 +95,26 @@ def measure(model: Any, extractor: Any, played: Array, env_step: float) -> Speed
     :param extractor: its ``ResNetExtractor``
     :param played: observations of :func:`play`
     :param env_step: seconds of :func:`play`
+    :param callback: the run's own feature cache, if it has one
     :return: how long each part takes
     """
     update = _update_of(model, played)
-    cached = encode = None
+    cached = refusal = encode = None
     act = _timed(model, lambda: model.predict(played[0], deterministic=True))
     plain = _timed(model, update)
     if extractor.boundary.frozen_stages:
         flat = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_ENCODED], device=model.device)
         encoder = FrozenEncoder(extractor)
         encode = _timed(model, lambda: encoder(flat)) / len(flat)
-    if isinstance(model, OffPolicyAlgorithm):
-        callback = FeatureCacheCallback()
-        try:
-            callback.init_callback(model)
-            callback.on_training_start({}, {})
-            cached = _timed(model, update)
-            callback.on_training_end()
-        except ValueError:  # it refuses where entries would not be exact
-            cached = None
-    return Speed(env_step, act, plain, cached, encode, _updates_of(model), model.n_envs)
+    callback = callback or FeatureCacheCallback()
+    try:
+        callback.init_callback(model)
+        callback.on_training_start({}, {})
+        cached = _timed(model, update)
+        callback.on_training_end()
+    except ValueError as error:  # it refuses where entries would not be exact, or nothing is replayed
+        refusal = one_line(error)
+    return Speed(env_step, act, plain, cached, refusal, encode, _updates_of(model), model.n_envs)
 
 
 def batch_size_of(model: Any) -> int:
