@@ -104,6 +104,7 @@ class FeatureCacheCallback(BaseCallback):
         model: Any = self.model
         if self._shared is not None:
             self._shared.encodes = False
+        self._shared = None  # RL-Zoo ends training twice, and one summary is enough
         self._extractor().actor = None
         model.policy.target.features_extractor.fast_trunk = None
 
