@@ -14,7 +14,7 @@ from sb3_resnet.frames import Array, ObservationStore
 from sb3_resnet.memory import available_bytes
 
 _ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
-_TOGETHER = 16  # with a single one, weights are read for it alone, and it takes twice as long
+_TOGETHER = 16  # one by one they take twice as long (benchmarks/results/choices.json)
 _CHUNK_BYTES = 32 * 2**20  # memory grows in steps of this size
 _RESERVE = 256 * 2**20  # left to others: Linux promises more memory than there is, and kills who uses it
 
@@ -156,7 +156,7 @@ class EntryCache:
     def _gather(self, wanted: list[int]) -> th.Tensor:
         """:return: entries that are all there"""
         places = [divmod(self._slots[number], self._rows) for number in wanted]
-        if self.device.type == "cpu":  # picking rows takes NumPy a third of PyTorch's time
+        if self.device.type == "cpu":  # picking rows takes PyTorch half as long again (choices.json)
             arrays = [chunk.numpy() for chunk in self._chunks]
             return th.from_numpy(np.stack([arrays[chunk][row] for chunk, row in places]))
         chunks, rows = th.tensor(places, device=self.device).T

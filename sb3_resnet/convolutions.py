@@ -17,7 +17,8 @@ class PackedConv2d(nn.Module):
     """
     A convolution whose weights stay in oneDNN's own order.
 
-    PyTorch reorders them at each call: 45 MB for a ResNet-18, a third of the time of a single image.
+    PyTorch reorders them at each call: 45 MB for a ResNet-18, a quarter of the time of a single image
+    (``benchmarks/results/choices.json``).
 
     Where it is faster, Winograd's algorithm takes the place of oneDNN.
 

@@ -262,7 +262,7 @@ def _fingerprint(extractor: ResNetExtractor, holders: list[dict[str, Any]]) -> t
 
 
 def _holders(extractor: ResNetExtractor) -> list[dict[str, Any]]:
-    """Where modules keep the frozen tensors: looking there is ten times as fast as walking the modules."""
+    """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
     frozen = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
     holders = [holder for top in frozen for module in top.modules() for holder in (module._parameters, module._buffers)]
     return [holder for holder in (extractor._buffers, *holders) if holder]

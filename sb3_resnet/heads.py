@@ -56,7 +56,7 @@ class FeatureStandardizer(nn.Module):
         """Merge the batch's moments into the running ones (Chan et al. 1983)."""
         share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
         mean = features.mean(dim=0)
-        variance = (features - mean).square().mean(dim=0)  # th.var_mean takes eight times as long on a CPU
+        variance = (features - mean).square().mean(dim=0)  # th.var_mean takes longer (choices.json)
         # An overflow in float16 costs one skipped update, not the statistics for ever.
         finite = variance.isfinite()
         delta = th.where(finite, mean - self.running_mean, 0.0)

@@ -236,7 +236,7 @@ def _split(name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -
 
 
 def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> dict[str, bool]:
-    """One pass over a parameter instead of ten, where PyTorch has that: a ninth of AdamW's time for ``layer4``."""
+    """One pass over a parameter instead of ten, where PyTorch has that: half of AdamW's time (choices.json)."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     if not devices <= {"cpu", "cuda"} or "fused" not in inspect.signature(optimizer_class).parameters:
         return {}

@@ -11,7 +11,7 @@ from torch import nn
 _TILE = 3  # rows and columns of outputs that are computed together
 _POINTS = (0.0, 1.0, -1.0, 2.0)  # where the polynomials are multiplied, besides infinity
 _INPUTS = _TILE + 2
-_MIN_BATCH = 16  # with fewer images, reading nearly three times the weights takes longer than it saves
+_MIN_BATCH = 16  # with fewer images, reading nearly three times the weights takes what it saves (choices.json)
 _MIN_CHANNELS = 256  # with fewer, the transforms take what the products save
 _MAX_MAP = 9  # rows and columns; the transforms are dense matrices over the whole map
 
