@@ -34,7 +34,8 @@ class FeatureCacheCallback(BaseCallback):
 
         model.learn(1_000_000, callback=FeatureCacheCallback())
 
-    Entries take two bytes a number, and four with ``dtype="float32"``. They are dropped on saving.
+    Entries take two bytes a number, and four with ``dtype="float32"`` or where two are too coarse. They are dropped on
+    saving.
 
     :param dtype: precision of the encoder; ``"auto"``: bfloat16 where the hardware has it, float16 on older GPUs,
         float32 elsewhere. Falls back to float32, with a warning, where the error hides what distinguishes observations
