@@ -204,7 +204,7 @@ class FrozenEncoder:
     def _step_up(self, error: float) -> None:
         """Go on in the next better precision."""
         if self.dtype == th.float32:
-            what, self.entry_dtype, self.centre = "Keeping entries in float16", th.float32, None
+            what, self.entry_dtype = "Keeping entries in float16", th.float32
             then = "keeping them in float32, in twice the memory"
         else:
             what = f"Encoding in {str(self.dtype).removeprefix('torch.')}"
@@ -216,6 +216,7 @@ class FrozenEncoder:
             f"{what} errs by {error:.2g} of the spread of the features over observations (limit {MAX_ERROR}): {then}.",
             stacklevel=5,
         )
+        self.centre = None  # it was computed in the worse precision, perhaps as infinity
         self._arrange()
 
 
