@@ -22,9 +22,9 @@ import numpy as np
 import torch as th
 from filled import filled_dqn
 
-from sb3_resnet import convolutions
-from sb3_resnet.encoder import FrozenEncoder, fingerprint
-from sb3_resnet.finite import check_gradients
+from sb3_resnet.cache import inference as convolutions
+from sb3_resnet.cache.encoder import FrozenEncoder, fingerprint
+from sb3_resnet.common.nonfinite import check_gradients
 
 RESULT = Path(__file__).parent / "results" / "choices.json"
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -57,7 +57,7 @@ def encoding() -> dict[str, Pair]:
 
 
 def winograd_at_any_batch(encoder: FrozenEncoder, images: th.Tensor) -> th.Tensor:
-    with patch("sb3_resnet.winograd._MIN_BATCH", 1):
+    with patch("sb3_resnet.cache.winograd._MIN_BATCH", 1):
         return encoder(images)
 
 

@@ -43,8 +43,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet import ResNetExtractor
-from sb3_resnet.heads import FEATURE_NORMS, make_head
-from sb3_resnet.optim import build_optimizer
+from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
+from sb3_resnet.optim.groups import build_optimizer
 
 STREAMS = 8  # environments; each run holds out two whole ones, so no frame has a neighbour on the other side
 EPSILON = 0.5

@@ -28,8 +28,8 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_resnet.callbacks import DoctorCallback, FeatureCacheCallback, MonitorCallback
-from sb3_resnet.callbacks._episodes import EpisodeValues
-from sb3_resnet.callbacks._probe import Probe, _Armed
+from sb3_resnet.diagnosis.episodes import EpisodeValues
+from sb3_resnet.diagnosis.probe import Probe, _Armed
 
 RESULTS = Path(__file__).parent / "results" / "monitor.json"
 WATCHED = ((MonitorCallback, 1), (MonitorCallback, 10), (MonitorCallback, 100), (DoctorCallback, 100))

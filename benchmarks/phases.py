@@ -26,7 +26,7 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_resnet.callbacks import BestCheckpointCallback, LRScheduleCallback, UnfreezeCallback
-from sb3_resnet.phases import STAGES
+from sb3_resnet.nn.freezing import STAGES
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = 3000

@@ -26,7 +26,7 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
-from sb3_resnet import encoder as encoders
+from sb3_resnet.cache import encoder as encoders
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
 SEEDS = (0, 1, 2)

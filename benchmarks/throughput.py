@@ -42,9 +42,9 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecTr
 
 import sb3_resnet
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.cache import EntryCache
+from sb3_resnet.cache.encoder import FrozenEncoder
+from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.encoder import FrozenEncoder
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 4_000  # transitions in our buffer before the clock starts, all encoded, as after some time of training

@@ -1,11 +1,12 @@
 """ResNet features for Stable-Baselines3 agents."""
 
 from sb3_resnet.callbacks import newest_checkpoint
+from sb3_resnet.callbacks.recipes import fine_tuning_callbacks
+from sb3_resnet.common.seeding import seed_everything
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.optim import param_group_summary
-from sb3_resnet.policies import ResNetCnnPolicy, register_policies
-from sb3_resnet.recipes import fine_tuning_callbacks
-from sb3_resnet.seeding import seed_everything
+from sb3_resnet.optim.groups import param_group_summary
+from sb3_resnet.policies import ResNetCnnPolicy
+from sb3_resnet.registration import register_policies
 
 __version__ = "0.1.0"
 

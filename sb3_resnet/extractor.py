@@ -11,21 +11,29 @@ from typing import Any, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_resnet import backbones
-from sb3_resnet import weights as weight_files
-from sb3_resnet.augment import read_augment
-from sb3_resnet.checks import choice, flag, integer, no_unknown
-from sb3_resnet.finite import check_observations
-from sb3_resnet.images import check_size, information_keeping_adapter, is_scaled, read_image_size, scale_of, statistics
-from sb3_resnet.micro_batches import in_slices, read_micro_batch_size
-from sb3_resnet.phases import FreezeBoundary
-from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
-from sb3_resnet.precision import MixedPrecision, autocast
+from sb3_resnet.common.arguments import choice, flag, integer, no_unknown
+from sb3_resnet.common.nonfinite import check_observations
+from sb3_resnet.nn import backbones
+from sb3_resnet.nn import weights as weight_files
+from sb3_resnet.nn.augment import read_augment
+from sb3_resnet.nn.freezing import FreezeBoundary
+from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
+from sb3_resnet.nn.pooling import POOLINGS, pooled_dim, pooled_features
+from sb3_resnet.nn.precision import MixedPrecision, autocast
+from sb3_resnet.nn.preprocessing import (
+    check_size,
+    information_keeping_adapter,
+    is_scaled,
+    read_image_size,
+    scale_of,
+    statistics,
+)
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -63,7 +71,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
         is that of the whole batch, activations are kept for one slice and computed again for the others
     :param augment: change sampled images at random in training, never those acted upon: a list of names as
-        :func:`~sb3_resnet.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in 0..1
+        :func:`~sb3_resnet.nn.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in
+        0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for unknown arguments and wrong types
@@ -309,6 +318,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
             self.projection.apply(fn)
             return self
         return super().apply(fn)
+
+
+def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
+    """:return: the online and the target network's; PPO's may be shared or two"""
+    return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]
 
 
 def _read_weights(trunk: nn.Module, backbone: str, weights: str | Path | None) -> None:

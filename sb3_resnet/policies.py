@@ -9,18 +9,17 @@ from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import DQN
 from stable_baselines3.common.preprocessing import is_image_space
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
-from sb3_resnet.checks import choice, integer, no_unknown, number
-from sb3_resnet.encoder import EncodedBatch
+from sb3_resnet.cache.encoder import EncodedBatch
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.heads import FEATURE_NORMS, make_head
-from sb3_resnet.optim import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
-from sb3_resnet.weights import about_to_be_overwritten, checkpoint_follows
+from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
+from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
+from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
 
 POLICY_NAME = "ResNetCnnPolicy"
 _FOR_QRDQN = (
@@ -264,18 +263,6 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
         if name == "quantile_net":
             raise WrongPolicyError(_FOR_QRDQN)
         return super().__getattr__(name)
-
-
-def register_policies() -> None:
-    """Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again."""
-    DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
-    try:
-        from sb3_contrib import QRDQN
-    except ImportError:
-        return
-    from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
-
-    QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
 
 
 def _widths(net_arch: Any) -> list[int]:

@@ -9,11 +9,11 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_resnet import ResNetExtractor
-from sb3_resnet import encoder as encoder_module
-from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.cache import EntryCache
-from sb3_resnet.encoder import FrozenEncoder, decode
+from sb3_resnet.cache import encoder as encoder_module
+from sb3_resnet.cache.acting import Actor
+from sb3_resnet.cache.encoder import FrozenEncoder, decode
+from sb3_resnet.cache.entries import EntryCache
 from tests import helpers  # noqa: F401  # registers resnet_tiny
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, GradientClipCallback, LRScheduleCallback
-from sb3_resnet.optim import is_part
-from sb3_resnet.precision import DTYPES
+from sb3_resnet.nn.precision import DTYPES
+from sb3_resnet.optim.groups import is_part
 from tests.helpers import TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
 from tests.test_unfreeze_callback import start
 

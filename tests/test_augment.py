@@ -11,8 +11,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from torchvision.transforms import v2
 
 from sb3_resnet import ResNetExtractor
-from sb3_resnet.augment import read_augment
 from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.nn.augment import read_augment
 from tests.helpers import TinyGame, assert_same, fill, make_model, observations, q_values
 
 SHIFT = [{"random_shift": {"padding": 4}}]

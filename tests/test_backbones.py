@@ -6,7 +6,7 @@ import torchvision.models as tvm
 from torch import distributed as dist
 from torch import nn
 
-from sb3_resnet import backbones
+from sb3_resnet.nn import backbones
 from tests import helpers  # noqa: F401  # registers "resnet_tiny"
 
 NAMES = [name for name in tvm.list_models(module=tvm) if name.startswith(("resnet", "resnext", "wide_resnet"))]

@@ -13,10 +13,10 @@ from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
-from sb3_resnet.acting import Actor
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer, with_columns
-from sb3_resnet.cache import EntryCache
-from sb3_resnet.encoder import EncodedBatch, FrozenEncoder
+from sb3_resnet.cache.acting import Actor
+from sb3_resnet.cache.encoder import EncodedBatch, FrozenEncoder
+from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.extractor import ResNetExtractor
 from tests.helpers import TinyGame
 

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from sb3_resnet import ResNetExtractor, cli
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.commands import app
-from sb3_resnet.tools import check as checking
-from sb3_resnet.tools import setups, trial
-from sb3_resnet.tools.envs import register_atari
-from sb3_resnet.tools.extras import missing_extra
-from sb3_resnet.tools.loading import load_model
+from sb3_resnet.cli import check as checking
+from sb3_resnet.cli import setups, trial
+from sb3_resnet.cli.app import app
+from sb3_resnet.cli.envs import register_atari
+from sb3_resnet.cli.extras import missing_extra
+from sb3_resnet.cli.loading import load_model
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
@@ -422,7 +422,7 @@ def test_explain_refuses_before_it_plays(option, dqn_zip, tmp_path, monkeypatch)
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
-    monkeypatch.setattr("sb3_resnet.tools.explain.play_greedily", play)
+    monkeypatch.setattr("sb3_resnet.cli.explain.play_greedily", play)
     error = error_of("explain", dqn_zip, "--env", TINY, *option)
     assert ("played" in error) == (option == [])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -447,7 +447,7 @@ def test_unexpected_errors_are_one_line_too(dqn_zip, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("sb3_resnet.tools.loading.load_model", fail)
+    monkeypatch.setattr("sb3_resnet.cli.loading.load_model", fail)
     assert error_of("groups", dqn_zip) == "Error: RuntimeError: out of memory"
     assert "is no folder" in error_of("--svg", tmp_path / "none" / "x.svg", "groups", dqn_zip)
 

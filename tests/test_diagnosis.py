@@ -8,11 +8,13 @@ import torch as th
 from stable_baselines3 import DQN, PPO, SAC
 from stable_baselines3.common.logger import configure
 
-from sb3_resnet import ResNetExtractor, diagnosis
+from sb3_resnet import ResNetExtractor
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback, MonitorCallback
-from sb3_resnet.diagnosis import THRESHOLDS, Finding, buffer_bytes, has_random_weights, history_findings, read_log
-from sb3_resnet.diagnosis import static_findings as static
+from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
+from sb3_resnet.diagnosis import setup_rules as diagnosis
+from sb3_resnet.diagnosis.setup_rules import buffer_bytes, has_random_weights
+from sb3_resnet.diagnosis.setup_rules import static_findings as static
 from tests.helpers import TinyGame, fill, make_model
 from tests.test_doctor_callback import trained
 from tests.test_feature_cache_callback import start

@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 
-from sb3_resnet import diagnosis
 from sb3_resnet.callbacks import DoctorCallback, FeatureCacheCallback, LRScheduleCallback, UnfreezeCallback
+from sb3_resnet.diagnosis import setup_rules as diagnosis
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 from tests.test_feature_cache_callback import start
 

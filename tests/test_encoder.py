@@ -8,10 +8,10 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_resnet import encoder as encoder_module
-from sb3_resnet.encoder import EncodedBatch, FrozenEncoder, decode, fingerprint
+from sb3_resnet.cache import encoder as encoder_module
+from sb3_resnet.cache.encoder import EncodedBatch, FrozenEncoder, decode, fingerprint
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.precision import resolve_dtype
+from sb3_resnet.nn.precision import resolve_dtype
 from tests import helpers  # noqa: F401  # registers resnet_tiny
 
 UINT8 = {"low": 0, "high": 255, "dtype": np.uint8}

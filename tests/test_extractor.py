@@ -16,8 +16,9 @@ from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_resnet import ResNetExtractor, backbones
-from sb3_resnet.images import IMAGENET_MEAN, IMAGENET_STD
+from sb3_resnet import ResNetExtractor
+from sb3_resnet.nn import backbones
+from sb3_resnet.nn.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from tests import helpers  # noqa: F401  # registers "resnet_tiny"
 
 FROZEN_RANDOM = "The backbone is frozen with random weights"

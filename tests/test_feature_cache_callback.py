@@ -14,8 +14,8 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.cache.encoder import EncodedBatch
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, UnfreezeCallback
-from sb3_resnet.encoder import EncodedBatch
 from sb3_resnet.extractor import ResNetExtractor
 from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
 
@@ -322,7 +322,7 @@ def test_a_buffer_that_is_loaded_in_the_middle_of_training_is_encoded_too(tmp_pa
 def test_too_little_memory_ends_the_cache_before_linux_ends_the_process(monkeypatch):
     model = fill(make_model())
     start(model, FeatureCacheCallback())
-    monkeypatch.setattr("sb3_resnet.cache.available_bytes", lambda: 100e6)
+    monkeypatch.setattr("sb3_resnet.cache.entries.available_bytes", lambda: 100e6)
     with pytest.warns(UserWarning, match=r"only 100 MB are left\): going on without the cache"):
         model.train(2, 4)
     assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
@@ -332,7 +332,7 @@ def test_other_errors_that_speak_of_memory_are_raised(monkeypatch):
     model = fill(make_model())
     start(model, FeatureCacheCallback())
     error = RuntimeError("unsupported memory format")
-    monkeypatch.setattr("sb3_resnet.cache.EntryCache.get", lambda *args: (_ for _ in ()).throw(error))
+    monkeypatch.setattr("sb3_resnet.cache.entries.EntryCache.get", lambda *args: (_ for _ in ()).throw(error))
     with pytest.raises(RuntimeError, match="unsupported memory format"):
         model.train(1, 4)
 
@@ -342,7 +342,7 @@ def test_out_of_memory_loses_nothing(monkeypatch):
     start(model, FeatureCacheCallback())
     assert isinstance(model.replay_buffer.sample(2).observations, EncodedBatch)
     model.replay_buffer.shared.cache.clear()
-    monkeypatch.setattr("sb3_resnet.cache.EntryCache._grow", lambda *args: (_ for _ in ()).throw(MemoryError))
+    monkeypatch.setattr("sb3_resnet.cache.entries.EntryCache._grow", lambda *args: (_ for _ in ()).throw(MemoryError))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         model.train(4, 4)

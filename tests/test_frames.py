@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_resnet.frames import ObservationStore, Pool
+from sb3_resnet.cache.frames import ObservationStore, Pool
 
 
 def test_a_pool_reuses_what_nobody_refers_to():
@@ -21,7 +21,7 @@ def test_a_pool_reuses_what_nobody_refers_to():
 
 
 def test_memory_grows_in_steps(monkeypatch):
-    monkeypatch.setattr("sb3_resnet.frames._CHUNK_BYTES", 64)
+    monkeypatch.setattr("sb3_resnet.cache.frames._CHUNK_BYTES", 64)
     pool = Pool((4,), np.int64)  # two rows a step
     numbers = [pool.put(np.full(4, index)) for index in range(5)]
     assert pool.references.size == 6

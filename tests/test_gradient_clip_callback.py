@@ -7,7 +7,7 @@ from stable_baselines3.common.callbacks import CallbackList
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, GradientClipCallback, NanGuardCallback
-from sb3_resnet.optim import is_part
+from sb3_resnet.optim.groups import is_part
 from tests.helpers import TinyGame, fill, make_model
 from tests.test_unfreeze_callback import start
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
-from sb3_resnet.heads import FEATURE_NORMS, FeatureStandardizer, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, FeatureStandardizer, make_head
 
 
 def samples(n, dim=3, loc=0.0, scale=1.0, seed=0):

@@ -7,11 +7,11 @@ from stable_baselines3 import A2C, PPO, SAC
 from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, EveryNTimesteps
 from stable_baselines3.common.envs import FakeImageEnv
 
-from sb3_resnet import schedules
 from sb3_resnet.callbacks import LRScheduleCallback
 from sb3_resnet.callbacks._evaluations import Evaluations
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.optim import recall
+from sb3_resnet.optim import schedules
+from sb3_resnet.optim.groups import recall
 from tests.helpers import TinyGame, fill, make_model
 from tests.test_unfreeze_callback import Rewards
 

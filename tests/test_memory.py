@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch as th
 
-from sb3_resnet import memory
+from sb3_resnet.common import memory
 
 MISSING = memory.Path("/nowhere")
 

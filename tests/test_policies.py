@@ -16,8 +16,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv
 from torch import nn
 
 import sb3_resnet
-from sb3_resnet import weights as weight_files
-from sb3_resnet.images import IMAGENET_MEAN
+from sb3_resnet.nn import weights as weight_files
+from sb3_resnet.nn.preprocessing import IMAGENET_MEAN
 from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU"))]

@@ -3,7 +3,7 @@
 import pytest
 import torch as th
 
-from sb3_resnet.pooling import POOLINGS, pooled_dim, pooled_features
+from sb3_resnet.nn.pooling import POOLINGS, pooled_dim, pooled_features
 
 
 def maps(*shape):

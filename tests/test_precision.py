@@ -8,7 +8,7 @@ import torch as th
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sb3_resnet.precision import MIN_SCALE, LossScaler, MixedPrecision, autocast, resolve_dtype
+from sb3_resnet.nn.precision import MIN_SCALE, LossScaler, MixedPrecision, autocast, resolve_dtype
 
 
 def parameter(gradient):

@@ -100,3 +100,9 @@ def python(code):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sb3_resnet" / "callbacks").glob("[a-z]*.py")), ids=lambda p: p.stem)
+def test_a_callback_imports_no_other_callback(path):
+    imported = {*re.findall(r"from sb3_resnet\.callbacks\.([a-z]\w*) import", path.read_text())}
+    assert path.stem == "__init__" or not imported

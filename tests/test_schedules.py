@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.optim import lr_scheduler
 
-from sb3_resnet import schedules
+from sb3_resnet.optim import schedules
 
 COUNT = st.integers(0, 10**7)
 LENGTH = st.integers(1, 10**6)

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 
 import sb3_resnet
-from sb3_resnet import seeding
+from sb3_resnet.common import seeding
 
 RUN = """
 import hashlib, random, sys

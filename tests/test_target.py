@@ -9,8 +9,8 @@ import torch as th
 from gymnasium import spaces
 
 from sb3_resnet import ResNetExtractor
+from sb3_resnet.cache.target import FastTrunk
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.target import FastTrunk
 from tests.helpers import fill, make_model
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)

@@ -13,7 +13,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
-from sb3_resnet.optim import is_part, recall
+from sb3_resnet.optim.groups import is_part, recall
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
 LR = 1e-3

@@ -21,8 +21,9 @@ from safetensors.torch import save_file
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.envs import FakeImageEnv
 
-from sb3_resnet import ResNetCnnPolicy, ResNetExtractor, backbones
-from sb3_resnet import weights as weight_files
+from sb3_resnet import ResNetCnnPolicy, ResNetExtractor
+from sb3_resnet.nn import backbones
+from sb3_resnet.nn import weights as weight_files
 from tests.helpers import resnet_tiny
 
 SPACE = spaces.Box(0, 255, (3, 32, 32), np.uint8)

@@ -4,8 +4,8 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_resnet.convolutions import PackedConv2d
-from sb3_resnet.winograd import WinogradConv2d, gains, suits
+from sb3_resnet.cache.inference import PackedConv2d
+from sb3_resnet.cache.winograd import WinogradConv2d, gains, suits
 
 LAST = th.channels_last
 

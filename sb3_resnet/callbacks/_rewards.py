@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_resnet.finite import FIND_THE_STEP
+from sb3_resnet.common.nonfinite import FIND_THE_STEP
 
 
 class RewardCheck:

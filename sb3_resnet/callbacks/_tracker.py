@@ -17,9 +17,8 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import KVWriter
 
-from sb3_resnet.callbacks._best import find_keeper
-from sb3_resnet.callbacks._evaluations import Evaluations, walk
-from sb3_resnet.checks import flag
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, walk
+from sb3_resnet.common.arguments import flag
 
 
 class Tracker(KVWriter):

@@ -11,7 +11,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_resnet.callbacks._evaluations import walk
-from sb3_resnet.optim import install_effective_lr
+from sb3_resnet.optim.groups import install_effective_lr, optimizer_of
 
 
 class UpdateHook:
@@ -84,15 +84,3 @@ def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:
     if hasattr(model, "_logger"):
         for key, value in values.items():
             model.logger.record(key, value)
-
-
-def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:
-    """
-    :param model: an SB3 model
-    :return: the one optimizer of its policy
-    :raises ValueError: if it has several, as SAC
-    """
-    optimizer = getattr(model.policy, "optimizer", None)
-    if not isinstance(optimizer, th.optim.Optimizer):
-        raise ValueError(f"This callback needs a policy with one optimizer; {type(model).__name__} has not")
-    return optimizer

@@ -12,9 +12,8 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.callbacks._updates import optimizer_of
-from sb3_resnet.checks import flag, integer, no_unknown
-from sb3_resnet.optim import recall, remember
+from sb3_resnet.common.arguments import flag, integer, no_unknown
+from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
 _STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
 _TEMPORARY = ".writing-"

@@ -8,14 +8,14 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_resnet.callbacks._episodes import EpisodeValues
 from sb3_resnet.callbacks._evaluations import Evaluations, walk
-from sb3_resnet.callbacks._probe import Probe
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.checks import choice, integer, no_unknown
+from sb3_resnet.common.arguments import choice, integer, no_unknown
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
-from sb3_resnet.phases import STAGES
-from sb3_resnet.thresholds import THRESHOLDS
+from sb3_resnet.diagnosis.episodes import EpisodeValues
+from sb3_resnet.diagnosis.findings import THRESHOLDS
+from sb3_resnet.diagnosis.probe import Probe
+from sb3_resnet.nn.freezing import STAGES
 
 ACTIONS = ("warn", "stop")
 #: What other callbacks and SB3 log, and a finding is made of.

@@ -8,16 +8,17 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_resnet.acting import Actor
-from sb3_resnet.buffers import Observations, with_columns
-from sb3_resnet.cache import EntryCache
+from sb3_resnet.buffers import with_columns
+from sb3_resnet.cache.acting import Actor
+from sb3_resnet.cache.encoder import FrozenEncoder
+from sb3_resnet.cache.entries import EntryCache
+from sb3_resnet.cache.observations import Observations
+from sb3_resnet.cache.target import FastTrunk, seldom_changes
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.checks import choice, integer, no_unknown
-from sb3_resnet.encoder import FrozenEncoder
+from sb3_resnet.common.arguments import choice, integer, no_unknown
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.precision import DTYPES
-from sb3_resnet.target import FastTrunk, seldom_changes
+from sb3_resnet.nn.precision import DTYPES
 
 #: Methods in whose place the encoder computes the frozen part.
 _PASSED_OVER = ("forward", "preprocess", "scale_raw", "as_images", "frozen_part", "run_stages", "normalize")

@@ -7,9 +7,10 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._extractors import extractors_of
-from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of
-from sb3_resnet.checks import no_unknown, number
+from sb3_resnet.callbacks._updates import UpdateHook
+from sb3_resnet.common.arguments import no_unknown, number
+from sb3_resnet.extractor import extractors_of
+from sb3_resnet.optim.groups import optimizer_of
 
 
 class GradientClipCallback(BaseCallback):

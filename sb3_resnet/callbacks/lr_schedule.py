@@ -9,11 +9,11 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
-from sb3_resnet import schedules
 from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
-from sb3_resnet.checks import choice, integer, no_unknown, number
-from sb3_resnet.optim import recall, remember, set_lr_factor
+from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.optim import schedules
+from sb3_resnet.optim.groups import optimizer_of, recall, remember, set_lr_factor
 
 #: The arguments of each schedule.
 SCHEDULES: dict[str, tuple[str, ...]] = {

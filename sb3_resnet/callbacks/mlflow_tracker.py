@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.checks import no_unknown, text
+from sb3_resnet.common.arguments import no_unknown, text
 
 _PARAMS_A_CALL = 100  # MLflow's limits for one call
 _METRICS_A_CALL = 1000

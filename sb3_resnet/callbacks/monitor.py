@@ -7,12 +7,12 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._episodes import EpisodeValues
-from sb3_resnet.callbacks._probe import Probe
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.checks import integer, no_unknown
-from sb3_resnet.memory import device_bytes, process_bytes
-from sb3_resnet.phases import STAGES
+from sb3_resnet.common.arguments import integer, no_unknown
+from sb3_resnet.common.memory import device_bytes, process_bytes
+from sb3_resnet.diagnosis.episodes import EpisodeValues
+from sb3_resnet.diagnosis.probe import Probe
+from sb3_resnet.nn.freezing import STAGES
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
 GAUGES = ("lr/", "param_norm/")

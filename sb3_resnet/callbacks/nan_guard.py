@@ -8,8 +8,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._rewards import RewardCheck
-from sb3_resnet.checks import no_unknown
-from sb3_resnet.optim import install_effective_lr
+from sb3_resnet.common.arguments import no_unknown
+from sb3_resnet.optim.groups import install_effective_lr
 
 
 class NanGuardCallback(BaseCallback):

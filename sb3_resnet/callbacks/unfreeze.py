@@ -12,13 +12,12 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet import schedules
-from sb3_resnet.callbacks._best import find_keeper, restore_best
-from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.callbacks._updates import UpdateHook, optimizer_of, record
-from sb3_resnet.checks import choice, flag, integer, no_unknown, number
-from sb3_resnet.optim import is_part, recall, remember, set_lr_factor, set_lr_ratio
-from sb3_resnet.phases import STAGES
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, restore_best
+from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number
+from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.optim import schedules
+from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
 
 TRIGGERS = ("at_timestep", "at_update", "on_plateau")
 _STATE = "unfreeze"  # key of our state in the optimizer's groups, where it is saved

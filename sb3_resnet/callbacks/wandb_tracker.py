@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.checks import choice, no_unknown, text
+from sb3_resnet.common.arguments import choice, no_unknown, text
 
 MODES = ("online", "offline", "disabled")
 

@@ -1,0 +1,1 @@
+"""The frozen part of the network as a fast function, and its results kept."""

@@ -1,0 +1,140 @@
+"""Environments by their id, wrapped as RL-Zoo wraps them."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import gymnasium as gym
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
+
+from sb3_resnet.cli.extras import missing_extra
+from sb3_resnet.cli.loading import one_line
+
+ATARI_STACK = 4
+_ATARI_HINT = "Atari games need ale-py: pip install 'sb3_resnet[atari]'"
+
+
+def make_env(
+    env_id: str, n_envs: int = 1, seed: int = 0, frame_stack: int | None = None, wrapper: str | None = None
+) -> VecEnv:
+    """
+    An environment for evaluation: Atari games with SB3's wrappers, but true rewards and whole episodes.
+
+    :param env_id: id of gymnasium's registry
+    :param n_envs: how many of them
+    :param seed: of the first
+    :param frame_stack: frames in an observation; ``None``: 4 for Atari games, 1 for others
+    :param wrapper: dotted path of a further wrapper class
+    :return: the environments, images channels first
+    :raises ValueError: if it cannot be made, with the reason in one line
+    """
+    atari = is_atari(env_id)
+    wrap = None if wrapper is None else class_of("--wrapper", wrapper)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 asks for one that it may not need
+            if atari and wrap is None:
+                kwargs = {"clip_reward": False, "terminal_on_life_loss": False}
+                env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
+            else:
+                env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
+    except Exception as error:  # a missing game, package or display: each raises its own kind
+        raise ValueError(f"{env_id} cannot be made: {one_line(error)} {missing_extra(error)}".rstrip()) from error
+    return _stacked(env, frame_stack or (ATARI_STACK if atari else 1))
+
+
+def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) -> VecEnv:
+    """
+    One environment that gives what the model was trained on; frames are stacked until the shapes agree.
+
+    :param model: an SB3 model of images
+    :param env_id: id of gymnasium's registry
+    :param seed: its seed
+    :param wrapper: dotted path of a further wrapper class
+    :raises ValueError: if observations or actions differ
+    """
+    env = make_env(env_id, 1, seed, 1, wrapper)
+    wanted, given = model.observation_space.shape, env.observation_space.shape
+    if given is not None and len(given) == 3 and given[1:] == wanted[1:] and wanted[0] % given[0] == 0:
+        env = _stacked(env, wanted[0] // given[0])
+    if env.observation_space != model.observation_space or env.action_space != model.action_space:
+        env.close()
+        raise ValueError(
+            f"The model was trained on {_brief(model)}, but {env_id} gives {_brief(env)}: give the environment of the "
+            "training, and --wrapper if it had one"
+        )
+    return env
+
+
+def is_atari(env_id: str) -> bool:
+    """
+    :return: whether the id is that of a game of ALE
+    :raises ValueError: for an id that is not registered
+    """
+    register_atari()
+    try:
+        return "AtariEnv" in str(gym.spec(env_id).entry_point)
+    except gym.error.Error as error:
+        looks = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+        if looks and not any(name.startswith("ALE/") for name in gym.registry):
+            raise ValueError(f"{env_id} is not registered. {_ATARI_HINT}") from error
+        hint = "Is the package that registers it named with --gym-packages?"
+        raise ValueError(f"{env_id} is not registered: {one_line(error)} {hint}") from error
+
+
+def register_atari() -> None:
+    """Make the Atari games known to gymnasium, where ale-py is installed."""
+    try:
+        import ale_py
+    except ImportError:
+        return
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # its banner would stand between our lines
+    gym.register_envs(ale_py)
+
+
+def import_packages(names: Sequence[str]) -> None:
+    """
+    Import packages that register environments.
+
+    :raises ValueError: for one that cannot be imported
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise ValueError(f"--gym-packages {name}: {one_line(error)}") from error
+
+
+def _stacked(env: VecEnv, frames: int) -> VecEnv:
+    if isinstance(env, VecTransposeImage):
+        env = env.venv
+    if frames > 1:
+        env = VecFrameStack(env, frames)
+    space = env.observation_space
+    if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]  # a Box, then
+        env = VecTransposeImage(env)
+    return env
+
+
+def class_of(option: str, path: str) -> Any:
+    """
+    :param option: where the user wrote it, for the error
+    :param path: dotted path, ``package.module.Class``
+    :return: the class
+    :raises ValueError: if it cannot be imported
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"{option} {path}: {one_line(error)}. Write package.module.Class") from error
+
+
+def _brief(owner: Any) -> str:
+    space = owner.observation_space
+    return f"{space.dtype} observations {space.shape} and {owner.action_space}"

@@ -1,0 +1,116 @@
+"""Load a saved model of any algorithm, and say in one line what is wrong with a file."""
+
+from __future__ import annotations
+
+import json
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3 import A2C, DQN, PPO
+
+from sb3_resnet.cli.extras import import_extra
+from sb3_resnet.extractor import ResNetExtractor
+
+#: Attributes by which the saved data of an algorithm is told from the others', the most special first.
+_MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip_range", "a2c": "normalize_advantage"}
+# What a model allocates for training, and nobody needs to look at it.
+_SMALL: dict[str, Any] = {"buffer_size": 1, "n_envs": 1, "tensorboard_log": None, "verbose": 0}
+
+
+def load_model(path: str | Path, device: str = "cpu") -> Any:
+    """
+    Load a model that Stable-Baselines3 saved, without its replay memory.
+
+    Tensors are read with ``weights_only=True``; SB3 unpickles the rest, so load files only from people you trust.
+
+    :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C
+    :param device: where to put it
+    :return: the model
+    :raises FileNotFoundError: if there is no such file
+    :raises ValueError: if it is not such a model, or has no ResNet
+    """
+    path = model_file(path)
+    algorithm = algorithm_class(algorithm_name(path))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as those about attributes that this version of SB3 does not have
+            model = algorithm.load(path, device=device, **_SMALL)
+    except Exception as error:  # damaged archives and foreign pickles raise almost anything
+        raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
+    extractor_of(model, str(path))
+    return model
+
+
+def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
+    """
+    :param model: an SB3 model
+    :param name: what to call it in the error
+    :return: the features extractor with which it acts
+    :raises ValueError: if that is no ResNet
+    """
+    policy = model.policy
+    owner = getattr(policy, "online", policy)
+    extractor = getattr(owner, "features_extractor", None)
+    if not isinstance(extractor, ResNetExtractor):
+        other = getattr(policy, "features_extractor_class", type(extractor)).__name__
+        raise ValueError(
+            f"{name} sees with {other}, not with ResNetExtractor: give a model trained with "
+            "ResNetCnnPolicy, or with features_extractor_class=ResNetExtractor"
+        )
+    return extractor
+
+
+def model_file(path: str | Path) -> Path:
+    """
+    :param path: what the user wrote, with or without ``.zip``
+    :return: an existing file
+    :raises FileNotFoundError: with the models nearby
+    """
+    path = Path(path).expanduser()
+    with_suffix = path.with_name(f"{path.name}.zip")
+    if not path.is_file() and with_suffix.is_file():
+        return with_suffix
+    if path.is_file():
+        return path
+    folder = path if path.is_dir() else path.parent
+    models = sorted(str(file) for file in folder.glob("*.zip")) if folder.is_dir() else []
+    hint = f"; models there: {', '.join(models)}" if models else ""
+    raise FileNotFoundError(f"{path} is {'a folder, not a model' if path.is_dir() else 'no file'}{hint}")
+
+
+def algorithm_name(path: Path) -> str:
+    """
+    :param path: a saved model
+    :return: ``"dqn"``, ``"qrdqn"``, ``"ppo"`` or ``"a2c"``
+    :raises ValueError: for any other file
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+            data = json.loads(archive.read("data")) if "data" in names else None
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise ValueError(f"{path} is no model of Stable-Baselines3 ({one_line(error)})") from error
+    if not isinstance(data, dict) or "policy.pth" not in names:
+        raise ValueError(f"{path} is a zip, but no model of Stable-Baselines3: it lacks 'data' or 'policy.pth'")
+    found = next((name for name, mark in _MARKS.items() if mark in data), None)
+    if found is None:
+        raise ValueError(f"{path} was saved by another algorithm than {', '.join(_MARKS)}")
+    return found
+
+
+def algorithm_class(name: str) -> Any:
+    """
+    :param name: one of the names of :func:`algorithm_name`
+    :return: its class
+    :raises ImportError: if sb3-contrib is needed and missing
+    """
+    if name == "qrdqn":
+        return import_extra("sb3_contrib", "contrib").QRDQN
+    return {"dqn": DQN, "ppo": PPO, "a2c": A2C}[name]
+
+
+def one_line(error: BaseException) -> str:
+    """:return: the message of an error without line breaks; its class where there is no message"""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,78 @@
+"""The network of a model as one differentiable function of observations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch as th
+from gymnasium import spaces
+from torch import nn
+from torch.nn import functional as F
+
+from sb3_resnet.cli.loading import extractor_of
+from sb3_resnet.nn.pooling import pooled_features
+
+
+class ScoreNetwork(nn.Module):
+    """
+    Preprocessing, trunk and head: observations as the space describes them to one score an action.
+
+    Scores are Q-values for DQN, their mean over quantiles for QR-DQN, logits for PPO and A2C; the greedy action has the
+    highest. Unlike in the policy's own pass, gradients cross frozen stages.
+
+    :param model: an SB3 model with a ResNet
+    :raises ValueError: if its actions are not discrete
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        if not isinstance(model.action_space, spaces.Discrete):
+            raise ValueError(f"This needs one score an action, so discrete actions, not {model.action_space}")
+        self.extractor = extractor_of(model)
+        self.n_actions = int(model.action_space.n)
+        model.policy.set_training_mode(False)
+        self.head = _head_of(model.policy)
+        self.resize = _Resize(model.observation_space.shape[1:], self.extractor.image_size)
+        self.to(model.device)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        """
+        :param observations: ``(batch, C, H, W)``, raw values of the space; floats may need a gradient
+        :return: scores ``(batch, actions)``
+        """
+        extractor = self.extractor
+        x = extractor.preprocess(self.resize(extractor.scale_raw(observations)))
+        pooled = pooled_features(extractor.pooling, extractor.run_stages(x, extractor.stages))
+        features = extractor.projection(pooled.reshape(observations.shape[0], -1))
+        # QR-DQN's outputs are (quantiles, actions); all others' have a single row.
+        scores: th.Tensor = self.head(features).reshape(observations.shape[0], -1, self.n_actions).mean(dim=1)
+        return scores
+
+
+class _Resize(nn.Module):
+    """
+    The extractor's antialiased resize as two matrix products, which every ONNX runtime has.
+
+    The resize is linear and separable, so its matrix for rows is what it makes of the unit matrix, and so for columns.
+    """
+
+    rows: th.Tensor
+    columns: th.Tensor
+
+    def __init__(self, size: tuple[int, int], wanted: tuple[int, int] | None) -> None:
+        super().__init__()
+        self.needed = wanted is not None and wanted != tuple(size)
+        for name, old, new in zip(("rows", "columns"), size, wanted or size, strict=True):
+            unit = th.eye(old).reshape(1, 1, old, old)
+            matrix = F.interpolate(unit, (new, old), mode="bilinear", antialias=True, align_corners=False)[0, 0]
+            self.register_buffer(name, matrix)
+
+    def forward(self, images: th.Tensor) -> th.Tensor:
+        return self.rows @ images @ self.columns.T if self.needed else images
+
+
+def _head_of(policy: Any) -> nn.Module:
+    if hasattr(policy, "online"):
+        head: nn.Module = getattr(policy.online, policy.online._head)
+        return head
+    return nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)

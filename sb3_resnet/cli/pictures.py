@@ -1,0 +1,135 @@
+"""Heat maps over frames: a sheet of moments as PNG, an episode with its scores as MP4 or GIF."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sb3_resnet.cache.frames import Array
+from sb3_resnet.cli.explain import Episode
+from sb3_resnet.cli.extras import import_extra
+
+_SIDE = 256  # pixels of a frame's longer side
+_LINE = 18  # pixels of a line of text
+_COLUMNS = 4
+_PANEL = 240  # pixels of the scores beside a frame
+_STRENGTH = 0.6  # of the colours where the map is 1
+FPS = 15  # frames a second; Atari games run at 60, of which AtariWrapper shows every fourth
+
+
+def check_folder(path: Path) -> None:
+    """
+    :param path: a folder to write into, which need not exist yet
+    :raises ValueError: if it cannot be made, or written into
+    """
+    there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file, so no folder {path} can be written: write another --output")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{there} may not be written into: write another --output")
+
+
+def sheet(episode: Episode, heat: Array, count: int, title: str) -> Any:
+    """
+    :param episode: what was played
+    :param heat: a map for each step, ``(steps, H, W)`` in 0..1
+    :param count: moments to show, evenly spread over the episode
+    :param title: first line
+    :return: a picture, of Pillow
+    """
+    image = import_extra("PIL.Image")
+    draw = import_extra("PIL.ImageDraw")
+    moments = np.unique(np.linspace(0, len(heat) - 1, count).round().astype(int))
+    cells = [overlay(episode.observations[step], heat[step]) for step in moments]
+    height, width = cells[0].shape[:2]
+    columns = min(_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
+    picture = image.new("RGB", (columns * (width + 4), _LINE + 4 + rows * (height + _LINE + 4)), "white")
+    pen = draw.Draw(picture)
+    pen.text((4, 3), title, fill="black", font=_font())
+    for index, (step, cell) in enumerate(zip(moments, cells, strict=True)):
+        left, top = index % columns * (width + 4), _LINE + 4 + index // columns * (height + _LINE + 4)
+        picture.paste(image.fromarray(cell), (left, top))
+        pen.text((left + 2, top + height + 1), _caption(episode, step), fill="black", font=_font())
+    return picture.quantize(256)  # a third of the bytes
+
+
+def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
+    """
+    Write the whole episode, each frame with its map and the scores of all actions beside it.
+
+    :param path: ``.mp4`` or ``.gif``
+    :param episode: what was played
+    :param heat: a map for each step
+    """
+    path = Path(path)
+    imageio = import_extra("imageio.v2")
+    if path.suffix == ".gif":
+        options: dict[str, Any] = {"duration": 1000 / FPS, "loop": 0}
+    else:
+        import_extra("imageio_ffmpeg")
+        options = {"fps": FPS, "macro_block_size": 2}
+    low, high = np.percentile(episode.scores, (2, 98))  # the first observations, half empty, have scores of their own
+    with imageio.get_writer(path, **options) as writer:
+        for step in range(len(heat)):
+            frame = overlay(episode.observations[step], heat[step])
+            writer.append_data(_beside(frame, episode, step, low, high))
+
+
+def overlay(observation: Array, heat: Array) -> Array:
+    """
+    :param observation: ``(C, H, W)``; the newest frame is shown: the last three channels where they are RGB, else one
+    :param heat: ``(H, W)`` in 0..1
+    :return: ``(h, w, 3)`` uint8, enlarged; where the map is 0 the frame is left as it is
+    """
+    image = import_extra("PIL.Image")
+    frame = newest_frame(observation)
+    scale = max(1, _SIDE // max(frame.shape[:2]))
+    size = (frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2)  # MP4 needs even sides
+    large = np.asarray(image.fromarray(frame).resize(size, image.Resampling.NEAREST), np.float32)
+    smooth = np.asarray(image.fromarray(heat.astype(np.float32)).resize(size, image.Resampling.BILINEAR))
+    colours = import_extra("matplotlib").colormaps["inferno"](smooth)[..., :3] * 255
+    alpha = _STRENGTH * smooth[..., None]
+    mixed: Array = (1 - alpha) * large + alpha * colours
+    rounded: Array = mixed.round().astype(np.uint8)
+    return rounded
+
+
+def newest_frame(observation: Array) -> Array:
+    """:return: ``(H, W, 3)`` uint8"""
+    channels = len(observation)
+    frame = observation[-3:] if channels % 3 == 0 else np.repeat(observation[-1:], 3, axis=0)
+    if np.issubdtype(frame.dtype, np.floating):
+        frame = frame * (255.0 if frame.max() <= 1.0 else 1.0)
+    return np.ascontiguousarray(np.moveaxis(frame, 0, -1)).astype(np.uint8)
+
+
+def _beside(frame: Array, episode: Episode, step: int, low: float, high: float) -> Array:
+    """The frame, and at its right a bar for each action; the greedy one is marked."""
+    image, draw = import_extra("PIL.Image"), import_extra("PIL.ImageDraw")
+    height = max(frame.shape[0], (len(episode.names) + 2) * _LINE + 8) // 2 * 2
+    picture = image.new("RGB", (frame.shape[1] + _PANEL, height), "white")
+    picture.paste(image.fromarray(frame), (0, 0))
+    pen = draw.Draw(picture)
+    left = frame.shape[1] + 8
+    pen.text((left, 2), f"step {step}   return {episode.rewards[:step].sum():g}", fill="black", font=_font())
+    for index, (name, score) in enumerate(zip(episode.names, episode.scores[step], strict=True)):
+        top = (index + 1) * _LINE + 6
+        chosen = index == episode.actions[step]
+        pen.text((left, top), name[:11], fill="black", font=_font())
+        bar = int(80 * np.clip((score - low) / max(high - low, 1e-9), 0, 1))
+        pen.rectangle((left + 84, top + 3, left + 84 + bar, top + _LINE - 4), fill="#d95f02" if chosen else "#9e9e9e")
+        pen.text((left + 174, top), f"{score:.3g}", fill="black", font=_font())
+    return np.asarray(picture)
+
+
+def _caption(episode: Episode, step: int) -> str:
+    action = int(episode.actions[step])
+    return f"step {step}  {episode.names[action]}  {episode.scores[step, action]:.3g}"
+
+
+def _font() -> Any:
+    return import_extra("PIL.ImageFont").load_default(13)

@@ -1,0 +1,170 @@
+"""Try out a model: random play, a real update, and how long each takes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.type_aliases import TrainFrequencyUnit
+
+from sb3_resnet.cache.encoder import FrozenEncoder
+from sb3_resnet.cache.frames import Array
+from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.cli.loading import one_line
+
+_REPEATS = 3
+_LONG = 3.0  # seconds; what takes longer is timed once
+_ENCODED = 64  # images a pass, as in the cache
+
+
+@dataclass(frozen=True)
+class Speed:
+    """
+    Measured seconds, and what follows from them.
+
+    :param env_step: of one step of all environments
+    :param act: of choosing their actions
+    :param update: of one gradient update
+    :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` where it refuses
+    :param cache_refusal: why it does
+    :param encode: of one image in the frozen stages of the fast encoder; ``None`` where none is frozen
+    :param updates: gradient updates for each step of all environments; ``None`` where it depends on the episodes
+    :param n_envs: environments side by side
+    """
+
+    env_step: float
+    act: float
+    update: float
+    cached_update: float | None
+    cache_refusal: str | None
+    encode: float | None
+    updates: float | None
+    n_envs: int
+
+    def steps_per_second(self, update: float | None) -> float | None:
+        """:return: environment steps a second with updates that take so long"""
+        if update is None or self.updates is None:
+            return None
+        return self.n_envs / (self.env_step + self.act + self.updates * update)
+
+
+def play(model: Any, steps: int) -> tuple[Array, float]:
+    """
+    Act at random, and put what happens into the model's replay buffer, if it has one.
+
+    :param model: a model with environments
+    :param steps: steps of all environments
+    :return: observations ``(steps + 1, envs, C, H, W)``, and seconds a step
+    """
+    env, buffer = model.get_env(), getattr(model, "replay_buffer", None)
+    observation, seconds = env.reset(), 0.0
+    seen = [observation]
+    for _ in range(steps):
+        actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
+        start = time.perf_counter()
+        following, rewards, dones, infos = env.step(actions)
+        seconds += time.perf_counter() - start
+        if buffer is not None:
+            buffer.add(observation, following, actions, rewards, dones, infos)
+        seen.append(following)
+        observation = following
+    return np.stack(seen), seconds / steps
+
+
+def random_play(env: Any, count: int) -> Array:
+    """:return: successive observations of one environment under random actions, ``(count, C, H, W)``"""
+    seen = [env.reset()[0]]
+    while len(seen) < count:
+        seen.append(env.step([env.action_space.sample()])[0][0])
+    return np.stack(seen)
+
+
+def measure(
+    model: Any, extractor: Any, played: Array, env_step: float, callback: FeatureCacheCallback | None = None
+) -> Speed:
+    """
+    Do real updates, which change the model.
+
+    :param model: a model whose replay buffer is not empty
+    :param extractor: its ``ResNetExtractor``
+    :param played: observations of :func:`play`
+    :param env_step: seconds of :func:`play`
+    :param callback: the run's own feature cache, if it has one
+    :return: how long each part takes
+    """
+    update = _update_of(model, played)
+    cached = refusal = encode = None
+    act = _timed(model, lambda: model.predict(played[0], deterministic=True))
+    plain = _timed(model, update)
+    if extractor.boundary.frozen_stages:
+        flat = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_ENCODED], device=model.device)
+        encoder = FrozenEncoder(extractor)
+        encode = _timed(model, lambda: encoder(flat)) / len(flat)
+    callback = callback or FeatureCacheCallback()
+    try:
+        callback.init_callback(model)
+        callback.on_training_start({}, {})
+        cached = _timed(model, update)
+        callback.on_training_end()
+    except ValueError as error:  # it refuses where entries would not be exact, or nothing is replayed
+        refusal = one_line(error)
+    return Speed(env_step, act, plain, cached, refusal, encode, _updates_of(model), model.n_envs)
+
+
+def batch_size_of(model: Any) -> int:
+    """:return: observations in an update; A2C takes a whole rollout"""
+    return int(getattr(model, "batch_size", 0) or model.n_steps * model.n_envs)
+
+
+def _update_of(model: Any, played: Array) -> Callable[[], Any]:
+    """One gradient update: the algorithm's own where it has replay, else its loss without the advantages."""
+    model.set_logger(Logger(None, []))
+    if isinstance(model, OffPolicyAlgorithm):
+        return lambda: model.train(gradient_steps=1, batch_size=model.batch_size)
+    observations = played.reshape(-1, *played.shape[2:])
+    batch = th.as_tensor(observations[np.arange(batch_size_of(model)) % len(observations)], device=model.device)
+    actions = th.as_tensor(np.array([model.action_space.sample() for _ in range(len(batch))]), device=model.device)
+
+    def update() -> None:
+        model.policy.set_training_mode(True)
+        values, log_prob, _ = model.policy.evaluate_actions(batch, actions)
+        model.policy.optimizer.zero_grad()
+        (values.square().mean() - log_prob.mean()).backward()
+        model.policy.optimizer.step()
+
+    return update
+
+
+def _updates_of(model: Any) -> float | None:
+    if not isinstance(model, OffPolicyAlgorithm):
+        on_policy: Any = model
+        return float(getattr(model, "n_epochs", 1) * on_policy.n_envs / batch_size_of(model))
+    frequency: Any = model.train_freq
+    if model.gradient_steps < 0:
+        return float(model.n_envs)
+    return float(model.gradient_steps / frequency.frequency) if frequency.unit is TrainFrequencyUnit.STEP else None
+
+
+def _timed(model: Any, act: Callable[[], Any]) -> float:
+    """:return: median seconds, without the first time, which sets things up"""
+    taken: list[float] = []
+    for _ in range(_REPEATS + 1):
+        _wait(model)
+        start = time.perf_counter()
+        act()
+        _wait(model)
+        taken.append(time.perf_counter() - start)
+        if taken[0] > _LONG:
+            break
+    return float(np.median(taken[1:] or taken))
+
+
+def _wait(model: Any) -> None:
+    if model.device.type == "cuda":
+        th.cuda.synchronize(model.device)

@@ -1,0 +1,299 @@
+"""What the log of a run says about its health; pure functions of the logged numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+
+#: Logged values by key, a row a line of the log; ``None`` where a line has no such value. NaN is a logged NaN.
+Columns = Mapping[str, Sequence[float | None]]
+
+_ALL_FROZEN = 6.0  # of monitor/freeze_boundary
+
+
+def history_findings(columns: Columns, finished: bool = False, slow_after: int | None = None) -> list[Finding]:
+    """
+    What the log of a run tells.
+
+    :param columns: as ``MonitorCallback`` and SB3 log it (``sb3_resnet.diagnosis.read_log`` reads it); what is not
+        there is not checked
+    :param finished: whether the run has ended, so that epsilon must have
+    :param slow_after: environment steps after which the reward must have risen; ``None``: as in :data:`THRESHOLDS`
+    :return: the findings
+    """
+    limit = THRESHOLDS["slow_after"].value if slow_after is None else slow_after
+    found = [
+        _loss_explodes(columns),
+        _q_explodes(columns),
+        _loss_oscillates(columns),
+        _slow_curve(columns, limit),
+        _overfitting(columns),
+        _q_overestimation(columns),
+        _dead(columns, "dead_features", "features of the backbone do not vary over a batch"),
+        _dead(columns, "dormant_units", "hidden units of the head are dormant (nearly no activation)"),
+        _gradients_vanish(columns),
+        _gradients_explode(columns),
+        _lr_zero(columns),
+        _batchnorm_drift(columns),
+        _epsilon(columns) if finished else None,
+        _amp_skips(columns),
+    ]
+    return [finding for finding in found if finding is not None]
+
+
+def _loss_explodes(columns: Columns) -> Finding | None:
+    loss = _loss(columns)
+    change = "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0)."
+    if len(loss) and not np.isfinite(loss[-1]):
+        seen = f"The loss is {loss[-1]:g} after {len(loss)} logged values."
+        return Finding("loss_explodes", seen, "The weights are lost.", change, "error")
+    if len(loss) < _enough():
+        return None
+    first, middle, last = (float(np.median(part)) for part in np.array_split(loss, 3))
+    # Huber's loss leaves its square at 1, an error of one reward where rewards are clipped.
+    if last <= 1.0 or not (first < middle < last and last > THRESHOLDS["loss_growth"].value * first):
+        return None
+    seen = f"The loss grew from {first:.3g} to {middle:.3g} and {last:.3g} (medians of the thirds of the log)."
+    return Finding("loss_explodes", seen, "Q-learning diverges: targets chase values that run away.", change, "error")
+
+
+def _q_explodes(columns: Columns) -> Finding | None:
+    bound = _values(columns, "monitor/q_bound")
+    extremes = [_recent(columns, key) for key in ("monitor/q_max", "monitor/q_min")]
+    largest = max((float(np.median(np.abs(values))) for values in extremes if len(values) >= _enough()), default=0.0)
+    if not len(bound) or not largest > THRESHOLDS["q_bound"].value * bound[-1]:
+        return None
+    return Finding(
+        "q_explodes",
+        f"Q-values of {largest:.3g} exceed {bound[-1]:.3g}, the largest reward seen / (1 - gamma).",
+        "No policy can earn that: bootstrapping has diverged.",
+        "Write a smaller learning_rate (a third) and target_update_interval=10000, and clip with GradientClipCallback.",
+        "error",
+    )
+
+
+def _loss_oscillates(columns: Columns) -> Finding | None:
+    loss = _loss(columns)[-3 * int(_enough()) :]
+    loss = loss[np.isfinite(loss) & (loss > 0)]
+    if len(loss) < _enough():
+        return None
+    swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
+    error, reward = _recent(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
+    if len(error) >= _enough() and len(reward):
+        ratio = float(np.median(error)) / reward[-1]
+        sick = ratio > THRESHOLDS["td_size"].value and swing > THRESHOLDS["loss_swing"].value
+        size = f", and the typical TD error is {ratio:.3g} times the largest reward"
+    else:  # without the monitor's numbers: rare rewards alone make a healthy loss swing
+        sick, size = swing > THRESHOLDS["loss_swing_alone"].value, ""
+    if not sick:
+        return None
+    return Finding(
+        "loss_oscillates",
+        f"The loss typically changes by a factor of {swing:.3g} from one logged value to the next{size}.",
+        "Steps overshoot: what one update learns, the next one destroys.",
+        "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0).",
+    )
+
+
+def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
+    key = next(
+        (key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()), ""
+    )
+    steps = _values(columns, "time/total_timesteps")
+    if not key or not len(steps) or steps[-1] - steps[0] < slow_after:
+        return None
+    reward = _values(columns, key)
+    first, _, last = np.array_split(reward, 3)
+    error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
+    gain = float(last.mean() - first.mean())
+    if not gain <= THRESHOLDS["slow_curve"].value * error:  # NaN is no gain, and no lack of one
+        return None
+    frozen = _values(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
+    unfreeze = (
+        "UnfreezeCallback([dict(at_timestep=..., unfreeze_from='layer4')]), since the whole backbone is frozen, or "
+    )
+    return Finding(
+        "slow_curve",
+        f"{key} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and {last.mean():.4g} in "
+        "the last.",
+        "The agent does not get better (ignore this if it is already as good as can be).",
+        f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
+    )
+
+
+def _overfitting(columns: Columns) -> Finding | None:
+    rewards, evaluations = columns.get("rollout/ep_rew_mean", ()), columns.get("eval/mean_reward", ())
+    pairs: list[tuple[float, float]] = []
+    train: float | None = None
+    for reward, evaluation in zip(rewards, evaluations, strict=False):
+        train = reward if reward is not None else train
+        if evaluation is not None and train is not None:
+            pairs.append((train, evaluation))
+    if len(pairs) < 5:
+        return None
+    table = np.array(pairs)
+    span = float(table.max() - table.min())
+    gaps = table[-3:, 0] - table[-3:, 1]
+    if span == 0 or not gaps.min() > THRESHOLDS["overfitting"].value * span:
+        return None
+    train_mean, evaluation_mean = table[-3:].mean(axis=0)
+    return Finding(
+        "overfitting",
+        f"In the last three evaluations the mean reward was {evaluation_mean:.4g}, in training {train_mean:.4g}.",
+        "The agent has learned its own episodes by heart.",
+        "Try dropout=0.1, weight_decay=1e-3, augmentation, or a lower boundary of what trains (freeze_backbone=True).",
+    )
+
+
+def _q_overestimation(columns: Columns) -> Finding | None:
+    expected, got = _recent(columns, "monitor/q_start"), _recent(columns, "monitor/return_start")
+    bound = _values(columns, "monitor/q_bound")
+    if min(len(expected), len(got)) < _enough() or not len(bound):
+        return None
+    gap = float(np.median(expected) - np.median(got))
+    if not gap > THRESHOLDS["q_overestimation"].value * bound[-1]:
+        return None
+    return Finding(
+        "q_overestimation",
+        f"At the start of episodes the agent expects {np.median(expected):.3g} and gets {np.median(got):.3g} "
+        "(discounted).",
+        "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
+        "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
+    )
+
+
+def _dead(columns: Columns, name: str, what: str) -> Finding | None:
+    share = _recent(columns, f"monitor/{name}")
+    if len(share) < _enough() or not np.median(share) > THRESHOLDS[name].value:
+        return None
+    change = {
+        "dead_features": "Check image_size and use_imagenet_norm, or write pooling='flatten', or other weights.",
+        "dormant_units": "Write a smaller learning_rate, or activation_fn='LeakyReLU'.",
+    }
+    seen = f"{np.median(share):.0%} of the {what}."
+    return Finding(name, seen, "They carry nothing from image to Q-value, and get no gradient.", change[name])
+
+
+def _gradients_vanish(columns: Columns) -> Finding | None:
+    for key in _keys(columns, "grad_norm/"):
+        norm = _recent(columns, key)
+        if len(norm) >= _enough() and np.median(norm) < THRESHOLDS["vanishing"].value:
+            return Finding(
+                "gradients_vanish",
+                f"The gradient norm of {key.partition('/')[2]} is {np.median(norm):.2e}.",
+                "Too small to move a weight: either the loss is zero or nothing of it arrives there.",
+                "Check that the env gives rewards, and the head's feature_norm='standardize'; for a backbone, "
+                "norm='frozen' with pretrained weights or norm='group'.",
+            )
+    return None
+
+
+def _gradients_explode(columns: Columns) -> Finding | None:
+    before, after = (_recent(columns, key) for key in ("grad_norm/all", "grad_norm_clipped/all"))
+    if min(len(before), len(after)) < _enough():
+        return None
+    share = float(np.median(before) / max(float(np.median(after)), 1e-12))
+    if np.isfinite(before).all() and share <= THRESHOLDS["exploding"].value:
+        return None
+    return Finding(
+        "gradients_explode",
+        f"The gradient norm is {np.median(before):.3g} before clipping and {np.median(after):.3g} after.",
+        "Clipping hides steps that point anywhere: hardly anything of a batch's proportions is left.",
+        "Write a smaller learning_rate (a third), scale the rewards (VecNormalize(norm_obs=False)), or lr_backbone "
+        "a hundredth of the head's.",
+    )
+
+
+def _lr_zero(columns: Columns) -> Finding | None:
+    keys = [*_keys(columns, "lr/"), *_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
+    # A third of the log: a schedule that ends at zero, as it should, is there at the end.
+    rates = [_last_third(columns, key) for key in keys]
+    rates = [rate for rate in rates if len(rate) >= _enough()]
+    highest = max((float(rate.max()) for rate in rates), default=math.inf)
+    ratios = [_last_third(columns, key) for key in _keys(columns, "update_ratio/")]
+    ratios = [ratio for ratio in ratios if len(ratio) >= _enough()]
+    moved = max((float(np.median(ratio)) for ratio in ratios), default=math.inf)
+    if highest < THRESHOLDS["lr_zero"].value:
+        seen = f"No learning rate exceeded {highest:.1e} in the last {max(map(len, rates))} logged updates."
+    elif moved < THRESHOLDS["update_ratio"].value:
+        seen = f"An update changes the weights by {moved:.1e} of their size, at a learning rate of {highest:.1e}."
+    else:
+        return None
+    change = "Write learning_rate=1e-4, or a longer decay_steps or min_factor=0.1 in LRScheduleCallback."
+    return Finding("lr_zero", seen, "The run costs time and learns nothing.", change, "error")
+
+
+def _batchnorm_drift(columns: Columns) -> Finding | None:
+    drift = _recent(columns, "monitor/batchnorm_drift")
+    # The smallest: running means begin at 0 and need some ten updates to come near.
+    if len(drift) < _enough() or not drift.min() > THRESHOLDS["batchnorm_drift"].value:
+        return None
+    return Finding(
+        "batchnorm_drift",
+        f"The means of a batch are {np.median(drift):.2g} standard deviations from BatchNorm's running means.",
+        "The network that acts (running statistics) is not the one that trains (the batch's).",
+        "Write norm='frozen' (or norm='group' from scratch), or a larger batch_size.",
+    )
+
+
+def _epsilon(columns: Columns) -> Finding | None:
+    rate = _values(columns, "rollout/exploration_rate")
+    if not len(rate) or rate[-1] <= THRESHOLDS["final_epsilon"].value:
+        return None
+    return Finding(
+        "epsilon_never_ends",
+        f"Epsilon was still {rate[-1]:.2g} at the end.",
+        "The agent hardly ever played what it had learned.",
+        "Write exploration_final_eps=0.05 and exploration_fraction=0.1, or train on.",
+    )
+
+
+def _amp_skips(columns: Columns) -> Finding | None:
+    rows = zip(columns.get("train/amp_skipped", ()), columns.get("train/n_updates", ()), strict=False)
+    known = [(skipped, updates) for skipped, updates in rows if skipped is not None and updates is not None]
+    # The latest rows that span enough updates: GradScaler's first scale is too large by design.
+    start = next((row for row in reversed(known) if known[-1][1] - row[1] >= THRESHOLDS["amp_updates"].value), None)
+    if start is None:
+        return None
+    skipped, updates = (last - first for last, first in zip(known[-1], start, strict=True))
+    if not skipped > THRESHOLDS["amp_skips"].value * updates:
+        return None
+    scale = _values(columns, "train/amp_scale")
+    return Finding(
+        "amp_skips",
+        f"{skipped:.0f} of the last {updates:.0f} updates were skipped"
+        f"{f', at a loss scale of {scale[-1]:g}' if len(scale) else ''}.",
+        "float16 overflows: these batches are lost.",
+        "Write AMPCallback(dtype='bfloat16'), or dtype='float32'.",
+    )
+
+
+def _enough() -> float:
+    return THRESHOLDS["values"].value
+
+
+def _loss(columns: Columns) -> np.ndarray:
+    """The monitor's mean over several updates, or SB3's of the last ``train()``."""
+    measured = _values(columns, "monitor/loss")
+    return measured if len(measured) else _values(columns, "train/loss")
+
+
+def _recent(columns: Columns, key: str) -> np.ndarray:
+    return _values(columns, key)[-int(_enough()) :]
+
+
+def _last_third(columns: Columns, key: str) -> np.ndarray:
+    values = _values(columns, key)
+    return values[-max(int(_enough()), len(values) // 3) :]
+
+
+def _values(columns: Columns, key: str) -> np.ndarray:
+    return np.array([value for value in columns.get(key, ()) if value is not None], dtype=np.float64)
+
+
+def _keys(columns: Columns, prefix: str) -> list[str]:
+    return [key for key in columns if key.startswith(prefix)]

@@ -1,0 +1,242 @@
+"""What can be seen to be wrong with a set-up, from the model alone, before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import takewhile
+from typing import Any
+
+from stable_baselines3.common.buffers import NStepReplayBuffer
+
+from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+
+_ENTRY_BYTES = 2  # of a cached feature
+_MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
+
+
+def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
+    """
+    What can be seen without training.
+
+    :param model: an SB3 model with ResNet features; what the model has not (PPO has no replay buffer) is not checked
+    :param total_timesteps: planned environment steps, if known
+    :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
+    :return: the findings, in the order of the list in the README
+    """
+    network = getattr(model.policy, "online", model.policy)
+    extractor = getattr(network, "features_extractor", None)
+    optimizer = getattr(model.policy, "optimizer", None)  # SAC has several
+    reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
+    found = [
+        _frozen_random(extractor, reached[-1].unfreeze_from if reached else None),
+        None if unfreezer is None else _phase_never_begins(unfreezer.phases[len(reached) :], total_timesteps),
+        _lr_order(optimizer),
+        _lr_zero(model, optimizer),
+        _epsilon(model),
+        _never_trains(model, total_timesteps),
+        _buffer(model, extractor),
+        _micro_batch(model, extractor),
+    ]
+    return [finding for finding in found if finding is not None]
+
+
+def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
+    """
+    Whether stages of the trunk are as they were initialised.
+
+    Told by the norm layers, which begin as exactly mean 0, variance 1, weight 1 and bias 0: no trained network keeps
+    all of them. So it also holds for a loaded model, which does not say where its weights came from.
+
+    :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
+    :param stages: some of its stages
+    :return: whether they have norm layers and none of them has ever changed
+    """
+    layers = [layer for name in stages for module in extractor.stage_modules(name) for layer in module.modules()]
+    initial = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
+    norms = [layer for layer in layers if "Norm" in type(layer).__name__]
+    return bool(norms) and all(
+        bool((getattr(layer, name) == value).all())
+        for layer in norms
+        for name, value in initial.items()
+        if getattr(layer, name, None) is not None
+    )
+
+
+def buffer_bytes(model: Any) -> int:
+    """
+    :param model: an SB3 model with a replay buffer
+    :return: memory that the buffer, and the feature cache if it has one, will take beyond what they take now
+    """
+    buffer = model.replay_buffer
+    rows = buffer.buffer_size * buffer.n_envs
+    left = 1.0 - (1.0 if buffer.full else buffer.pos / buffer.buffer_size)
+    if not hasattr(buffer, "shared"):
+        arrays = [getattr(buffer, name, None) for name in ("observations", "next_observations")]
+        parts = [part for array in arrays for part in (array.values() if isinstance(array, dict) else [array])]
+        return int(left * sum(part.nbytes for part in parts if part is not None))
+    store, cache = buffer.shared.store, buffer.shared.cache
+    channels, *plane = store.shape
+    # Until the buffer has seen some: stacks move on by one grey frame a step, single images share nothing.
+    planes = store.n_planes / len(store) if len(store) > _MEASURED else (channels if channels <= 3 else 1.0)
+    size = planes * buffer.observation_space.dtype.itemsize
+    for length in plane:
+        size *= length
+    if cache is not None:
+        size += _entry_bytes(model.policy.online.features_extractor, cache)
+    return int(left * rows * size)
+
+
+def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
+    """
+    :param buffer: a buffer of SB3
+    :param yaml: as RL-Zoo's YAML, whose strings RL-Zoo evaluates in a module of its own
+    :return: the arguments with which each frame is stored once, as the user writes them
+    """
+    n_step = isinstance(buffer, NStepReplayBuffer)
+    name = "FrameNStepReplayBuffer" if n_step else "FrameReplayBuffer"
+    path = f"\"importlib.import_module('sb3_resnet.buffers').{name}\"" if yaml else f"sb3_resnet.buffers.{name}"
+    equals = ": " if yaml else "="
+    text = f"replay_buffer_class{equals}{path}"
+    if n_step:  # SB3 sets n_steps up for its own class only
+        kwargs = {"n_steps": buffer.n_steps, "gamma": buffer.gamma}
+        text += f" with replay_buffer_kwargs{equals}{kwargs} instead of n_steps"
+    return text
+
+
+def _entry_bytes(extractor: Any, cache: Any) -> float:
+    if extractor.freeze_boundary is None:
+        return float(_ENTRY_BYTES * getattr(extractor.projection, "in_features", extractor.features_dim))
+    return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
+
+
+def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
+    """Of the stages that will never train."""
+    if not hasattr(extractor, "boundary") or unfrozen_from == "all":
+        return None
+    below = takewhile(lambda name: name != unfrozen_from, extractor.boundary.frozen_stages)
+    frozen = [name for name in below if name != "adapter"]
+    if not has_random_weights(extractor, frozen):
+        return None
+    return Finding(
+        "frozen_random_backbone",
+        f"The stages {', '.join(frozen)} are frozen and their weights random.",
+        "Frozen, they stay so: the agent sees through a random filter and learns little.",
+        "Write pretrained=True or weights=PATH in features_extractor_kwargs, or unfreeze: freeze_backbone=False, or an "
+        "UnfreezeCallback down to unfreeze_from='all'.",
+    )
+
+
+def _phase_never_begins(missed: Sequence[Any], total_timesteps: int | None) -> Finding | None:
+    if not missed:
+        return None
+    return Finding(
+        "phase_never_begins",
+        f"Training ends at step {total_timesteps}, before the phase with {missed[0]}.",
+        "The stages that it names stay frozen to the end.",
+        "Write a smaller at_timestep, or train longer.",
+    )
+
+
+def _lr_order(optimizer: Any) -> Finding | None:
+    rates: dict[str, list[float]] = {"head": [], "backbone": []}
+    for group in getattr(optimizer, "param_groups", ()):
+        part = str(group.get("name", "")).removesuffix("_no_decay").split(".")[0]
+        rates.setdefault(part, []).append(float(group.get("lr_ratio", group["lr"])))
+    if not rates["head"] or not rates["backbone"]:
+        return None
+    head, backbone = min(rates["head"]), max(rates["backbone"])
+    if head == 0 or backbone <= THRESHOLDS["lr_order"].value * head:
+        return None
+    return Finding(
+        "lr_order",
+        f"The backbone's learning rate is {backbone / head:.3g} times the head's.",
+        "The backbone holds what was learned before and the head begins at random: it is the head that must move.",
+        "Write lr_backbone=None, which is a tenth of the head's.",
+        "error",
+    )
+
+
+def _lr_zero(model: Any, optimizer: Any) -> Finding | None:
+    schedule = model.lr_schedule
+    top = max(float(schedule(progress)) for progress in (1.0, 0.75, 0.5, 0.25))
+    groups = [
+        group for group in getattr(optimizer, "param_groups", ()) if any(p.requires_grad for p in group["params"])
+    ]
+    limit = THRESHOLDS["lr_zero"].value
+    still = [group for group in groups if top * group.get("lr_ratio", 1.0) < limit]
+    if not still:
+        return None
+    names = ", ".join(str(group.get("name", index)) for index, group in enumerate(still))
+    return Finding(
+        "lr_zero",
+        f"The learning rate of {names} never exceeds {top * max(g.get('lr_ratio', 1.0) for g in still):.1e}.",
+        "These parameters are to be trained, but will stay as they are.",
+        "Write learning_rate=1e-4 (and lr_backbone=1e-5), or freeze what must not change.",
+        "error",
+    )
+
+
+def _epsilon(model: Any) -> Finding | None:
+    final, fraction = (getattr(model, f"exploration_{name}", None) for name in ("final_eps", "fraction"))
+    if final is None or fraction is None:
+        return None
+    too_high = final > THRESHOLDS["final_epsilon"].value
+    if not too_high and fraction <= THRESHOLDS["exploration_fraction"].value:
+        return None
+    return Finding(
+        "epsilon_never_ends",
+        f"Epsilon falls from {model.exploration_initial_eps:g} to {final:g} in {fraction:.0%} of training.",
+        "The agent hardly ever plays what it has learned, and so sees little of the states that its policy leads to.",
+        f"Write {'exploration_final_eps=0.05' if too_high else 'exploration_fraction=0.1'}.",
+    )
+
+
+def _never_trains(model: Any, total_timesteps: int | None) -> Finding | None:
+    why = "There will be no gradient update at all."
+    if getattr(model, "gradient_steps", None) == 0:
+        change = "Write gradient_steps=1, or -1 for one each step."
+        return Finding("never_trains", "gradient_steps is 0.", why, change, "error")
+    starts = getattr(model, "learning_starts", None)
+    if total_timesteps is None or starts is None or starts < total_timesteps:
+        return None
+    return Finding(
+        "never_trains",
+        f"learning_starts is {starts}, and training ends at step {total_timesteps}.",
+        why,
+        f"Write learning_starts={max(1, total_timesteps // 100)}, or train longer.",
+        "error",
+    )
+
+
+def _buffer(model: Any, extractor: Any) -> Finding | None:
+    room = available_bytes()
+    if getattr(model, "replay_buffer", None) is None or room is None:
+        return None
+    needed = buffer_bytes(model)
+    limit = THRESHOLDS["buffer_memory"].value * room
+    if needed <= limit:
+        return None
+    size = int(model.buffer_size * limit / needed * 0.9)
+    ours = hasattr(model.replay_buffer, "shared")
+    smaller = "" if ours else f", or {frame_buffer_arguments(model.replay_buffer)}, which keeps each frame once"
+    return Finding(
+        "buffer_memory",
+        f"The replay buffer will take {needed / 1e9:.1f} GB more, and {room / 1e9:.1f} GB are left.",
+        "The process will be killed, or swap, when the buffer fills, hours after the start.",
+        f"Write buffer_size={size}{smaller}.",
+        "error",
+    )
+
+
+def _micro_batch(model: Any, extractor: Any) -> Finding | None:
+    micro, batch = getattr(extractor, "micro_batch_size", None), getattr(model, "batch_size", None)
+    if not micro or not batch or batch >= micro:
+        return None
+    return Finding(
+        "micro_batch",
+        f"batch_size is {batch} and micro_batch_size {micro}.",
+        "A batch is cut into micro-batches, so one that is larger never comes about and saves nothing.",
+        f"Write micro_batch_size={max(1, batch // 4)}, or batch_size={4 * micro}.",
+        "error",
+    )

@@ -1,0 +1,138 @@
+"""torchvision's ResNets by name, as ordered stages, with a norm layer chosen at construction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch as th
+import torchvision.models as tvm
+from torch import distributed as dist
+from torch import nn
+
+from sb3_resnet.common.arguments import choice, nearest
+
+#: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
+STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
+#: Norm layers of the trunk. ``frozen``: BatchNorm that always uses its stored statistics.
+NORMS = ("frozen", "batch", "group", "sync")
+#: Residual blocks of all of them.
+BLOCKS: tuple[type[nn.Module], ...] = (tvm.resnet.BasicBlock, tvm.resnet.Bottleneck)
+#: Smallest height and width, in pixels: at 17 ``layer4`` still gets a 2x2 map, below it only a pixel and padding.
+MIN_SIZE = 17
+
+
+class FreezableNorm(nn.Module):
+    """Stays in eval mode until it is made live: SB3 calls ``train()`` before each update."""
+
+    live: bool = False
+
+    def train(self, mode: bool = True) -> Any:
+        return super().train(mode and self.live)
+
+
+class FreezableBatchNorm2d(FreezableNorm, nn.BatchNorm2d):
+    """BatchNorm that uses its stored statistics until ``live`` is set."""
+
+
+class FreezableSyncBatchNorm(FreezableNorm, nn.SyncBatchNorm):
+    """SyncBatchNorm that uses its stored statistics until ``live`` is set; plain BatchNorm in a single process."""
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        # PyTorch's own refuses a CPU before it asks how many processes there are.
+        processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+        if not self.training or processes == 1:
+            return nn.BatchNorm2d.forward(self, x)
+        if x.device.type == "cpu":
+            raise ValueError(
+                "norm='sync' synchronises statistics between processes on GPUs only: on CPUs write norm='frozen', or "
+                "norm='group' without pretrained weights"
+            )
+        return super().forward(x)
+
+
+def _group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels)  # 32 groups: the default of the paper, arXiv 1803.08494
+
+
+_NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
+    "frozen": FreezableBatchNorm2d,
+    "batch": FreezableBatchNorm2d,
+    "group": _group_norm,
+    "sync": FreezableSyncBatchNorm,
+}
+
+
+def available() -> list[str]:
+    """:return: the names of all ResNets of the installed torchvision, ResNeXt and Wide ResNet included"""
+    return sorted(
+        name
+        for name, value in vars(tvm.resnet).items()
+        if callable(value) and name.startswith(("resnet", "resnext", "wide_resnet"))
+    )
+
+
+def build(name: str, norm: str = "frozen") -> tvm.ResNet:
+    """
+    Build a randomly initialised trunk in eval mode; its ``state_dict`` keys are torchvision's, without ``fc``.
+
+    :param name: a torchvision ResNet such as ``"resnet18"``
+    :param norm: one of :data:`NORMS`
+    :return: the ResNet, ``fc`` replaced by ``Identity``
+    :raises ValueError: for an unknown name or norm
+    """
+    choice("backbone", name, available())
+    choice("norm", norm, NORMS)
+    resnet: tvm.ResNet = getattr(tvm, name)(norm_layer=_NORM_LAYERS[norm])
+    resnet.out_channels = resnet.fc.in_features
+    resnet.fc = nn.Identity()
+    return resnet.eval()
+
+
+def stage_modules(resnet: tvm.ResNet, stage: str) -> tuple[nn.Module, ...]:
+    """:return: the modules of one stage in the order in which they run"""
+    if stage == "stem":
+        return (resnet.conv1, resnet.bn1, resnet.relu, resnet.maxpool)
+    return (getattr(resnet, stage),)
+
+
+def map_size(height: int, width: int) -> tuple[int, int]:
+    """:return: height and width of the last feature map: five times halved, rounded up"""
+    return math.ceil(height / 32), math.ceil(width / 32)
+
+
+def pretrained_source(name: str, weights: str | None = None) -> str | None:
+    """
+    Where torchvision's weights for this trunk are.
+
+    :param name: a torchvision ResNet
+    :param weights: a name of the weights enum, with or without its class (``"IMAGENET1K_V2"``,
+        ``"ResNet50_Weights.IMAGENET1K_V2"``); ``None`` means the enum's ``DEFAULT``
+    :return: the URL, or ``None`` where torchvision is so old that it knows only ``pretrained=True``
+    :raises ValueError: for a name that the enum does not have
+    """
+    if not hasattr(tvm, "get_model_weights"):
+        if weights is not None:
+            raise ValueError(f"weights={weights!r} needs torchvision >= 0.14; write pretrained=True or weights=PATH")
+        return None
+    enum = tvm.get_model_weights(name)
+    member = "DEFAULT" if weights is None else weights.removeprefix(f"{enum.__name__}.")
+    if member not in enum.__members__:
+        known = [*enum.__members__]
+        raise ValueError(
+            f"weights={weights!r} is neither a file nor one of {enum.__name__}: {', '.join(known)}"
+            f"{nearest(member, known)}. Write one of these names, or the path of a .pth, .pt or .safetensors file."
+        )
+    return str(enum[member].url)
+
+
+def legacy_pretrained_state(name: str) -> dict[str, th.Tensor]:
+    """:return: the ImageNet weights through ``pretrained=True``, for torchvision without the ``weights=`` API"""
+    try:
+        return dict(getattr(tvm, name)(pretrained=True).state_dict())
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"Could not get torchvision's weights for {name} ({error}). Name a file with weights=PATH, or write "
+            "pretrained=False."
+        ) from error

@@ -1,0 +1,113 @@
+"""The freeze boundary: one value that says which stages train, saved with the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch as th
+from torch import nn
+
+from sb3_resnet.common.arguments import choice
+from sb3_resnet.nn.backbones import STAGES as TRUNK_STAGES
+from sb3_resnet.nn.backbones import FreezableNorm
+
+#: All stages from the input up; ``adapter`` exists only where the observation has not three channels.
+STAGES = ("adapter", *TRUNK_STAGES)
+_ALL_FROZEN = len(STAGES)
+
+
+class FreezeBoundary(nn.Module):
+    """
+    Keeps the stages below the boundary frozen and the others trainable.
+
+    The boundary and the update at which it moved are buffers, so they are saved with the weights; loading a state
+    dict applies them, with or without a callback. ``requires_grad`` itself is in no state dict.
+
+    :param stages: the modules of each stage, in order; not owned by this module
+    :param unfreeze_from: the lowest stage that trains, ``"all"`` for the lowest there is, ``None`` for none
+    :param train_adapter: whether the adapter trains wherever the boundary is
+    :param live_norm: whether BatchNorm above the boundary follows ``train()`` (``norm="batch"`` and ``"sync"``)
+    """
+
+    index: th.Tensor
+    moved_at: th.Tensor
+
+    def __init__(
+        self,
+        stages: Mapping[str, Sequence[nn.Module]],
+        unfreeze_from: str | None,
+        train_adapter: bool = False,
+        live_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        self._stages = {name: tuple(modules) for name, modules in stages.items()}
+        self._train_adapter = train_adapter
+        self._live_norm = live_norm
+        self.register_buffer("index", th.tensor(self._index_of(unfreeze_from)))
+        self.register_buffer("moved_at", th.tensor(0))
+        self._enforce()
+
+    @property
+    def stage(self) -> str | None:
+        """The lowest stage that trains, or ``None``."""
+        return None if self._position == _ALL_FROZEN else STAGES[self._position]
+
+    @property
+    def moved_at_update(self) -> int:
+        """Gradient updates done when the boundary last moved."""
+        return self._moved_at
+
+    @property
+    def frozen_stages(self) -> tuple[str, ...]:
+        """Stages that need no gradient: those below the boundary, and none if the adapter under them trains."""
+        return () if self._train_adapter else tuple(name for name in self._stages if not self._trains(name))
+
+    @property
+    def live_norms(self) -> list[nn.Module]:
+        """The norm layers that follow ``train()``."""
+        return self._live
+
+    def move(self, unfreeze_from: str | None, at_update: int = 0) -> None:
+        """
+        Move the boundary.
+
+        :param unfreeze_from: as at construction
+        :param at_update: gradient updates done so far
+        :raises ValueError: for an unknown stage
+        """
+        self.index.fill_(self._index_of(unfreeze_from))
+        self.moved_at.fill_(at_update)
+        self._enforce()
+
+    def _index_of(self, unfreeze_from: str | None) -> int:
+        if unfreeze_from is None:
+            return _ALL_FROZEN
+        names = [*self._stages]
+        choice("unfreeze_from", unfreeze_from, [*names, "all"])
+        return STAGES.index(names[0] if unfreeze_from == "all" else unfreeze_from)
+
+    def _trains(self, name: str) -> bool:
+        return STAGES.index(name) >= self._position or (name == "adapter" and self._train_adapter)
+
+    def _enforce(self) -> None:
+        """Make the modules obey the buffer: the only code that touches ``requires_grad``."""
+        # A copy on the Python side: reading the buffer on a GPU would wait for the device in each forward pass.
+        self._position = int(self.index)
+        self._moved_at = int(self.moved_at)
+        self._live: list[nn.Module] = []
+        for name, modules in self._stages.items():
+            trains = self._trains(name)
+            for layer in (layer for module in modules for layer in module.modules()):
+                for parameter in layer.parameters(recurse=False):
+                    parameter.requires_grad_(trains)
+                    if not trains:
+                        parameter.grad = None
+                if isinstance(layer, FreezableNorm):
+                    layer.live = trains and self._live_norm
+                    layer.train(layer.training)
+                    if layer.live:
+                        self._live.append(layer)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]  # nn.Module's own hook
+        super()._load_from_state_dict(*args, **kwargs)
+        self._enforce()

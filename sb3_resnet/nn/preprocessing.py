@@ -1,0 +1,142 @@
+"""What the extractor asks of images: bounds, size, statistics, and how many channels become three."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from torch import nn
+
+from sb3_resnet.common.arguments import flag, integer, number
+from sb3_resnet.nn.backbones import MIN_SIZE
+
+#: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def scale_of(space: Any) -> float:
+    """
+    The factor that brings what SB3 hands over to 0..1, decided by the space alone.
+
+    :param space: observation space
+    :return: 1 for uint8 0..255, which SB3 scales, and for float 0..1; 1/255 for float 0..255
+    :raises ValueError: for anything else
+    """
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        raise ValueError(
+            f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
+            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
+        )
+    if int(np.argmin(space.shape)) == 2 and space.shape[0] != space.shape[2]:
+        raise ValueError(
+            f"Images must come channels first, got shape {space.shape}. SB3 transposes uint8 0..255 images by itself; "
+            f"transpose others in a wrapper, to {(space.shape[2], *space.shape[:2])}."
+        )
+    low, high = float(space.low.min()), float(space.high.max())
+    uniform = float(space.low.max()) == low and float(space.high.min()) == high
+    is_float = np.issubdtype(space.dtype, np.floating)
+    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
+        return 1.0 / 255.0 if is_float else 1.0
+    if uniform and (low, high) == (0.0, 1.0) and is_float:
+        return 1.0
+    raise ValueError(
+        f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. Declare the "
+        "bounds of the space, or rescale the observation in a wrapper; normalize_images cannot repair other bounds."
+    )
+
+
+def is_scaled(observations: th.Tensor) -> bool:
+    """
+    :param observations: images of a uint8 space, as SB3 hands them over
+    :return: whether they are known to be divided by 255; black images do not tell
+    :raises ValueError: if they are not divided
+    """
+    if th.compiler.is_compiling():  # an exported graph has no such branch
+        return False
+    highest = float(observations.detach().max())
+    if highest > 1.0:
+        raise ValueError(
+            "uint8 images come as 0..255 instead of 0..1: leave normalize_images=False out of policy_kwargs"
+        )
+    return highest > 0.0
+
+
+def read_image_size(value: Any) -> tuple[int, int] | None:
+    """
+    :param value: ``None``, one number, or height and width
+    :return: height and width in pixels, or ``None``
+    :raises ValueError: for anything else
+    """
+    if value is None:
+        return None
+    sides = [value] * 2 if isinstance(value, (int, float, str)) else list(value)
+    if len(sides) != 2:
+        raise ValueError(f"image_size must be one number or [height, width], got {value!r}")
+    return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
+
+
+def check_size(size: tuple[int, int], pooling: str) -> None:
+    """
+    Refuse images of which the trunk leaves nothing.
+
+    :param size: height and width in pixels
+    :param pooling: one of :data:`~sb3_resnet.nn.pooling.POOLINGS`
+    :raises ValueError: with the smallest size that works
+    """
+    smallest = 33 if pooling == "spatial_softmax" else MIN_SIZE
+    if min(size) < smallest:
+        why = "its last map is a single pixel" if pooling == "spatial_softmax" else "the trunk sees little but padding"
+        raise ValueError(
+            f"Images of {size[0]}x{size[1]} are too small for a ResNet with pooling={pooling!r}: {why}. "
+            f"The smallest size that works is {smallest}x{smallest}: write image_size={smallest} or more."
+        )
+
+
+def statistics(
+    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """
+    Mean and standard deviation by which images are normalised, three numbers each, or ``None``.
+
+    :param has_weights: whether the trunk is pretrained
+    :param use_imagenet_norm: the ImageNet statistics; ``None``: if it is pretrained
+    :param mean: own statistics, which go before the others
+    :param std: likewise
+    :raises ValueError: if they are not three numbers each
+    """
+    if use_imagenet_norm is not None:
+        flag("use_imagenet_norm", use_imagenet_norm)
+    if (mean is None) != (std is None):
+        raise ValueError("input_mean and input_std go together: write both, each with three numbers")
+    if mean is not None:
+        return _three("input_mean", mean, above=False), _three("input_std", std, above=True)
+    wanted = has_weights if use_imagenet_norm is None else use_imagenet_norm
+    return (IMAGENET_MEAN, IMAGENET_STD) if wanted else (None, None)
+
+
+def _three(name: str, values: Any, *, above: bool) -> tuple[float, ...]:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
+        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {values!r}")
+    return tuple(number(name, value, 0.0 if above else -1e6, above=above) for value in values)
+
+
+def information_keeping_adapter(channels: int) -> nn.Conv2d:
+    """
+    A 1x1 convolution that begins as newest, middle and oldest frame (SB3 stacks the newest last).
+
+    Rows are non-negative and sum to 1, so its output stays in range for the ImageNet statistics. Where the channels
+    are RGB triples, a frame is the mean of its three.
+    """
+    size = 3 if channels % 3 == 0 else 1
+    frames = channels // size
+    conv = nn.Conv2d(channels, 3, 1)
+    with th.no_grad():
+        conv.weight.zero_()
+        assert conv.bias is not None
+        conv.bias.zero_()
+        for row, frame in enumerate((frames - 1, frames // 2, 0)):
+            conv.weight[row, frame * size : (frame + 1) * size] = 1.0 / size
+    return conv

@@ -1,0 +1,1 @@
+"""Parameter groups with their own learning rates, and schedules."""

@@ -1,0 +1,298 @@
+"""Optimizer groups with their own learning rates, which survive Stable-Baselines3's single one."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from torch import nn
+
+from sb3_resnet.common.arguments import choice, flag, number
+from sb3_resnet.common.nonfinite import check_gradients, check_sampled_rewards
+
+#: Optimizers that YAML can name.
+OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
+    "AdamW": th.optim.AdamW,
+    "Adam": th.optim.Adam,
+    "SGD": th.optim.SGD,
+    "RMSprop": th.optim.RMSprop,
+}
+#: Ratio of the backbone's learning rate to the head's; the field uses 0.01 to 0.1 (SGI, VRL3, fastai).
+BACKBONE_RATIO = 0.1
+
+Group = dict[str, Any]
+
+
+def optimizer_class_of(value: str | type[th.optim.Optimizer]) -> type[th.optim.Optimizer]:
+    """
+    :param value: an optimizer class, or one of the names in :data:`OPTIMIZERS`
+    :return: the class
+    :raises ValueError: for an unknown name
+    """
+    if isinstance(value, str):
+        return OPTIMIZERS[choice("optimizer_class", value.removeprefix("torch.optim."), [*OPTIMIZERS])]
+    if not (isinstance(value, type) and issubclass(value, th.optim.Optimizer)):
+        raise TypeError(f"optimizer_class must be a torch optimizer or one of {', '.join(OPTIMIZERS)}, got {value!r}")
+    return value
+
+
+def lr_ratios(initial_lr: float, lr_head: Any = None, lr_backbone: Any = None) -> dict[str, float]:
+    """
+    Learning rates of head and backbone relative to SB3's own, which may follow a schedule.
+
+    :param initial_lr: SB3's learning rate at the start of training
+    :param lr_head: the head's at the start; ``None``: SB3's
+    :param lr_backbone: the backbone's at the start; ``None``: a tenth of the head's
+    :return: ratio by part
+    :raises ValueError: for a negative, infinite or NaN rate, or one given beside a schedule that starts at 0
+    """
+    head = None if lr_head is None else number("lr_head", lr_head)
+    backbone = None if lr_backbone is None else number("lr_backbone", lr_backbone)
+    if not math.isfinite(initial_lr) or initial_lr < 0:
+        raise ValueError(f"learning_rate must be finite and >= 0, got {initial_lr}")
+    if initial_lr == 0 and (head or backbone):
+        raise ValueError(
+            "lr_head and lr_backbone are read relative to learning_rate at the start of training, which is 0: "
+            "write a learning_rate schedule that starts above 0 and warm up with LRScheduleCallback(warmup_steps=...)"
+        )
+    head_ratio = 1.0 if head is None or initial_lr == 0 else head / initial_lr
+    backbone_ratio = head_ratio * BACKBONE_RATIO if backbone is None or initial_lr == 0 else backbone / initial_lr
+    return {"head": head_ratio, "backbone": backbone_ratio}
+
+
+def build_optimizer(
+    optimizer_class: type[th.optim.Optimizer],
+    parts: Mapping[str, Iterable[nn.Parameter]],
+    lr: float,
+    ratios: Mapping[str, float],
+    weight_decay: float,
+    scales: Mapping[str, float] | None = None,
+    **kwargs: Any,
+) -> th.optim.Optimizer:
+    """
+    An optimizer with two groups a part: ``name`` and ``name_no_decay`` for norm weights and biases.
+
+    :param optimizer_class: any torch optimizer
+    :param parts: all parameters by part, frozen ones included (a gradient of ``None`` costs nothing); what follows a
+        dot, as in ``backbone.layer4``, divides a part
+    :param lr: SB3's learning rate at the start
+    :param ratios: learning rate of each part relative to it
+    :param weight_decay: of the groups that decay
+    :param scales: further factor of the rate by full name, such as ``{"backbone.layer3": 0.5}``
+    :param kwargs: further arguments of the optimizer
+    :return: the optimizer, its groups' learning rates kept as :func:`install_effective_lr` says
+    :raises ValueError: if the optimizer knows no weight decay
+    """
+    groups = [group for name, parameters in parts.items() for group in _split(name, parameters, weight_decay)]
+    for group in groups:
+        group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
+        group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
+        group["lr"] = lr * group["lr_ratio"]
+    kwargs = {**_fused(optimizer_class, groups), **kwargs}
+    optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
+    if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
+        raise ValueError(f"{optimizer_class.__name__} knows no weight decay: write weight_decay=0.0")
+    for group in optimizer.param_groups:
+        group["base_lr"] = lr
+        group["effective_lr"] = group["lr"]
+    install_effective_lr(optimizer)
+    return optimizer
+
+
+def audit(module: nn.Module, optimizer: th.optim.Optimizer) -> None:
+    """
+    Check that the optimizer has every parameter of the module exactly once.
+
+    :raises ValueError: with what is missing, foreign or there twice
+    """
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    held = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    problems = {
+        "missing": [name for key, name in names.items() if key not in held],
+        "twice": [names[key] for key in {*held} if key in names and held.count(key) > 1],
+        "foreign": [str(key) for key in held if key not in names],
+    }
+    if any(problems.values()):
+        raise ValueError(f"The optimizer does not hold each parameter once: {problems}")
+
+
+def install_effective_lr(optimizer: th.optim.Optimizer) -> None:
+    """
+    Keep each group's learning rate at host rate x group ratio x schedule factors.
+
+    SB3 writes one rate into all groups at the start of each ``train()``; before the step, a hook puts the right ones
+    back, so that after any update ``group["lr"]`` is the rate that was used. The same hook refuses NaN and infinity in
+    the gradient and in the rewards of the batch. Works for any optimizer, also one that :func:`build_optimizer` did not
+    make, and may be called again: hooks are in no state dict and lost by ``deepcopy``.
+
+    :param optimizer: the optimizer of a policy
+    """
+    _recognise(optimizer)
+    if _before_step not in optimizer._optimizer_step_pre_hooks.values():
+        optimizer.register_step_pre_hook(_before_step)
+    if _recognise not in optimizer._optimizer_load_state_dict_post_hooks.values():
+        optimizer.register_load_state_dict_post_hook(_recognise)
+
+
+def set_lr_factor(
+    optimizer: th.optim.Optimizer, key: str, factor: float, where: Callable[[Group], bool] = lambda group: True
+) -> None:
+    """
+    Set one factor of the learning rate; it stays, and is saved, until it is set again.
+
+    :param optimizer: an optimizer with :func:`install_effective_lr`
+    :param key: whose factor it is, such as ``"schedule"``
+    :param factor: multiplies the rate
+    :param where: which groups
+    """
+    for group in filter(where, optimizer.param_groups):
+        group["lr_factors"] = {**group["lr_factors"], key: float(factor)}
+        _refresh(group)
+
+
+def set_lr_ratio(optimizer: th.optim.Optimizer, part: str, ratio: float) -> None:
+    """
+    Change the learning rate of a part relative to the host's, from now on and in the checkpoint.
+
+    :param optimizer: an optimizer of :func:`build_optimizer`
+    :param part: ``"head"`` or ``"backbone"``
+    :param ratio: the new ratio; the groups' scales stay
+    """
+    for group in optimizer.param_groups:
+        if is_part(group, part):
+            group["lr_ratio"] = ratio * group["lr_scale"]
+            _refresh(group)
+
+
+def is_part(group: Group, part: str) -> bool:
+    """:return: whether the group belongs to ``"head"`` or ``"backbone"``, whatever its stage"""
+    return str(group.get("name", "")).removesuffix("_no_decay").split(".")[0] == part
+
+
+def recall(optimizer: th.optim.Optimizer, key: str) -> dict[str, Any]:
+    """
+    Read what :func:`remember` kept.
+
+    :param optimizer: the optimizer of a policy
+    :param key: whose state it is
+    :return: a copy of the state; empty if there is none
+    """
+    return next((dict(group[key]) for group in optimizer.param_groups if key in group), {})
+
+
+def remember(optimizer: th.optim.Optimizer, key: str, state: Mapping[str, Any]) -> None:
+    """
+    Keep a callback's state in the optimizer's groups: SB3 saves them with the model, but not the callbacks.
+
+    :param optimizer: the optimizer of a policy
+    :param key: whose state it is
+    :param state: plain numbers, strings and dicts of them, which ``weights_only=True`` can load
+    """
+    for group in optimizer.param_groups:
+        group[key] = dict(state)
+
+
+def param_group_summary(model: Any, show: bool = True) -> list[dict[str, Any]]:
+    """
+    What each optimizer group trains, and how fast.
+
+    :param model: an SB3 model, a policy, or an optimizer
+    :param show: also print it as a table
+    :return: a row a group: ``name``, ``lr``, ``weight_decay``, ``parameters``, ``trainable_parameters`` (counts)
+    """
+    policy = getattr(model, "policy", model)
+    optimizer = getattr(policy, "optimizer", policy)
+    if not isinstance(optimizer, th.optim.Optimizer):
+        raise TypeError(f"param_group_summary takes a model, a policy or an optimizer, got {type(model).__name__}")
+    rows = [
+        {
+            "name": group.get("name", f"group {index}"),
+            "lr": float(group["lr"]),
+            "weight_decay": float(group.get("weight_decay", 0.0)),
+            "parameters": sum(parameter.numel() for parameter in group["params"]),
+            "trainable_parameters": sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad),
+        }
+        for index, group in enumerate(optimizer.param_groups)
+    ]
+    if flag("show", show):
+        print(_table(rows))
+    return rows
+
+
+def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:
+    """
+    :param model: an SB3 model
+    :return: the one optimizer of its policy
+    :raises ValueError: if it has several, as SAC
+    """
+    optimizer = getattr(model.policy, "optimizer", None)
+    if not isinstance(optimizer, th.optim.Optimizer):
+        raise ValueError(f"This callback needs a policy with one optimizer; {type(model).__name__} has not")
+    return optimizer
+
+
+def _split(name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -> list[Group]:
+    """Norm weights and biases are the parameters with one axis; they do not decay (arXiv 1706.05350, timm)."""
+    decay: list[nn.Parameter] = []
+    no_decay: list[nn.Parameter] = []
+    for parameter in parameters:
+        (decay if parameter.ndim > 1 else no_decay).append(parameter)
+    groups = [
+        {"params": decay, "name": name, "weight_decay": weight_decay, "lr_factors": {}},
+        {"params": no_decay, "name": f"{name}_no_decay", "weight_decay": 0.0, "lr_factors": {}},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> dict[str, bool]:
+    """One pass over a parameter instead of ten, where PyTorch has that: half of AdamW's time (choices.json)."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    if not devices <= {"cpu", "cuda"} or "fused" not in inspect.signature(optimizer_class).parameters:
+        return {}
+    try:
+        optimizer_class([nn.Parameter(th.zeros(1))], lr=0.0, fused=True)  # type: ignore[call-arg]  # looked up above
+    except RuntimeError:  # PyTorch before 2.4 has it on GPUs only
+        return {"fused": True} if devices == {"cuda"} else {}
+    return {"fused": True}
+
+
+def _before_step(optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    check_gradients(optimizer)
+    check_sampled_rewards()
+    for group in optimizer.param_groups:
+        if group["lr"] is not group["effective_lr"]:
+            _refresh(group)
+
+
+def _refresh(group: Group) -> None:
+    # A rate that is not the very object that we wrote was written by the host. Comparing values cannot tell: where a
+    # step schedule's factor equals the group's ratio, the host writes what already stands there.
+    if group["lr"] is not group["effective_lr"]:
+        group["base_lr"] = float(group["lr"])
+    rate = math.prod([group["base_lr"], group["lr_ratio"], *group["lr_factors"].values()])
+    group["lr"] = group["effective_lr"] = rate
+
+
+def _recognise(optimizer: th.optim.Optimizer) -> None:
+    """Complete the groups, and take a loaded rate that equals ours for ours: loading makes two objects of the one."""
+    for group in optimizer.param_groups:
+        group.setdefault("lr_ratio", 1.0)
+        group.setdefault("lr_factors", {})
+        group.setdefault("base_lr", float(group["lr"]))
+        group.setdefault("effective_lr", group["lr"])
+        if group["lr"] == group["effective_lr"]:
+            group["lr"] = group["effective_lr"]
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    head = f"{'group':<24}{'lr':>12}{'weight decay':>14}{'parameters':>14}{'trainable':>14}"
+    lines = [
+        f"{row['name']:<24}{row['lr']:>12.3g}{row['weight_decay']:>14.3g}"
+        f"{row['parameters']:>14,}{row['trainable_parameters']:>14,}"
+        for row in rows
+    ]
+    return "\n".join([head, *lines])
