@@ -22,9 +22,9 @@ import numpy as np
 import torch as th
 from filled import filled_dqn
 
-from sb3_resnet.cache import inference as convolutions
-from sb3_resnet.cache.encoder import FrozenEncoder, fingerprint
 from sb3_resnet.common.nonfinite import check_gradients
+from sb3_resnet.nn import inference as convolutions
+from sb3_resnet.nn.encoder import FrozenEncoder, fingerprint
 
 RESULT = Path(__file__).parent / "results" / "choices.json"
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -38,27 +38,17 @@ def pairs() -> dict[str, Pair]:
 def encoding() -> dict[str, Pair]:
     extractor = filled_dqn(32).policy.q_net.features_extractor
     images = th.randint(0, 256, (32, 4, 84, 84), dtype=th.uint8)
-    packed = FrozenEncoder(extractor)
+    packed = FrozenEncoder(extractor.trunk)
     with patch.object(convolutions, "can_pack", return_value=False):
-        unpacked = FrozenEncoder(extractor)
-    with patch.object(convolutions, "suits", return_value=False):
-        direct = FrozenEncoder(extractor)
+        unpacked = FrozenEncoder(extractor.trunk)
     return {
         "weights packed once, 1 image": (lambda: unpacked(images[:1]), lambda: packed(images[:1])),
-        "Winograd, 8 images": (lambda: direct(images[:8]), lambda: winograd_at_any_batch(packed, images[:8])),
-        "Winograd, 16 images": (lambda: direct(images[:16]), lambda: packed(images[:16])),
-        "Winograd, 32 images": (lambda: direct(images), lambda: packed(images)),
         "16 images encoded together": (
             lambda: [packed(image[None]) for image in images[:16]],
             lambda: packed(images[:16]),
         ),
-        "fingerprint, holders kept": (lambda: fingerprint(extractor), packed.refresh),
+        "fingerprint, holders kept": (lambda: fingerprint(extractor.trunk), packed.refresh),
     }
-
-
-def winograd_at_any_batch(encoder: FrozenEncoder, images: th.Tensor) -> th.Tensor:
-    with patch("sb3_resnet.cache.winograd._MIN_BATCH", 1):
-        return encoder(images)
 
 
 def gathering() -> dict[str, Pair]:

@@ -26,7 +26,8 @@ from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
-from sb3_resnet.cache import encoder as encoders
+from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.nn import encoder as encoders
 
 RESULT = Path(__file__).parent / "results" / "precision.json"
 SEEDS = (0, 1, 2)
@@ -55,14 +56,14 @@ def rms(values: th.Tensor) -> th.Tensor:
 def errors(model: DQN, observations: th.Tensor, dtype: str) -> dict[str, float]:
     network = model.policy.q_net
     extractor = network.features_extractor
-    encoder = encoders.FrozenEncoder(extractor, dtype)
+    encoder = encoders.FrozenEncoder(extractor.trunk, dtype)
     if dtype == "auto" and encoder.dtype != th.float32:
         sys.exit('run it where "auto" is float32: on a CPU without bfloat16')
     parts = observations.split(64)
     with th.inference_mode():
         exact = th.cat([extractor.frozen_part(extractor.preprocess(extractor.scale_raw(part))) for part in parts])
         encoder(parts[0])  # chooses what is subtracted from entries
-        fast = th.cat([encoders.decode(encoder(part), encoder.centre) for part in parts])
+        fast = th.cat([EncodedBatch(encoder(part), encoder.centre).features for part in parts])
         head = [network.q_net(extractor.live_part(entries)) for entries in (exact, fast)]
     exact, fast = exact.flatten(1), fast.flatten(1)
     spread = (exact - exact.median(dim=0).values).square().mean(dim=1).sqrt().median()

@@ -42,9 +42,9 @@ from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecTr
 
 import sb3_resnet
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.nn.encoder import FrozenEncoder
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 4_000  # transitions in our buffer before the clock starts, all encoded, as after some time of training
@@ -140,7 +140,7 @@ def phase_a(n_envs: int, rounds: int) -> dict[str, float]:
         "ours": filled(dqn("ResNetCnnPolicy", pong(n_envs)), FILLED),
     }
     callbacks = {"ours": encoded(models["ours"])}
-    encoder = FrozenEncoder(models["ours"].policy.online.features_extractor)
+    encoder = FrozenEncoder(models["ours"].policy.online.features_extractor.trunk)
     bare = pong(n_envs)
     bare.reset()
     actions = [np.array([bare.action_space.sample() for _ in range(n_envs)]) for _ in range(1000)]
@@ -192,7 +192,7 @@ def memory(arm: str, transitions: int) -> float:
     env = pong(8)
     cls = ReplayBuffer if arm == "stock" else FrameReplayBuffer
     extractor = dqn("ResNetCnnPolicy", pong(1), features_extractor_kwargs={}).policy.online.features_extractor
-    encoder = FrozenEncoder(extractor)
+    encoder = FrozenEncoder(extractor.trunk)
     entry = encoder(th.as_tensor(env.reset()))[0]
     before = psutil.Process().memory_info().rss
     buffer = cls(transitions, env.observation_space, env.action_space, "cpu", n_envs=8)
@@ -207,11 +207,11 @@ def memory(arm: str, transitions: int) -> float:
         buffer.add(observations, last, actions, rewards, dones, infos)
         observations = following
     if arm == "ours":
-        for number in {
-            *buffer.observations.numbers.ravel().tolist(),
-            *buffer.next_observations.numbers.ravel().tolist(),
+        for obs_id in {
+            *buffer.observations.obs_ids.ravel().tolist(),
+            *buffer.next_observations.obs_ids.ravel().tolist(),
         }:
-            cache.put(number, entry)  # the bytes of an entry count here, not their values
+            cache.put(obs_id, entry)  # the bytes of an entry count here, not their values
     return (psutil.Process().memory_info().rss - before) / transitions
 
 

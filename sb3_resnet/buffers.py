@@ -9,7 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 
-from sb3_resnet.cache.encoder import EncodedBatch
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cache.observations import Observations
 
@@ -24,13 +24,13 @@ class Column:
     """
 
     def __init__(self, observations: Observations, rows: int, n_envs: int) -> None:
-        self.numbers = np.full((rows, n_envs), -1, np.int64)
+        self.obs_ids = np.full((rows, n_envs), -1, np.int64)
         self._observations = observations
 
     @property
     def shape(self) -> tuple[int, ...]:
         """As that of the array in its place."""
-        return (*self.numbers.shape, *self._observations.store.shape)
+        return (*self.obs_ids.shape, *self._observations.store.shape)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -39,27 +39,27 @@ class Column:
 
     def __setitem__(self, row: int, values: Array) -> None:
         for env, pixels in enumerate(values):
-            number = self._observations.add(env, pixels)
-            self._observations.store.refer(number)
-            old, self.numbers[row, env] = int(self.numbers[row, env]), number
+            obs_id = self._observations.add(env, pixels)
+            self._observations.store.refer(obs_id)
+            old, self.obs_ids[row, env] = int(self.obs_ids[row, env]), obs_id
             if old >= 0:
                 self._observations.release(old)
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, tuple) and len(key) >= 2 and all(isinstance(index, np.ndarray) for index in key[:2]):
-            return self._observations.batch(self.numbers[key[0], key[1]])
+            return self._observations.batch(self.obs_ids[key[0], key[1]])
         rows, inner = (key[:2], key[2:]) if isinstance(key, tuple) else ((key,), ())
         if any(index is None or index is Ellipsis for index in rows):
             return np.asarray(self)[key]
-        numbers = np.asarray(self.numbers[rows])
-        selected = (slice(None),) * numbers.ndim + tuple(inner)
-        return self._observations.store.pixels(numbers)[selected]
+        obs_ids = np.asarray(self.obs_ids[rows])
+        selected = (slice(None),) * obs_ids.ndim + tuple(inner)
+        return self._observations.store.pixels(obs_ids)[selected]
 
     def __len__(self) -> int:
-        return len(self.numbers)
+        return len(self.obs_ids)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Array:
-        return np.asarray(self._observations.store.pixels(self.numbers), dtype=dtype)
+        return np.asarray(self._observations.store.pixels(self.obs_ids), dtype=dtype)
 
 
 class _ColumnBuffer(ReplayBuffer):

@@ -8,32 +8,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
-from torch.nn import functional as F
 
-from sb3_resnet.common.arguments import choice, flag, integer, no_unknown
-from sb3_resnet.common.nonfinite import check_observations
+from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn import weights as weight_files
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.freezing import FreezeBoundary
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
-from sb3_resnet.nn.pooling import POOLINGS, pooled_dim, pooled_features
+from sb3_resnet.nn.pooling import POOLINGS, pooled_dim
 from sb3_resnet.nn.precision import MixedPrecision, autocast
-from sb3_resnet.nn.preprocessing import (
-    check_size,
-    information_keeping_adapter,
-    is_scaled,
-    read_image_size,
-    scale_of,
-    statistics,
-)
+from sb3_resnet.nn.preprocessing import Preprocessing, check_size, information_keeping_adapter, statistics
+from sb3_resnet.nn.trunk import Trunk
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -75,7 +66,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :raises ValueError: for values that cannot work, with what to write instead
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for wrong types
     :raises FileNotFoundError: if the weights are not there
     """
 
@@ -101,73 +92,43 @@ class ResNetExtractor(BaseFeaturesExtractor):
         micro_batch_size: int | None = None,
         augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
-        **unknown: Any,
     ) -> None:
-        no_unknown("ResNetExtractor", unknown, ResNetExtractor.__init__.__kwdefaults__ or ())
-        scale = scale_of(observation_space)
-        channels, height, width = observation_space.shape
-        image_size = read_image_size(image_size)
-        size = image_size or (height, width)
-        choice("adapter", adapter, ADAPTERS)
-        choice("pooling", pooling, POOLINGS)
-        check_size(size, pooling)
+        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
+        check_size(images.size, choice("pooling", pooling, POOLINGS))
         has_weights = flag("pretrained", pretrained) or weights is not None
-        if norm == "group" and has_weights:
-            raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
-        per_frame = adapter == "per_frame" and channels != 3
-        if flag("train_adapter", train_adapter) and (per_frame or channels == 3):
-            raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
+        _check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
         trunk = backbones.build(backbone, norm)
-        frame_channels = 3 if channels % 3 == 0 else 1
-        n_frames = channels // frame_channels if per_frame else 1
-        pooled = n_frames * pooled_dim(pooling, trunk.out_channels, backbones.map_size(*size))
+        pooled = images.n_frames * pooled_dim(pooling, trunk.out_channels, backbones.map_size(*images.size))
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
-        #: Encodes what is acted upon, while a FeatureCacheCallback is at work.
-        self.actor: Any = None
-        #: Takes the place of the live part of the trunk where there is no gradient, likewise.
-        self.fast_trunk: Any = None
+        #: Mixed precision of the live stages, while an AMPCallback is at work.
         self.precision: MixedPrecision | None = None
-        self.pooling = pooling
-        self.augmentation = read_augment(
-            augment, (height, width), frame_channels, quiet=weight_files.checkpoint_follows()
-        )
-        #: Whether observations come from a buffer, to be trained on. The target network's policy tells it.
-        self.sees_samples = False
+        #: Whether images are changed at random: those sampled for training, never those that are acted upon.
+        self.augments = False
+        quiet = weight_files.checkpoint_follows()
+        self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet)
+        self.preprocessing = images
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self.norm_name = norm
         self.trains_adapter = train_adapter
-        self.image_size = image_size
-        self.resizes = image_size is not None and image_size != (height, width)
-        self._scale = scale
-        self._is_uint8 = observation_space.dtype == np.uint8
-        self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
-        self._per_frame = per_frame
-        self._frame_channels = frame_channels
-        self._n_frames = n_frames
         mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std)
-        self._normalize = mean is not None
         self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
         self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
-        self.adapter = None if per_frame or channels == 3 else information_keeping_adapter(channels)
+        has_adapter = not images.per_frame and images.channels != 3
+        self.adapter = information_keeping_adapter(images.channels) if has_adapter else None
         # In this order forward and backward pass of all stages took a sixth less time on a CPU.
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not weight_files.checkpoint_follows():
             _read_weights(trunk, backbone, weights)
-        self.boundary = FreezeBoundary(
-            {name: self.stage_modules(name) for name in self.stages},
-            None if flag("freeze_backbone", freeze_backbone) else "all",
-            train_adapter,
-            live_norm=norm in ("batch", "sync"),
-        )
+        stages = {name: self.stage_modules(name) for name in self.stages}
+        unfrozen = None if flag("freeze_backbone", freeze_backbone) else "all"
+        self.boundary = FreezeBoundary(stages, unfrozen, train_adapter, live_norm=norm in ("batch", "sync"))
+        #: The stages as functions. It shares this module's buffers, whose tensors ``to()`` replaces.
+        self.trunk = Trunk(stages, self.boundary, images, self._buffers, mean is not None, pooling)
         if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
-            warnings.warn(
-                "The backbone is frozen with random weights and learns little. Write pretrained=True (or "
-                "weights=PATH), or unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
-                stacklevel=2,
-            )
+            _warn_that_it_learns_little()
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -196,54 +157,36 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         self.boundary.move(stage, at_update)
 
+    @property
+    def image_size(self) -> tuple[int, int] | None:
+        """Height and width that images are resized to, or ``None``."""
+        return self.preprocessing.image_size
+
+    @property
+    def pooling(self) -> str:
+        """How the last map becomes a vector."""
+        return self.trunk.pooling
+
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
         :raises ValueError: if SB3 was told not to scale, and for NaN and infinity
         """
-        if self._is_uint8 and not self._is_scaled:
-            self._is_scaled = is_scaled(observations)
+        self.preprocessing.check_scaled(observations)
         x = self.preprocess(observations)
-        size = None if self.micro_batch_size is None else self.micro_batch_size * self._n_frames
+        size = None if self.micro_batch_size is None else self.micro_batch_size * self.preprocessing.n_frames
         with th.no_grad(), autocast(self.precision, x.device):
             entries = in_slices(self.frozen_part, x, size)
         return self.live_part(entries)
 
     def scale_raw(self, observations: th.Tensor) -> th.Tensor:
         """:return: raw observations of the space as SB3 hands them to ``forward``: uint8 images divided by 255"""
-        return observations.float() / 255.0 if self._is_uint8 else observations.float()
+        return self.preprocessing.scale_raw(observations)
 
     def preprocess(self, observations: th.Tensor) -> th.Tensor:
         """:return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``"""
-        x = observations.float()
-        if not self._is_uint8:
-            check_observations(x)
-        if self._scale != 1.0:
-            x = x * self._scale
-        if self.augmentation is not None and self.sees_samples:
-            x = self.augmentation(x)
-        if self.image_size is not None and x.shape[-2:] != self.image_size:
-            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
-        return self.as_images(x).expand(-1, 3, -1, -1) if self._per_frame else x
-
-    def as_images(self, x: th.Tensor) -> th.Tensor:
-        """:return: what passes the trunk at once: in ``per_frame`` mode ``(batch * frames, 1 or 3, H, W)``"""
-        return x.reshape(-1, self._frame_channels, *x.shape[-2:]) if self._per_frame else x
-
-    def input_map(self) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
-        """
-        What happens to raw images (of :meth:`as_images`) before the stem, unless they are resized.
-
-        :return: matrix ``(3, channels)`` and offset ``(3,)``, then mean and standard deviation ``(3,)``
-        """
-        scale = 1.0 / 255.0 if self._is_uint8 else self._scale
-        mean, std = self.input_mean.flatten(), self.input_std.flatten()
-        if self.adapter is not None:
-            assert self.adapter.bias is not None
-            return self.adapter.weight[:, :, 0, 0] * scale, self.adapter.bias, mean, std
-        matrix = th.ones(3, 1) if self._per_frame and self._frame_channels == 1 else th.eye(3)
-        return matrix.to(mean) * scale, th.zeros_like(mean), mean, std
+        return self.preprocessing(observations, self.augmentation if self.augments else None)
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
         """
@@ -254,51 +197,26 @@ class ResNetExtractor(BaseFeaturesExtractor):
             takes, ``(batch, frames, c, h, w)``
         """
         with th.no_grad():
-            return self.entries_of(self.run_stages(x, self.boundary.frozen_stages))
+            return self.trunk.entries_of(self.run_stages(x, self.boundary.frozen_stages))
 
     def live_part(self, entries: th.Tensor) -> th.Tensor:
         """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
-        frozen = self.boundary.frozen_stages
-        if len(frozen) < len(self.stages):
-            plain = self.fast_trunk is None or self.precision is not None or th.is_grad_enabled()
+        if self.trunk.live_stages:
             with autocast(self.precision, entries.device):
-                entries = in_slices(self.live_trunk if plain else self.fast_trunk, entries, self.micro_batch_size)
+                entries = in_slices(self.live_trunk, entries, self.micro_batch_size)
             if self.precision is not None:
                 entries = self.precision.leave_trunk(entries, self)
         features: th.Tensor = self.projection(entries.float()).float()
         return features
 
     def live_trunk(self, entries: th.Tensor) -> th.Tensor:
-        x = self.run_stages(entries.flatten(0, 1).float(), self.live_stages)
-        return self.pool(x, len(entries))
-
-    @property
-    def live_stages(self) -> tuple[str, ...]:
-        """The stages that train."""
-        return self.stages[len(self.boundary.frozen_stages) :]
-
-    def pool(self, x: th.Tensor, batch: int) -> th.Tensor:
-        """:return: pooled features ``(batch, n)`` of the last map, that of frames side by side"""
-        return pooled_features(self.pooling, x).reshape(batch, -1)
-
-    def entries_of(self, x: th.Tensor) -> th.Tensor:
-        """Bring the last frozen activations into the form that ``frozen_part`` returns."""
-        if len(self.boundary.frozen_stages) == len(self.stages):
-            return self.pool(x, len(x) // self._n_frames)
-        return x.reshape(-1, self._n_frames, *x.shape[1:])
+        """:return: pooled features ``(batch, n)`` of the maps that the lowest trainable stage takes"""
+        x = self.run_stages(entries.flatten(0, 1).float(), self.trunk.live_stages)
+        return self.trunk.pool(x, len(entries))
 
     def run_stages(self, x: th.Tensor, stages: Sequence[str]) -> th.Tensor:
         """Run some successive stages; the input is normalised right before the stem."""
-        for name in stages:
-            if name == "stem":
-                x = self.normalize(x)
-            for module in self.stage_modules(name):
-                x = module(x)
-        return x
-
-    def normalize(self, x: th.Tensor) -> th.Tensor:
-        """:return: images by mean and standard deviation of the input, if there is such a normalisation"""
-        return (x - self.input_mean) / self.input_std if self._normalize else x
+        return self.trunk.run(x, stages)
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
         """
@@ -306,7 +224,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
         SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
         """
-        self.training = self.sees_samples = mode
+        self.training = self.augments = mode
         self.projection.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)
@@ -323,6 +241,21 @@ class ResNetExtractor(BaseFeaturesExtractor):
 def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
     """:return: the online and the target network's; PPO's may be shared or two"""
     return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]
+
+
+def _check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
+    if norm == "group" and has_weights:
+        raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
+    if train_adapter and (images.per_frame or images.channels == 3):
+        raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
+
+
+def _warn_that_it_learns_little() -> None:
+    warnings.warn(
+        "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
+        "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
+        stacklevel=3,
+    )
 
 
 def _read_weights(trunk: nn.Module, backbone: str, weights: str | Path | None) -> None:

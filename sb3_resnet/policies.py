@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch as th
 from gymnasium import spaces
@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
-from sb3_resnet.cache.encoder import EncodedBatch
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.common.arguments import choice, integer, no_unknown, number
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
@@ -29,6 +29,16 @@ _FOR_QRDQN = (
 _EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 # In signatures of policies, but nothing that a user writes in policy_kwargs.
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
+
+
+class Encoding(Protocol):
+    """What a policy asks for the frozen stages' part of acting, while a FeatureCacheCallback is at work."""
+
+    def encode(self, observations: th.Tensor) -> EncodedBatch | None:
+        """
+        :param observations: raw, one per environment, ``(n_envs, C, H, W)``
+        :return: what the frozen stages make of them; ``None``: the network computes them itself
+        """
 
 
 class WrongPolicyError(TypeError, AttributeError):
@@ -59,6 +69,9 @@ class ResNetPolicyMixin:
 
     #: Name of the online network, as SB3 and sb3-contrib call it.
     _network: ClassVar[str]
+
+    #: Encodes what is acted upon; ``None``: the network itself does. In no copy and no pickle of the policy.
+    encoding: Encoding | None = None
 
     optimizer: th.optim.Optimizer
 
@@ -148,7 +161,14 @@ class ResNetPolicyMixin:
         The target network stays in eval mode, but what it sees meanwhile are sampled observations.
         """
         super().set_training_mode(mode)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        self.target.features_extractor.sees_samples = mode
+        self.target.features_extractor.augments = mode
+
+    def _predict(self, obs: Any, deterministic: bool = True) -> th.Tensor:
+        """Choose actions, as ``predict()`` asks: the one place where observations are acted upon."""
+        encoded = None if self.encoding is None else self.encoding.encode(obs)
+        given = obs if encoded is None else encoded
+        actions: th.Tensor = super()._predict(given, deterministic)  # type: ignore[misc]  # of SB3's policy
+        return actions
 
     def _build(self, lr_schedule: Schedule) -> None:
         lr = float(lr_schedule(1))
@@ -172,7 +192,7 @@ class ResNetPolicyMixin:
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As ``nn.Module``'s; SB3 clips them at each update, and walking to them takes longer than a head's step."""
+        """As ``nn.Module``'s; SB3 clips them at each update, and the walk to them takes 4 to 7 % of a head's update."""
         known: list[nn.Parameter] | None = getattr(self, "_all_parameters", None)
         if known is not None and recurse:
             return iter(known)
@@ -207,6 +227,9 @@ class ResNetPolicyMixin:
         # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
         return {**data, **{name: getattr(self, name) for name in own}}
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "encoding": None}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
@@ -234,10 +257,6 @@ class ResNetNetworkMixin:
         """Features of pixels, or of what the frozen prefix has already made of them."""
         if isinstance(obs, EncodedBatch):
             features: th.Tensor = features_extractor.live_part(obs.features)
-            return features
-        actor = features_extractor.actor
-        if actor is not None and actor.encoder.is_useful and not self.training and not th.is_grad_enabled():  # type: ignore[attr-defined]  # a module's
-            features = features_extractor.live_part(actor.act(obs))
             return features
         features = super().extract_features(obs, features_extractor)  # type: ignore[misc]  # of SB3's policy
         return features

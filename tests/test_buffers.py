@@ -14,10 +14,11 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer, with_columns
-from sb3_resnet.cache.acting import Actor
-from sb3_resnet.cache.encoder import EncodedBatch, FrozenEncoder
+from sb3_resnet.cache.acting import CachedEncoding
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn.encoder import FrozenEncoder
 from tests.helpers import TinyGame
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
@@ -111,7 +112,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
     stock, ours, options = KINDS[kind]
     buffers = [cls(9 * n_envs, SPACE, ACTIONS, "cpu", n_envs=n_envs, **options) for cls in (stock, ours)]
     extractor.set_freeze_boundary(None)
-    encoder = FrozenEncoder(extractor, "float32")
+    encoder = FrozenEncoder(extractor.trunk, "float32")
     boundaries = iter(["layer4", "layer2", "adapter", None] * 10)
 
     def encode(pixels):
@@ -131,7 +132,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
             assert buffers[1].shared.cache is None
             buffers[1].shared.encode_with(EntryCache(encoder, "cpu", limit))
         elif operation == "act":
-            Actor(encoder, buffers[1].shared).act(th.as_tensor(player.obs))
+            CachedEncoding(encoder, buffers[1].shared).encode(th.as_tensor(player.obs))
         else:
             player.step(operation, buffers)
         same_batch(*buffers, seed, encode)
@@ -140,7 +141,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
 def test_each_observation_is_encoded_once(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for event in ["step"] * 9 + ["done"] + ["step"] * 10:
@@ -159,7 +160,7 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
     player = Player(1, 0)
     for event in ["step"] * 5:
         player.step(event, [buffer])  # stored before the cache was there
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
     buffer.shared.encode_with(cache)
     for event in ["step"] * 20:
         player.step(event, [buffer])
@@ -167,8 +168,8 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
     features = buffer.observations[first, none].features
     assert cache.encoder.images == len(cache) == 16
     assert (cache.hits, cache.misses) == (0, 1)
-    newest = buffer.next_observations.numbers[10:25, 0].tolist()
-    assert all(number in cache for number in newest)
+    newest = buffer.next_observations.obs_ids[10:25, 0].tolist()
+    assert all(obs_id in cache for obs_id in newest)
     assert th.equal(buffer.observations[first, none].features, features)
     extractor.set_freeze_boundary("layer4")
     buffer.observations[first, none]
@@ -178,25 +179,25 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
 def test_with_a_limit_none_is_pushed_out_by_what_nobody_asked_for(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", 3 * 256 * 4)
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", 3 * 256 * 4)
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for event in ["step"] * 10:
         player.step(event, [buffer])
     for row in (0, 1, 2):
         buffer.observations[np.full(1, row), np.zeros(1, int)]
-        assert buffer.observations.numbers[0, 0] in cache
+        assert buffer.observations.obs_ids[0, 0] in cache
     assert len(cache) == 3
 
 
 def test_what_was_acted_upon_is_not_encoded_again(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu", n_envs=2)
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu")
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
     buffer.shared.encode_with(cache)
     player = Player(2, 0)
     for event in ["step"] * 4 + ["done"] + ["step"] * 5:
-        Actor(cache.encoder, buffer.shared).act(th.as_tensor(player.obs))
+        CachedEncoding(cache.encoder, buffer.shared).encode(th.as_tensor(player.obs))
         player.step(event, [buffer])
     assert cache.encoder.images == len(cache) == 20
     for seed in range(20):
@@ -209,17 +210,17 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
     entry = 256 * 4
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=5 * entry + 10)
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", max_bytes=5 * entry + 10)
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for _ in range(12):
-        Actor(cache.encoder, buffer.shared).act(th.as_tensor(player.obs))
+        CachedEncoding(cache.encoder, buffer.shared).encode(th.as_tensor(player.obs))
         player.step("step", [buffer])
         assert cache.nbytes <= 5 * entry + 10
     assert len(cache) == 5
-    assert [int(buffer.observations.numbers[row, 0]) in cache for row in range(12)] == [False] * 7 + [True] * 5
+    assert [int(buffer.observations.obs_ids[row, 0]) in cache for row in range(12)] == [False] * 7 + [True] * 5
     tiny = EntryCache(cache.encoder, "cpu", max_bytes=10)
-    assert tiny.get(buffer.observations.numbers[:3, 0], buffer.shared.store).shape == (3, 256)
+    assert tiny.get(buffer.observations.obs_ids[:3, 0], buffer.shared.store).shape == (3, 256)
     assert len(tiny) == 0
 
 
@@ -227,7 +228,7 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
 def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, monkeypatch, error):
     extractor.set_freeze_boundary(None)
     plain, buffer = ReplayBuffer(40, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
     player = Player(1, 0)
     player.step("step", [plain, buffer])
 
@@ -246,7 +247,7 @@ def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, mon
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch):
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
     Player(1, 0).step("step", [buffer])
     monkeypatch.setattr(EntryCache, "_encode", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
@@ -256,7 +257,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch)
 def test_vecnormalize_of_rewards_alone_is_fine(extractor):
     env = VecNormalize(make_vec_env(TinyGame), norm_obs=False)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
     Player(1, 0).step("step", [buffer])
     assert isinstance(buffer.sample(4, env=env).observations, EncodedBatch)
 
@@ -277,7 +278,7 @@ def test_reading_one_row_reads_no_others(monkeypatch):
         player.step("step", [buffer])
     taken = []
     pixels = buffer.shared.store.pixels
-    monkeypatch.setattr(buffer.shared.store, "pixels", lambda numbers: taken.append(numbers.size) or pixels(numbers))
+    monkeypatch.setattr(buffer.shared.store, "pixels", lambda obs_ids: taken.append(obs_ids.size) or pixels(obs_ids))
     assert buffer.observations[3].shape == (1, *SPACE.shape)
     assert taken == [1]
 
@@ -290,18 +291,18 @@ def test_a_saved_buffer_holds_what_was_written_and_no_more():
     content = pickle.dumps(buffer.shared)
     assert len(content) < 10**6  # memory grows by 32 MiB
     store = pickle.loads(content).store
-    numbers = buffer.observations.numbers[:20, 0]
-    assert np.array_equal(store.pixels(numbers), buffer.shared.store.pixels(numbers))
+    obs_ids = buffer.observations.obs_ids[:20, 0]
+    assert np.array_equal(store.pixels(obs_ids), buffer.shared.store.pixels(obs_ids))
     store.refer(store.add(0, player.first())[0])  # and it can be written again
 
 
 @pytest.mark.parametrize("megabytes", [1, 63, 100])
 def test_a_limit_of_bytes_is_used_up(extractor, megabytes):
     extractor.set_freeze_boundary(None)
-    cache = EntryCache(FrozenEncoder(extractor, "float32"), "cpu", max_bytes=megabytes * 2**20)
+    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", max_bytes=megabytes * 2**20)
     entry = th.zeros(256)
-    for number in range(megabytes * 1024 + 100):
-        cache.put(number, entry)
+    for obs_id in range(megabytes * 1024 + 100):
+        cache.put(obs_id, entry)
     assert 0.95 * megabytes * 2**20 < cache.nbytes <= megabytes * 2**20
 
 

@@ -26,7 +26,7 @@ def test_frame_buffer_is_close(length):
     played, seconds = trial.play(model, 400)
     store = model.replay_buffer.shared.store
     used = store.n_planes * (32 * 32 + 4) + len(store) * (4 * 8 + 4)
-    used += 400 * (8 + 12) + sum(getattr(model.replay_buffer, name).numbers.nbytes for name in ("observations",) * 2)
+    used += 400 * (8 + 12) + sum(getattr(model.replay_buffer, name).obs_ids.nbytes for name in ("observations",) * 2)
     assert sizes.frame_buffer_bytes(model, 400, played[:200]) == pytest.approx(used, rel=0.05)
     assert sizes.stock_buffer_bytes(model, 400) > 4 * used
     assert seconds > 0

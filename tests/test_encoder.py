@@ -8,9 +8,10 @@ import pytest
 import torch as th
 from gymnasium import spaces
 
-from sb3_resnet.cache import encoder as encoder_module
-from sb3_resnet.cache.encoder import EncodedBatch, FrozenEncoder, decode, fingerprint
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn import encoder as encoder_module
+from sb3_resnet.nn.encoder import FrozenEncoder, fingerprint
 from sb3_resnet.nn.precision import resolve_dtype
 from tests import helpers  # noqa: F401  # registers resnet_tiny
 
@@ -52,7 +53,7 @@ def images(extractor, n=6):
 
 def features(encoder, observations):
     entries = encoder(observations)  # may choose the centre, so before it is asked for
-    return decode(entries, encoder.centre)
+    return EncodedBatch(entries, encoder.centre).features
 
 
 def plain(extractor, observations):
@@ -65,7 +66,7 @@ def test_float32_equals_the_plain_module(case, boundary):
     extractor = make(*CASES[case])
     extractor.set_freeze_boundary(boundary)
     observations = images(extractor)
-    encoded = FrozenEncoder(extractor, "float32")(observations)
+    encoded = FrozenEncoder(extractor.trunk, "float32")(observations)
     expected = plain(extractor, observations)
     assert encoded.dtype == th.float32
     assert encoded.shape == expected.shape
@@ -81,7 +82,7 @@ def test_real_trunks(backbone):
     extractor = make((4, 32, 32), UINT8, {"backbone": backbone})
     observations = images(extractor, 2)
     assert th.allclose(
-        FrozenEncoder(extractor, "float32")(observations), plain(extractor, observations), rtol=1e-3, atol=1e-4
+        FrozenEncoder(extractor.trunk, "float32")(observations), plain(extractor, observations), rtol=1e-3, atol=1e-4
     )
 
 
@@ -89,11 +90,11 @@ def test_real_trunks(backbone):
 def test_reduced_precision_is_small_against_the_spread_over_observations(dtype, limit):
     extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 32)
-    encoder = FrozenEncoder(extractor, dtype)
+    encoder = FrozenEncoder(extractor.trunk, dtype)
     encoded, expected = encoder(observations), plain(extractor, observations)
     assert encoded.dtype == th.float16
     assert encoder.dtype == getattr(th, dtype)
-    got = decode(encoded, encoder.centre)
+    got = EncodedBatch(encoded, encoder.centre).features
     assert (got - expected).square().mean().sqrt() < limit * expected.std(dim=0).square().mean().sqrt()
 
 
@@ -110,7 +111,7 @@ def test_reduced_precision_is_small_against_the_spread_over_observations(dtype, 
 def test_reduced_precision_where_the_input_is_normalised_by_itself(case, boundary, dtype):
     extractor = make(*case)
     extractor.set_freeze_boundary(boundary)
-    encoder, observations = FrozenEncoder(extractor, dtype), images(extractor, 16)
+    encoder, observations = FrozenEncoder(extractor.trunk, dtype), images(extractor, 16)
     expected = plain(extractor, observations)
     assert (features(encoder, observations) - expected).square().mean().sqrt() < 0.05 * expected.std()
 
@@ -122,7 +123,7 @@ def few_checked(monkeypatch):
 
 def error(encoder, observations):
     """Of the entries, relative to the distance of the typical observation from the median one."""
-    expected = plain(encoder.extractor, observations).flatten(1)
+    expected = encoder._plain(observations).flatten(1)
     spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
     return (features(encoder, observations).flatten(1) - expected).square().mean().sqrt() / spread
 
@@ -138,7 +139,7 @@ def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeyp
     monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.008)  # bfloat16 errs by more, float16 entries by much less
     extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 32)
-    encoder = FrozenEncoder(extractor, "bfloat16")
+    encoder = FrozenEncoder(extractor.trunk, "bfloat16")
     assert encoder(observations[:10]).dtype == th.float16  # too few to judge
     version = encoder.version
     with pytest.warns(UserWarning, match=r"Encoding in bfloat16 errs by .* of the spread .* going on in float32"):
@@ -154,7 +155,7 @@ def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeyp
 def test_entries_that_float16_cannot_hold_end_in_float32(few_checked, dtype, factor):
     extractor = make((4, 32, 32), UINT8, {})
     scale_last_block(extractor.backbone.layer4, factor)
-    encoder, observations = FrozenEncoder(extractor, dtype), images(extractor, 32)
+    encoder, observations = FrozenEncoder(extractor.trunk, dtype), images(extractor, 32)
     with pytest.warns(UserWarning, match="Keeping entries in float16 errs by .* keeping them in float32"):
         encoder(observations)
     assert encoder.entry_dtype == th.float32
@@ -165,7 +166,7 @@ def test_entries_of_two_bytes_are_rounded_relative_to_what_distinguishes_observa
     extractor = make((4, 32, 32), UINT8, {})
     observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
     observations[:, :, 8:16, 3] += th.arange(32, dtype=th.uint8)[:, None, None]
-    encoder = FrozenEncoder(extractor, "auto")
+    encoder = FrozenEncoder(extractor.trunk, "auto")
     expected = plain(extractor, observations)
     spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
     assert (expected.half().float() - expected).square().mean().sqrt() > 0.005 * spread, "else this proves nothing"
@@ -178,7 +179,7 @@ def test_the_typical_observation_decides_and_not_odd_ones(few_checked):
     observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
     observations[:, :, 3, 3] += th.arange(32, dtype=th.uint8)[:, None]  # hardly anything distinguishes them,
     observations[:4] = images(extractor, 4)  # but for a few
-    encoder = FrozenEncoder(extractor, "bfloat16")
+    encoder = FrozenEncoder(extractor.trunk, "bfloat16")
     with pytest.warns(UserWarning, match="bfloat16 errs"):
         encoder(observations)
     assert error(encoder, observations[4:]) < encoder_module.MAX_ERROR
@@ -186,7 +187,7 @@ def test_the_typical_observation_decides_and_not_odd_ones(few_checked):
 
 def test_repeated_observations_judge_nothing(few_checked):
     extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor, "float16")
+    encoder = FrozenEncoder(extractor.trunk, "float16")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(3):
@@ -198,7 +199,7 @@ def test_repeated_observations_judge_nothing(few_checked):
 def test_another_boundary_and_other_weights_are_judged_too(few_checked):
     extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 40)
-    encoder = FrozenEncoder(extractor, "float16")
+    encoder = FrozenEncoder(extractor.trunk, "float16")
     encoder(observations[:10])
     extractor.set_freeze_boundary("layer4")  # before the first judgement
     assert encoder.refresh()
@@ -213,7 +214,7 @@ def test_another_boundary_and_other_weights_are_judged_too(few_checked):
 def test_it_draws_no_random_numbers():
     extractor = make((4, 32, 32), UINT8, {})
     state = th.random.get_rng_state()
-    FrozenEncoder(extractor)(images(extractor))
+    FrozenEncoder(extractor.trunk)(images(extractor))
     assert th.equal(th.random.get_rng_state(), state)
 
 
@@ -223,12 +224,12 @@ def test_a_trunk_in_training_mode_is_encoded_as_frozen():
     expected = plain(extractor, observations)
     for module in extractor.backbone.modules():
         module.training = True  # as a host's own walk over the modules leaves it
-    assert th.allclose(FrozenEncoder(extractor, "float32")(observations), expected, rtol=1e-3, atol=1e-4)
+    assert th.allclose(FrozenEncoder(extractor.trunk, "float32")(observations), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_written_without_a_trace_are_found_by_value():
     extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor)
+    encoder = FrozenEncoder(extractor.trunk)
     assert encoder.holds()
     extractor.backbone.layer1[0].conv1.weight.data.mul_(-1.0)
     assert not encoder.refresh()  # PyTorch counts no such change
@@ -237,7 +238,7 @@ def test_weights_written_without_a_trace_are_found_by_value():
 
 def test_entries_are_shared_only_below_equal_weights():
     extractor, twin = make((4, 32, 32), UINT8, {}), make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor, shared_by=[twin])
+    encoder = FrozenEncoder(extractor.trunk, shared_by=[twin.trunk])
     with th.no_grad():
         extractor.backbone.layer4[0].conv1.weight.mul_(2.0)
     with pytest.raises(ValueError, match="Online and target network differ below the freeze boundary"):
@@ -250,25 +251,25 @@ def test_entries_are_shared_only_below_equal_weights():
 def test_the_fingerprint_notices_what_the_entries_depend_on_and_nothing_else():
     extractor = make((4, 32, 32), UINT8, {"features_dim": 5})
     extractor.set_freeze_boundary("layer4")
-    before = fingerprint(extractor)
+    before = fingerprint(extractor.trunk)
     with th.no_grad():
         extractor.projection.weight.mul_(2.0)
         extractor.backbone.layer4[0].conv1.weight.mul_(2.0)
-    assert fingerprint(extractor) == before
+    assert fingerprint(extractor.trunk) == before
     for change in (
         lambda: extractor.load_state_dict(extractor.state_dict()),
         lambda: extractor.backbone.bn1.running_mean.add_(1.0),
         lambda: extractor.input_mean.add_(1.0),
         lambda: extractor.set_freeze_boundary("layer3"),
     ):
-        before = fingerprint(extractor)
+        before = fingerprint(extractor.trunk)
         change()
-        assert fingerprint(extractor) != before
+        assert fingerprint(extractor.trunk) != before
 
 
 def test_a_stale_encoder_is_built_anew():
     extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor, "float32")
+    encoder = FrozenEncoder(extractor.trunk, "float32")
     observations = images(extractor)
     assert not encoder.refresh()
     with th.no_grad():

@@ -9,23 +9,23 @@ from sb3_resnet.cache.frames import ObservationStore, Pool
 
 def test_a_pool_reuses_what_nobody_refers_to():
     pool = Pool((2,), np.int64)
-    numbers = [pool.put(np.array([index, index])) for index in range(3)]
-    for number in numbers:
-        pool.refer(number)
-    pool.refer(numbers[0])
-    assert not pool.release(numbers[0])
-    assert pool.release(numbers[1])
+    obs_ids = [pool.put(np.array([index, index])) for index in range(3)]
+    for obs_id in obs_ids:
+        pool.refer(obs_id)
+    pool.refer(obs_ids[0])
+    assert not pool.release(obs_ids[0])
+    assert pool.release(obs_ids[1])
     assert len(pool) == 2
-    assert pool.put(np.array([7, 7])) == numbers[1]
-    assert pool.take(np.array([[numbers[0]], [numbers[1]]])).tolist() == [[[0, 0]], [[7, 7]]]
+    assert pool.put(np.array([7, 7])) == obs_ids[1]
+    assert pool.take(np.array([[obs_ids[0]], [obs_ids[1]]])).tolist() == [[[0, 0]], [[7, 7]]]
 
 
 def test_memory_grows_in_steps(monkeypatch):
     monkeypatch.setattr("sb3_resnet.cache.frames._CHUNK_BYTES", 64)
     pool = Pool((4,), np.int64)  # two rows a step
-    numbers = [pool.put(np.full(4, index)) for index in range(5)]
+    obs_ids = [pool.put(np.full(4, index)) for index in range(5)]
     assert pool.references.size == 6
-    assert pool.take(np.array(numbers))[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert pool.take(np.array(obs_ids))[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 class Stack:
@@ -63,17 +63,17 @@ def test_any_sequence_of_observations_comes_back_exactly(seed, depth, channels, 
     kept = []
     obs = stack.reset()
     for end in ends:
-        number, _ = store.add(0, obs)
-        store.refer(number)
-        kept.append((number, obs))
+        obs_id, _ = store.add(0, obs)
+        store.refer(obs_id)
+        kept.append((obs_id, obs))
         if len(kept) > keep:
             store.release(kept.pop(0)[0])
         obs = stack.reset() if end else stack.step()
-        numbers = np.array([number for number, _ in kept])
-        assert np.array_equal(store.pixels(numbers), np.stack([pixels for _, pixels in kept]))
+        obs_ids = np.array([obs_id for obs_id, _ in kept])
+        assert np.array_equal(store.pixels(obs_ids), np.stack([pixels for _, pixels in kept]))
     assert len(store) <= keep + 1
-    for number, _ in kept:
-        store.release(number)
+    for obs_id, _ in kept:
+        store.release(obs_id)
     assert len(store) == 1  # the last one, with which the next is compared
     assert store.n_planes <= depth * channels
 
@@ -83,22 +83,22 @@ def test_stacks_share_their_planes_and_others_do_not():
     stack = Stack(rng, 4, 1, True)
     stack.frame = lambda: rng.integers(0, 256, (1, 8, 8), dtype=np.uint8)
     store = ObservationStore((4, 8, 8), np.uint8, 1)
-    numbers = []
+    obs_ids = []
     obs = stack.reset()
     for _ in range(50):
-        numbers.append(store.add(0, obs)[0])
-        store.refer(numbers[-1])
+        obs_ids.append(store.add(0, obs)[0])
+        store.refer(obs_ids[-1])
         obs = stack.step()
     assert store.n_planes == 51  # one a step, and the zeros
     whole = ObservationStore((4, 8, 8), np.uint8, 1)
     for _ in range(10):
-        number, _ = whole.add(0, rng.integers(0, 256, (4, 8, 8), dtype=np.uint8))
-        whole.refer(number)
+        obs_id, _ = whole.add(0, rng.integers(0, 256, (4, 8, 8), dtype=np.uint8))
+        whole.refer(obs_id)
     assert whole.n_planes == 40
 
 
 def test_unknown_observations_are_zeros():
     store = ObservationStore((2, 3, 3), np.uint8, 1)
     assert not store.pixels(np.array([-1, -1])).any()
-    number, _ = store.add(0, np.ones((2, 3, 3), np.uint8))
-    assert store.pixels(np.array([[number, -1]])).sum(axis=(2, 3, 4)).tolist() == [[18, 0]]
+    obs_id, _ = store.add(0, np.ones((2, 3, 3), np.uint8))
+    assert store.pixels(np.array([[obs_id, -1]])).sum(axis=(2, 3, 4)).tolist() == [[18, 0]]

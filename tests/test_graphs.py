@@ -4,8 +4,8 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_resnet.cache import graphs
-from sb3_resnet.cache.graphs import GraphedFunction
+from sb3_resnet.nn import graphs
+from sb3_resnet.nn.graphs import GraphedFunction
 
 needs_gpu = pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU")
 

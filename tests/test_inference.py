@@ -5,7 +5,7 @@ import torch as th
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
-from sb3_resnet.cache.inference import PackedBlock, PackedConv2d, can_pack, fold_norms, from_raw_input, pack
+from sb3_resnet.nn.inference import PackedBlock, PackedConv2d, can_pack, fold_norms, from_raw_input, pack
 
 GREY = th.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]])
 IMAGENET = th.tensor([0.485, 0.456, 0.406]), th.tensor([0.229, 0.224, 0.225])

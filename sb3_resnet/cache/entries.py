@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.frames import Array, ObservationStore
 from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.nn.encoder import FrozenEncoder
 
 _ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
 _TOGETHER = 16  # one by one they take twice as long (benchmarks/results/choices.json)
@@ -21,7 +21,7 @@ _RESERVE = 256 * 2**20  # left to others: Linux promises more memory than there 
 
 class EntryCache:
     """
-    Keeps what a :class:`~sb3_resnet.cache.encoder.FrozenEncoder` made of observations, by their number.
+    Keeps what a :class:`~sb3_resnet.nn.encoder.FrozenEncoder` made of observations, by their id.
 
     :param encoder: encodes what is missing
     :param device: where entries live
@@ -38,10 +38,10 @@ class EntryCache:
         self._pending: dict[int, None] = {}  # stored and not encoded, in the order of storing
         self.clear()
 
-    def suits(self, extractor: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
+    def suits(self, trunk: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
         """:return: whether a new cache with these settings would be the same"""
-        mine = (self.encoder.extractor, self.encoder.requested, self.device, self.max_bytes)
-        return mine[0] is extractor and mine[1:] == (dtype, device, max_bytes) and self.encoder.holds()
+        mine = (self.encoder.trunk, self.encoder.requested, self.device, self.max_bytes)
+        return mine[0] is trunk and mine[1:] == (dtype, device, max_bytes) and self.encoder.holds()
 
     def clear(self) -> None:
         """Forget all entries."""
@@ -52,38 +52,38 @@ class EntryCache:
         self._rows = 1
         self._version = self.encoder.version
 
-    def get(self, numbers: Array, store: ObservationStore) -> th.Tensor:
+    def get(self, obs_ids: Array, store: ObservationStore) -> th.Tensor:
         """
-        :param numbers: of observations, ``(batch,)``
+        :param obs_ids: of observations, ``(batch,)``
         :param store: has their pixels
         :return: their entries, encoded now where they are missing, ``(batch, ...)`` on :attr:`device`
         """
         self.encoder.refresh()
         self._drop_stale()
-        wanted = numbers.tolist()
-        missing = [number for number in dict.fromkeys(wanted) if number not in self._slots]
+        wanted = obs_ids.tolist()
+        missing = [obs_id for obs_id in dict.fromkeys(wanted) if obs_id not in self._slots]
         fresh: dict[int, th.Tensor] = {}
         together = self._with_others(missing, store) if missing else []
         for start in range(0, len(together), _ENCODE_BATCH):
             some = together[start : start + _ENCODE_BATCH]
             fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
         if self.encoder.version != self._version:
-            return self.get(numbers, store)  # its precision fell back: the others are of the wrong one
+            return self.get(obs_ids, store)  # its precision fell back: the others are of the wrong one
         self.hits += len(wanted) - len(missing)
         self.misses += len(missing)
         entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted]) if fresh else None
-        for number, entry in fresh.items():
-            self.put(number, entry)
+        for obs_id, entry in fresh.items():
+            self.put(obs_id, entry)
         return self._gather(wanted) if entries is None else entries
 
-    def expect(self, numbers: Iterable[int]) -> None:
+    def expect(self, obs_ids: Iterable[int]) -> None:
         """Observations were stored; those that are not encoded will be when they, or others, are needed."""
-        self._pending |= {number: None for number in numbers if number not in self._slots}
+        self._pending |= {obs_id: None for obs_id in obs_ids if obs_id not in self._slots}
 
-    def put(self, number: int, entry: th.Tensor) -> None:
+    def put(self, obs_id: int, entry: th.Tensor) -> None:
         """Keep the entry of an observation, made by the encoder as it is now."""
         self._drop_stale()
-        self._pending.pop(number, None)
+        self._pending.pop(obs_id, None)
         if not self._free and not self._grow(entry):
             oldest = next(iter(self._slots), None)
             if oldest is None:
@@ -91,22 +91,22 @@ class EntryCache:
             self._free.append(self._slots.pop(oldest))
         slot = self._free.pop()
         self._row(slot).copy_(entry)
-        self._slots[number] = slot
+        self._slots[obs_id] = slot
 
-    def forget(self, number: int) -> None:
-        """The observation is gone, and its number will be another's."""
-        self._pending.pop(number, None)
-        slot = self._slots.pop(number, None)
+    def forget(self, obs_id: int) -> None:
+        """The observation is gone, and its id will be another's."""
+        self._pending.pop(obs_id, None)
+        slot = self._slots.pop(obs_id, None)
         if slot is not None:
             self._free.append(slot)
 
-    def find(self, number: int) -> th.Tensor | None:
+    def find(self, obs_id: int) -> th.Tensor | None:
         """:return: the entry of an observation, if there is a valid one"""
-        slot = self._slots.get(number) if self._version == self.encoder.version else None
+        slot = self._slots.get(obs_id) if self._version == self.encoder.version else None
         return None if slot is None else self._row(slot)
 
-    def __contains__(self, number: int) -> bool:
-        return self.find(number) is not None
+    def __contains__(self, obs_id: int) -> bool:
+        return self.find(obs_id) is not None
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -146,16 +146,16 @@ class EntryCache:
         together = dict.fromkeys(missing)
         latest = store.latest()
         if not latest.isdisjoint(missing):
-            together |= {number: None for number in latest if number not in self._slots}
+            together |= {obs_id: None for obs_id in latest if obs_id not in self._slots}
         newest = reversed(self._pending) if self.max_bytes is None else ()
-        for number in islice(newest, _TOGETHER):
+        for obs_id in islice(newest, _TOGETHER):
             if len(together) < _TOGETHER:
-                together[number] = None
+                together[obs_id] = None
         return [*together]
 
     def _gather(self, wanted: list[int]) -> th.Tensor:
         """:return: entries that are all there"""
-        places = [divmod(self._slots[number], self._rows) for number in wanted]
+        places = [divmod(self._slots[obs_id], self._rows) for obs_id in wanted]
         if self.device.type == "cpu":  # picking rows takes PyTorch half as long again (choices.json)
             arrays = [chunk.numpy() for chunk in self._chunks]
             return th.from_numpy(np.stack([arrays[chunk][row] for chunk, row in places]))

@@ -35,36 +35,36 @@ class Pool:
             self._chunks.append(np.empty((self._rows, *self.shape), self.dtype))
             self.references = np.concatenate([self.references, np.zeros(self._rows, np.int32)])
             self._free = [*range(start + self._rows - 1, start - 1, -1)]
-        number = self._free.pop()
-        self._chunks[number // self._rows][number % self._rows] = row
-        return number
+        row_id = self._free.pop()
+        self._chunks[row_id // self._rows][row_id % self._rows] = row
+        return row_id
 
-    def row(self, number: int) -> Array:
+    def row(self, row_id: int) -> Array:
         """:return: one row, to read"""
-        row: Array = self._chunks[number // self._rows][number % self._rows]
+        row: Array = self._chunks[row_id // self._rows][row_id % self._rows]
         return row
 
-    def take(self, numbers: Array) -> Array:
-        """:return: copies of rows, ``(*numbers.shape, *shape)``"""
-        out = np.empty((numbers.size, *self.shape), self.dtype)
-        for index, number in enumerate(numbers.ravel().tolist()):
-            out[index] = self.row(number)
-        return out.reshape(*numbers.shape, *self.shape)
+    def take(self, row_ids: Array) -> Array:
+        """:return: copies of rows, ``(*row_ids.shape, *shape)``"""
+        out = np.empty((row_ids.size, *self.shape), self.dtype)
+        for index, row_id in enumerate(row_ids.ravel().tolist()):
+            out[index] = self.row(row_id)
+        return out.reshape(*row_ids.shape, *self.shape)
 
-    def refer(self, number: int) -> None:
+    def refer(self, row_id: int) -> None:
         """One more refers to the row."""
-        self.references[number] += 1
+        self.references[row_id] += 1
 
-    def release(self, number: int) -> bool:
+    def release(self, row_id: int) -> bool:
         """
         One less refers to the row.
 
         :return: whether it was the last, so that the row is free now
         """
-        self.references[number] -= 1
-        if self.references[number] > 0:
+        self.references[row_id] -= 1
+        if self.references[row_id] > 0:
             return False
-        self._free.append(number)
+        self._free.append(row_id)
         return True
 
     def __len__(self) -> int:
@@ -109,56 +109,56 @@ class ObservationStore:
 
         :param env: its environment
         :param pixels: ``(C, H, W)``
-        :return: its number, for the caller to refer to before the next call, and that of an observation which is gone
+        :return: its id, for the caller to refer to before the next call, and that of an observation which is gone
         """
         known, last = self.last(env, pixels), self._last[env]
         if known is not None:
             return known, None
-        number = self._stacks.put(self._planes_of(pixels, last))
-        for plane in self._stacks.row(number).tolist():
+        obs_id = self._stacks.put(self._planes_of(pixels, last))
+        for plane in self._stacks.row(obs_id).tolist():
             self._planes.refer(plane)
-        self.refer(number)
-        self._last[env] = (number, pixels.copy())
-        return number, None if last is None else self.release(last[0])
+        self.refer(obs_id)
+        self._last[env] = (obs_id, pixels.copy())
+        return obs_id, None if last is None else self.release(last[0])
 
     def last(self, env: int, pixels: Array) -> int | None:
-        """:return: the number of an observation, if it is the last one of its environment"""
+        """:return: the id of an observation, if it is the last one of its environment"""
         last = self._last[env] if env < len(self._last) else None
         return None if last is None or not same_pixels(last[1], pixels) else last[0]
 
     def latest(self) -> set[int]:
-        """:return: the numbers of the last observations of all environments"""
+        """:return: the ids of the last observations of all environments"""
         return {last[0] for last in self._last if last is not None}
 
-    def numbers(self) -> list[int]:
-        """:return: the numbers of all observations"""
-        numbers: list[int] = self._stacks.references.nonzero()[0].tolist()
-        return numbers
+    def obs_ids(self) -> list[int]:
+        """:return: the ids of all observations"""
+        obs_ids: list[int] = self._stacks.references.nonzero()[0].tolist()
+        return obs_ids
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the pixels."""
         return self._planes.dtype
 
-    def refer(self, number: int) -> None:
+    def refer(self, obs_id: int) -> None:
         """One more refers to the observation."""
-        self._stacks.refer(number)
+        self._stacks.refer(obs_id)
 
-    def release(self, number: int) -> int | None:
-        """:return: the number, if nothing refers to the observation any more and it is gone"""
-        planes = self._stacks.row(number).tolist()
-        if not self._stacks.release(number):
+    def release(self, obs_id: int) -> int | None:
+        """:return: the id, if nothing refers to the observation any more and it is gone"""
+        planes = self._stacks.row(obs_id).tolist()
+        if not self._stacks.release(obs_id):
             return None
         for plane in planes:
             self._planes.release(plane)
-        return number
+        return obs_id
 
-    def pixels(self, numbers: Array) -> Array:
-        """:return: observations ``(*numbers.shape, C, H, W)``; zeros where a number is -1"""
+    def pixels(self, obs_ids: Array) -> Array:
+        """:return: observations ``(*obs_ids.shape, C, H, W)``; zeros where an id is -1"""
         if not self.capacity:
-            return np.zeros((*numbers.shape, *self.shape), self._planes.dtype)
-        out = self._planes.take(self._stacks.take(np.maximum(numbers, 0)))
-        out[numbers < 0] = 0
+            return np.zeros((*obs_ids.shape, *self.shape), self._planes.dtype)
+        out = self._planes.take(self._stacks.take(np.maximum(obs_ids, 0)))
+        out[obs_ids < 0] = 0
         return out
 
     @property

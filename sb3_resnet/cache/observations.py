@@ -8,7 +8,7 @@ from typing import Any
 
 import torch as th
 
-from sb3_resnet.cache.encoder import EncodedBatch
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.frames import Array, ObservationStore, same_pixels
 
@@ -20,7 +20,7 @@ class Acted:
     """
     The observations that were acted upon last.
 
-    :param pixels: one an environment
+    :param pixels: one per environment
     :param entries: what the encoder made of them
     :param version: of the encoder
     """
@@ -50,48 +50,48 @@ class Observations:
         self.cache = cache
         self.encodes = True
         self.acted = None
-        cache.expect(self.store.numbers())
+        cache.expect(self.store.obs_ids())
 
     def add(self, env: int, pixels: Array) -> int:
-        """:return: the number of an observation, stored and, if it was just acted upon, already encoded"""
-        number, gone = self.store.add(env, pixels)
+        """:return: the id of an observation, stored and, if it was just acted upon, already encoded"""
+        obs_id, gone = self.store.add(env, pixels)
         self._forget(gone)
-        if self.entry(number) is None:
+        if self.entry(obs_id) is None:
             entry = self._recall(env, pixels)
-            self.keep(number, entry)
+            self.keep(obs_id, entry)
             if entry is None and self._active is not None:
-                self._active.expect((number,))
-        return number
+                self._active.expect((obs_id,))
+        return obs_id
 
-    def entry(self, number: int | None) -> th.Tensor | None:
+    def entry(self, obs_id: int | None) -> th.Tensor | None:
         """:return: the entry of an observation, if it was encoded before"""
-        return None if number is None or self._active is None else self._active.find(number)
+        return None if obs_id is None or self._active is None else self._active.find(obs_id)
 
-    def keep(self, number: int | None, entry: th.Tensor | None) -> None:
-        """Keep the entry of an observation that was acted upon, once it has a number."""
+    def keep(self, obs_id: int | None, entry: th.Tensor | None) -> None:
+        """Keep the entry of an observation that was acted upon, once it has an id."""
         cache = self._active
-        if number is not None and entry is not None and cache is not None:
-            self._guard(cache.put, number, entry.to(cache.device))
+        if obs_id is not None and entry is not None and cache is not None:
+            self._guard(cache.put, obs_id, entry.to(cache.device))
 
-    def release(self, number: int) -> None:
+    def release(self, obs_id: int) -> None:
         """One row less has the observation."""
-        self._forget(self.store.release(number))
+        self._forget(self.store.release(obs_id))
 
-    def batch(self, numbers: Array) -> EncodedBatch | Array:
+    def batch(self, obs_ids: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
         cache = self._active
         if cache is not None:
-            entries = self._guard(cache.get, numbers, self.store)
+            entries = self._guard(cache.get, obs_ids, self.store)
             if entries is not None:
                 return EncodedBatch(entries, cache.encoder.centre)
         elif self.cache is not None and self.encodes:
             self.cache.clear()  # of entries from before the whole trunk was unfrozen
-        return self.store.pixels(numbers)
+        return self.store.pixels(obs_ids)
 
     @property
     def _active(self) -> EntryCache | None:
         cache = self.cache if self.encodes else None
-        return cache if cache is not None and cache.encoder.is_useful else None
+        return cache if cache is not None and cache.encoder.can_gain else None
 
     def _recall(self, env: int, pixels: Array) -> th.Tensor | None:
         acted, cache = self.acted, self.cache

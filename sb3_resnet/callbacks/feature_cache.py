@@ -9,19 +9,18 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_resnet.buffers import with_columns
-from sb3_resnet.cache.acting import Actor
-from sb3_resnet.cache.encoder import FrozenEncoder
+from sb3_resnet.cache.acting import CachedEncoding
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
-from sb3_resnet.cache.target import FastTrunk, seldom_changes
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common.arguments import choice, integer, no_unknown
 from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn.encoder import FrozenEncoder
 from sb3_resnet.nn.precision import DTYPES
 
 #: Methods in whose place the encoder computes the frozen part.
-_PASSED_OVER = ("forward", "preprocess", "scale_raw", "as_images", "frozen_part", "run_stages", "normalize")
+_PASSED_OVER = ("forward", "preprocess", "scale_raw", "frozen_part", "run_stages")
 
 
 class FeatureCacheCallback(BaseCallback):
@@ -69,19 +68,17 @@ class FeatureCacheCallback(BaseCallback):
         self._attach()
 
     def _attach(self) -> None:
-        """Let buffer, acting and target network of the model use one cache."""
+        """Let buffer and acting of the model use one cache."""
         model: Any = self.model
         extractor, target = self._extractor(), model.policy.target.features_extractor
         model.replay_buffer = buffer = with_columns(model.replay_buffer)
         device = model.device if self.device == "auto" else th.device(self.device)
         cache = buffer.shared.cache
-        if cache is None or not cache.suits(extractor, self.dtype, device, self.max_bytes):
-            cache = EntryCache(FrozenEncoder(extractor, self.dtype, [target]), device, self.max_bytes)
+        if cache is None or not cache.suits(extractor.trunk, self.dtype, device, self.max_bytes):
+            cache = EntryCache(FrozenEncoder(extractor.trunk, self.dtype, [target.trunk]), device, self.max_bytes)
         cache.encoder.refuse_different_twins()
         buffer.shared.encode_with(cache)
-        extractor.actor = Actor(cache.encoder, buffer.shared)
-        fast = model.device.type == "cpu" and seldom_changes(model)
-        target.fast_trunk = FastTrunk(target) if fast else None
+        model.policy.encoding = CachedEncoding(cache.encoder, buffer.shared)
         self._shared = buffer.shared
 
     def _on_step(self) -> bool:
@@ -107,8 +104,7 @@ class FeatureCacheCallback(BaseCallback):
         if self._shared is not None:
             self._shared.encodes = False
         self._shared = None  # RL-Zoo ends training twice, and one summary is enough
-        self._extractor().actor = None
-        model.policy.target.features_extractor.fast_trunk = None
+        model.policy.encoding = None
 
     @property
     def _cache(self) -> EntryCache | None:

@@ -9,8 +9,8 @@ import torch as th
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import get_action_dim
 
-from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.frames import Array, ObservationStore
+from sb3_resnet.nn.encoder import FrozenEncoder
 
 _NUMBER = 8  # bytes of the number by which a column, a stack or a plane is found
 _COUNT = 4  # bytes of a reference count
@@ -58,7 +58,7 @@ def cache_bytes(model: Any, extractor: Any, observations: Array, count: int, dty
     """
     if not extractor.boundary.frozen_stages:
         return None
-    entry = FrozenEncoder(extractor, dtype)(th.as_tensor(observations[:1], device=model.device))
+    entry = FrozenEncoder(extractor.trunk, dtype)(th.as_tensor(observations[:1], device=model.device))
     return count * entry.numel() * entry.element_size()
 
 

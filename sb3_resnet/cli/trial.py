@@ -13,10 +13,10 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
-from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli.loading import one_line
+from sb3_resnet.nn.encoder import FrozenEncoder
 
 _REPEATS = 3
 _LONG = 3.0  # seconds; what takes longer is timed once
@@ -104,7 +104,7 @@ def measure(
     plain = _timed(model, update)
     if extractor.boundary.frozen_stages:
         flat = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_ENCODED], device=model.device)
-        encoder = FrozenEncoder(extractor)
+        encoder = FrozenEncoder(extractor.trunk)
         encode = _timed(model, lambda: encoder(flat)) / len(flat)
     callback = callback or FeatureCacheCallback()
     try:

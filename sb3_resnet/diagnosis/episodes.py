@@ -75,9 +75,9 @@ class EpisodeValues:
         policy: Any = model.policy
         envs = sorted(self._fresh)
         observations, _ = policy.obs_to_tensor(model._last_obs[envs])  # type: ignore[index]  # there is one while an environment runs
-        # With gradients, since without them the pass would go through the encoder of the feature cache, which
-        # remembers what it is asked: asking more would change which observations are encoded in which batch.
-        with th.enable_grad():
-            values = policy.online(observations).detach()
+        # Not predict(), whose feature cache remembers what it is asked: asking more would change which observations
+        # are encoded in which batch.
+        with th.no_grad():
+            values = policy.online(observations)
         values = values.mean(dim=1) if values.ndim == 3 else values
         return dict(zip(envs, values.max(dim=1).values.tolist(), strict=True))

@@ -8,13 +8,81 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from torch import nn
+from torch.nn import functional as F
 
 from sb3_resnet.common.arguments import flag, integer, number
+from sb3_resnet.common.nonfinite import check_observations
+from sb3_resnet.nn.augment import Augmentation
 from sb3_resnet.nn.backbones import MIN_SIZE
 
 #: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+class Preprocessing:
+    """
+    How observations become images for the trunk: scale, size, and what passes the trunk at once.
+
+    :param space: observation space, ``(C, H, W)``
+    :param per_frame: pass each frame alone; with three channels there is only one
+    :param image_size: height and width to resize to, or one number for both; ``None``: as they are
+    :raises ValueError: if these are no images
+    """
+
+    def __init__(self, space: Any, per_frame: bool, image_size: Any) -> None:
+        #: Factor that brings what SB3 hands over to 0..1.
+        self.scale = scale_of(space)
+        #: Channels of an observation.
+        self.channels = int(space.shape[0])
+        #: Height and width of an observation.
+        self.observed_size: tuple[int, int] = tuple(space.shape[1:])
+        self.image_size = read_image_size(image_size)
+        #: Height and width of the images.
+        self.size = self.image_size or self.observed_size
+        self.resizes = self.size != self.observed_size
+        self.is_uint8 = space.dtype == np.uint8
+        #: Channels of one frame.
+        self.frame_channels = 3 if self.channels % 3 == 0 else 1
+        self.per_frame = per_frame and self.channels != 3
+        #: Images that one observation becomes.
+        self.n_frames = self.channels // self.frame_channels if self.per_frame else 1
+        self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
+
+    def __call__(self, observations: th.Tensor, augmentation: Augmentation | None = None) -> th.Tensor:
+        """
+        :param observations: as SB3 hands them over, ``(batch, C, H, W)``
+        :param augmentation: changes the images, at the size of the observation
+        :return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``
+        """
+        x = observations.float()
+        if not self.is_uint8:
+            check_observations(x)
+        if self.scale != 1.0:
+            x = x * self.scale
+        if augmentation is not None:
+            x = augmentation(x)
+        if self.image_size is not None and x.shape[-2:] != self.image_size:
+            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
+        return self.as_images(x).expand(-1, 3, -1, -1) if self.per_frame else x
+
+    def as_images(self, x: th.Tensor) -> th.Tensor:
+        """:return: what passes the trunk at once: in ``per_frame`` mode ``(batch * frames, 1 or 3, H, W)``"""
+        return x.reshape(-1, self.frame_channels, *x.shape[-2:]) if self.per_frame else x
+
+    def scale_raw(self, observations: th.Tensor) -> th.Tensor:
+        """:return: raw observations of the space as SB3 hands them over: uint8 images divided by 255"""
+        return observations.float() / 255.0 if self.is_uint8 else observations.float()
+
+    def check_scaled(self, observations: th.Tensor) -> None:
+        """
+        Look at images until one of them shows that SB3 divides them by 255; black ones do not.
+
+        :param observations: as SB3 hands them over
+        :raises ValueError: if they are not divided
+        """
+        if self.is_uint8 and not self._is_scaled:
+            self._is_scaled = is_scaled(observations)
 
 
 def scale_of(space: Any) -> float:

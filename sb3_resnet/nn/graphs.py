@@ -1,4 +1,4 @@
-"""On a GPU, a function of one tensor as captured CUDA graphs: one launch in place of one a kernel."""
+"""On a GPU, a function of one tensor as captured CUDA graphs: one launch for all kernels."""
 
 from __future__ import annotations
 

@@ -10,8 +10,6 @@ from torch import nn
 from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sb3_resnet.cache.winograd import WinogradConv2d, gains, suits
-
 
 class PackedConv2d(nn.Module):
     """
@@ -20,8 +18,6 @@ class PackedConv2d(nn.Module):
     PyTorch reorders them at each call: 45 MB for a ResNet-18, a quarter of the time of a single image
     (``benchmarks/results/choices.json``).
 
-    Where it is faster, Winograd's algorithm takes the place of oneDNN.
-
     :param conv: a float32 or bfloat16 convolution on the CPU
     """
 
@@ -29,7 +25,6 @@ class PackedConv2d(nn.Module):
         super().__init__()
         self._conv = conv
         self._packed: th.Tensor | None = None
-        self._winograd = WinogradConv2d(conv) if suits(conv) else None
 
     def forward(self, x: th.Tensor, relu: bool = False, added: th.Tensor | None = None) -> th.Tensor:
         """
@@ -39,9 +34,6 @@ class PackedConv2d(nn.Module):
         :return: the result, channels last
         """
         conv = self._conv
-        if self._winograd is not None and gains(x.shape):
-            fewer: th.Tensor = self._winograd(x, relu, added)
-            return fewer
         if self._packed is None:
             self._packed = _arrange(conv, x.shape)
         weights = (self._packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)

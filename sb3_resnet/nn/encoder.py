@@ -5,22 +5,19 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch as th
 from torch import nn
 
-from sb3_resnet.cache.graphs import GraphedFunction
-from sb3_resnet.cache.inference import fold_norms, from_raw_input, pack
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
+from sb3_resnet.nn.graphs import GraphedFunction
+from sb3_resnet.nn.inference import fold_norms, from_raw_input, pack
 from sb3_resnet.nn.precision import resolve_dtype
-
-if TYPE_CHECKING:
-    from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn.trunk import Trunk
 
 #: Largest tolerated error of reduced precision, relative to the spread of the features over observations, which
 #: Q-values inherit. ``benchmarks/results/precision.json`` has what it is on Pong.
@@ -29,57 +26,27 @@ _CHECKED = 64  # different observations that the check compares
 _VERSION = attrgetter("_version")
 
 
-@dataclass(frozen=True)
-class EncodedBatch:
-    """
-    A batch of observations as the frozen prefix sees them; takes the place of pixels in SB3's ``train()``.
-
-    :param entries: ``(batch, ...)``, as a :class:`FrozenEncoder` made them
-    :param centre: what it subtracted from them, if anything
-    """
-
-    entries: th.Tensor
-    centre: th.Tensor | None = None
-
-    @property
-    def features(self) -> th.Tensor:
-        """Pooled features, or the activations below the freeze boundary; float32, ``(batch, ...)``."""
-        return decode(self.entries, self.centre)
-
-    def to(self, device: th.device) -> EncodedBatch:
-        """:return: the batch on a device"""
-        return EncodedBatch(self.entries.to(device), self.centre)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> EncodedBatch:
-        return self  # VecNormalize copies what it is given before it leaves it alone
-
-
 class FrozenEncoder:
     """
     Encodes raw observations with the stages below the freeze boundary (and the pooling, if all are frozen).
 
     BatchNorm is folded into the convolutions, memory is channels last, precision reduced where the hardware gains by
     it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint`
-    differs from that of the extractor.
+    differs from that of the trunk.
 
     From entries of two bytes a number the median of the first batch is subtracted, so that rounding is relative to what
     distinguishes observations. The first different observations are also encoded by the plain module: if the error
     exceeds :data:`MAX_ERROR`, it goes on in the next better precision, with a warning.
 
-    :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
+    :param trunk: of a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param dtype: as in :func:`~sb3_resnet.nn.precision.resolve_dtype`
-    :param shared_by: extractors for which the entries are meant too, such as the target network's
+    :param shared_by: trunks for which the entries are meant too, such as the target network's
     :raises ValueError: if these differ below the boundary, now or when weights or boundary have changed
     """
 
-    def __init__(
-        self, extractor: ResNetExtractor, dtype: str = "auto", shared_by: Sequence[ResNetExtractor] = ()
-    ) -> None:
-        self.extractor = extractor
-        self.device = extractor.input_mean.device
+    def __init__(self, trunk: Trunk, dtype: str = "auto", shared_by: Sequence[Trunk] = ()) -> None:
+        self.trunk = trunk
+        self.device = trunk.device
         self.requested = dtype
         self._shared = shared_by
         #: Images encoded so far.
@@ -91,15 +58,15 @@ class FrozenEncoder:
 
     def refresh(self) -> bool:
         """:return: whether weights or boundary had changed, so that the encoder was built anew"""
-        if self.fingerprint == _fingerprint(self.extractor, self._holders):
+        if self.fingerprint == _fingerprint(self.trunk, self._holders):
             return False
         self._build()
         return True
 
     def __call__(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: as the space describes them, ``(batch, C, H, W)``, on the extractor's device
-        :return: entries, from which :func:`decode` makes what the extractor's ``frozen_part`` returns, up to precision
+        :param observations: as the space describes them, ``(batch, C, H, W)``, on the trunk's device
+        :return: entries: without :attr:`centre`, what the extractor's ``frozen_part`` returns, up to precision
         """
         with th.inference_mode():
             if not self._is_checked:
@@ -109,13 +76,13 @@ class FrozenEncoder:
         return entries
 
     @property
-    def is_useful(self) -> bool:
+    def can_gain(self) -> bool:
         """Whether a stage of the trunk is frozen; the adapter's output is larger than the pixels."""
-        return any(name != "adapter" for name in self.extractor.boundary.frozen_stages)
+        return any(name != "adapter" for name in self.trunk.frozen_stages)
 
     def holds(self) -> bool:
         """:return: whether frozen weights are those of the last build by value; writes to ``.data`` leave no trace"""
-        return self._digest == _digest(self.extractor)
+        return self._digest == _digest(self.trunk)
 
     def _build(self) -> None:
         """For the extractor as it is now, in the precision that was asked for."""
@@ -126,17 +93,17 @@ class FrozenEncoder:
         #: What is subtracted from entries; ``None``: nothing.
         self.centre: th.Tensor | None = None
         self._is_checked = self.dtype == self.entry_dtype == th.float32
-        self._holders = _holders(self.extractor)
-        self.fingerprint = fingerprint(self.extractor)
-        self._digest = _digest(self.extractor)
+        self._holders = _holders(self.trunk)
+        self.fingerprint = fingerprint(self.trunk)
+        self._digest = _digest(self.trunk)
         self._arrange()
 
     def _arrange(self) -> None:
-        extractor = self.extractor
+        trunk = self.trunk
         with th.no_grad():
-            stages = folded_stages(extractor, extractor.boundary.frozen_stages)
-            first: Any = None if extractor.resizes else stages.get("stem", [None])[0]
-            stem = None if first is None else from_raw_input(first, *extractor.input_map())
+            stages = folded_stages(trunk, trunk.frozen_stages)
+            first: Any = None if trunk.preprocessing.resizes else stages.get("stem", [None])[0]
+            stem = None if first is None else from_raw_input(first, *trunk.input_map())
             self._reads_raw = stem is not None
             if stem is not None:
                 stages.pop("adapter", None)
@@ -148,9 +115,9 @@ class FrozenEncoder:
 
     def refuse_different_twins(self) -> None:
         """
-        :raises ValueError: if an extractor that shares the entries has other weights below the boundary
+        :raises ValueError: if a trunk that shares the entries has other weights below the boundary
         """
-        mine = frozen_tensors(self.extractor)
+        mine = frozen_tensors(self.trunk)
         for twin in self._shared:
             # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
             if not all(map(_close, mine, frozen_tensors(twin))):
@@ -160,22 +127,20 @@ class FrozenEncoder:
                 )
 
     def _encode(self, observations: th.Tensor) -> th.Tensor:
-        extractor = self.extractor
-        if self._reads_raw:
-            if observations.is_floating_point():
-                check_observations(observations)
-            x = extractor.as_images(observations)
-        else:
-            x = extractor.preprocess(extractor.scale_raw(observations))
-        return self._run(x)
+        images = self.trunk.preprocessing
+        if not self._reads_raw:
+            return self._run(images(images.scale_raw(observations)))
+        if observations.is_floating_point():
+            check_observations(observations)
+        return self._run(images.as_images(observations))
 
     def _run_stages(self, x: th.Tensor) -> th.Tensor:
         for name, stage in self._stages.items():
             if not self._reads_raw:
-                x = self.extractor.normalize(x) if name == "stem" else x
+                x = self.trunk.normalize(x) if name == "stem" else x
                 x = x.to(self.dtype, memory_format=th.channels_last)
             x = stage(x)
-        x = self.extractor.entries_of(x)
+        x = self.trunk.entries_of(x)
         if self.entry_dtype == th.float32:
             return x.float()
         if self.centre is None:
@@ -190,16 +155,23 @@ class FrozenEncoder:
         if len(self._sample) < _CHECKED:
             return
         sample = th.stack([*self._sample.values()])
-        extractor = self.extractor
-        exact = extractor.frozen_part(extractor.preprocess(extractor.scale_raw(sample))).float()
+        exact = self._plain(sample)
         # Of the typical observation: a few odd ones, as the empty stacks after a reset, would hide what errors hide.
         spread = float((exact - exact.median(dim=0).values).flatten(1).square().mean(dim=1).sqrt().median())
         while self.dtype != th.float32 or self.entry_dtype != th.float32:
-            error = float((decode(self._encode(sample), self.centre) - exact).square().mean().sqrt())
+            encoded = self._encode(sample).float()
+            rounded = encoded if self.centre is None else encoded + self.centre
+            error = float((rounded - exact).square().mean().sqrt())
             if error <= MAX_ERROR * spread:
                 break
             self._step_up(error / max(spread, 1e-12))
         self._is_checked = True
+
+    def _plain(self, observations: th.Tensor) -> th.Tensor:
+        """:return: what the modules themselves compute, in float32"""
+        images = self.trunk.preprocessing
+        x = images(images.scale_raw(observations))
+        return self.trunk.entries_of(self.trunk.run(x, self.trunk.frozen_stages)).float()
 
     def _step_up(self, error: float) -> None:
         """Go on in the next better precision."""
@@ -220,18 +192,9 @@ class FrozenEncoder:
         self._arrange()
 
 
-def decode(entries: th.Tensor, centre: th.Tensor | None) -> th.Tensor:
-    """
-    :param entries: of an encoder, ``(batch, ...)``
-    :param centre: the encoder's when they were made
-    :return: what the extractor's ``frozen_part`` returns, float32, on the device of ``centre``
-    """
-    return entries.float() if centre is None else entries.to(centre.device).float() + centre
-
-
-def folded_stages(extractor: ResNetExtractor, names: Sequence[str]) -> dict[str, nn.Sequential]:
+def folded_stages(trunk: Trunk, names: Sequence[str]) -> dict[str, nn.Sequential]:
     """:return: copies of stages, BatchNorm folded into their convolutions"""
-    stages = {name: nn.Sequential(*copy.deepcopy(extractor.stage_modules(name))) for name in names}
+    stages = {name: nn.Sequential(*copy.deepcopy(trunk.stages[name])) for name in names}
     for stage in stages.values():
         fold_norms(stage.eval())
     return stages
@@ -244,34 +207,36 @@ def arrange_for_inference(stages: dict[str, nn.Sequential], dtype: th.dtype) -> 
         pack(stage, BLOCKS)
 
 
-def fingerprint(extractor: ResNetExtractor, where: list[dict[str, Any]] | None = None) -> tuple[Any, ...]:
+def fingerprint(trunk: Trunk) -> tuple[Any, ...]:
     """
     What an encoder and its entries depend on: the boundary, and the identity and version of each frozen tensor.
 
     PyTorch counts in-place changes of a tensor, so this notices a loaded state dict or an optimizer step without
     reading a weight.
 
-    :param extractor: the extractor whose prefix is encoded
+    :param trunk: its frozen stages are encoded
     :return: a value that differs after any such change
     """
-    return _fingerprint(extractor, _holders(extractor))
+    return _fingerprint(trunk, _holders(trunk))
 
 
-def _fingerprint(extractor: ResNetExtractor, holders: list[dict[str, Any]]) -> tuple[Any, ...]:
+def _fingerprint(trunk: Trunk, holders: Sequence[Mapping[str, th.Tensor | None]]) -> tuple[Any, ...]:
     tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    return (extractor.boundary.stage, *map(th.Tensor.data_ptr, tensors), *map(_VERSION, tensors))
+    return (trunk.boundary.stage, *map(th.Tensor.data_ptr, tensors), *map(_VERSION, tensors))
 
 
-def _holders(extractor: ResNetExtractor) -> list[dict[str, Any]]:
+def _holders(trunk: Trunk) -> list[Mapping[str, th.Tensor | None]]:
     """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
-    frozen = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
-    holders = [holder for top in frozen for module in top.modules() for holder in (module._parameters, module._buffers)]
-    return [holder for holder in (extractor._buffers, *holders) if holder]
+    layers = [layer for module in trunk.modules(trunk.frozen_stages) for layer in module.modules()]
+    holders: list[Mapping[str, th.Tensor | None]] = [trunk.statistics]
+    for layer in layers:
+        holders += [layer._parameters, layer._buffers]
+    return [holder for holder in holders if holder]
 
 
-def frozen_tensors(extractor: ResNetExtractor) -> list[th.Tensor]:
+def frozen_tensors(trunk: Trunk) -> list[th.Tensor]:
     """:return: parameters and buffers below the freeze boundary"""
-    modules = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
+    modules = trunk.modules(trunk.frozen_stages)
     return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
@@ -279,5 +244,5 @@ def _close(one: th.Tensor, other: th.Tensor) -> bool:
     return th.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
-def _digest(extractor: ResNetExtractor) -> list[int]:
-    return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in frozen_tensors(extractor)]
+def _digest(trunk: Trunk) -> list[int]:
+    return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in frozen_tensors(trunk)]
