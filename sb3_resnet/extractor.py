@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn import weights as weight_files
@@ -232,7 +231,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def apply(self: SelfExtractor, fn: Callable[[nn.Module], None]) -> SelfExtractor:
         """As ``nn.Module.apply``, but PPO's and A2C's orthogonal initialisation spares trunk and adapter."""
-        if isinstance(fn, partial) and fn.func is BasePolicy.init_weights:
+        if host.is_initializer(fn):
             self.projection.apply(fn)
             return self
         return super().apply(fn)

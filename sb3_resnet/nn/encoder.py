@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
 
+from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
@@ -23,7 +23,6 @@ from sb3_resnet.nn.trunk import Trunk
 #: Q-values inherit. ``benchmarks/results/precision.json`` has what it is on Pong.
 MAX_ERROR = 0.02
 _CHECKED = 64  # different observations that the check compares
-_VERSION = attrgetter("_version")
 
 
 class FrozenEncoder:
@@ -220,17 +219,15 @@ def fingerprint(trunk: Trunk) -> tuple[Any, ...]:
     return _fingerprint(trunk, _holders(trunk))
 
 
-def _fingerprint(trunk: Trunk, holders: Sequence[Mapping[str, th.Tensor | None]]) -> tuple[Any, ...]:
+def _fingerprint(trunk: Trunk, holders: Sequence[Any]) -> tuple[Any, ...]:
     tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    return (trunk.boundary.stage, *map(th.Tensor.data_ptr, tensors), *map(_VERSION, tensors))
+    return (trunk.boundary.stage, *map(th.Tensor.data_ptr, tensors), *host.tensor_versions(tensors))
 
 
-def _holders(trunk: Trunk) -> list[Mapping[str, th.Tensor | None]]:
+def _holders(trunk: Trunk) -> list[Any]:
     """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
     layers = [layer for module in trunk.modules(trunk.frozen_stages) for layer in module.modules()]
-    holders: list[Mapping[str, th.Tensor | None]] = [trunk.statistics]
-    for layer in layers:
-        holders += [layer._parameters, layer._buffers]
+    holders = [trunk.statistics, *(holder for layer in layers for holder in host.tensor_holders(layer))]
     return [holder for holder in holders if holder]
 
 
