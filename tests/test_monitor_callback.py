@@ -292,8 +292,6 @@ def test_expected_and_realised_returns_belong_to_the_same_episodes():
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="every must be"):
         MonitorCallback(every=0)
-    with pytest.raises(TypeError, match="did you mean 'every'"):
-        MonitorCallback(evry=5)
     model = DQN("CnnPolicy", TinyGame((1, 36, 36)), buffer_size=10)
     with pytest.raises(TypeError, match="MonitorCallback needs ResNetCnnPolicy"):
         start(model, MonitorCallback())

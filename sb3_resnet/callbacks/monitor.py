@@ -8,7 +8,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import integer, no_unknown
+from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.probe import Probe
@@ -60,12 +60,11 @@ class MonitorCallback(BaseCallback):
         phase A, 1 costs 5 % (``benchmarks/results/monitor.json``)
     :param verbose: SB3's verbosity
     :raises ValueError: if ``every`` is not a whole number above 0
-    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    :raises TypeError: if ``every`` is not a number, and at the start of training for other policies
     """
 
-    def __init__(self, every: int = 100, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, every: int = 100, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("MonitorCallback", unknown, ("every", "verbose"))
         self.every = integer("every", every, 1)
         self._probe = Probe(self.every, self._log)
         self._updates = UpdateHook(self._before_update)

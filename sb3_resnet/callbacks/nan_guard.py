@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._rewards import RewardCheck
-from sb3_resnet.common.arguments import no_unknown
 from sb3_resnet.optim.groups import install_effective_lr
 
 
@@ -26,12 +23,10 @@ class NanGuardCallback(BaseCallback):
 
     :param verbose: SB3's verbosity
     :raises ValueError: in training, for NaN or infinity in rewards or gradients
-    :raises TypeError: for unknown arguments
     """
 
-    def __init__(self, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("NanGuardCallback", unknown, ("verbose",))
         self._rewards = RewardCheck()
 
     def _on_training_start(self) -> None:
