@@ -10,10 +10,11 @@ from stable_baselines3.common.logger import configure
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.buffers import FrameReplayBuffer
-from sb3_resnet.callbacks import FeatureCacheCallback, MonitorCallback
+from sb3_resnet.cache.sizes import growth_bytes
+from sb3_resnet.callbacks import MonitorCallback
 from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
 from sb3_resnet.diagnosis import setup_rules as diagnosis
-from sb3_resnet.diagnosis.setup_rules import buffer_bytes, has_random_weights
+from sb3_resnet.diagnosis.setup_rules import has_random_weights
 from sb3_resnet.diagnosis.setup_rules import static_findings as static
 from tests.helpers import TinyGame, fill, make_model
 from tests.test_doctor_callback import trained
@@ -255,30 +256,9 @@ def test_other_algorithms_are_checked_for_what_they_have():
     assert static(SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu")) == []
 
 
-def test_the_buffers_memory_is_what_it_will_be_when_full(monkeypatch):
-    plane, rows = 32 * 32, 300
-    model = trained(make_model())
-    assert buffer_bytes(model) == 2 * rows * 4 * plane
-    fill(model, 150)
-    assert buffer_bytes(model) == rows * 4 * plane
-    model = trained(make_model(replay_buffer_class=FrameReplayBuffer))
-    assert buffer_bytes(model) == rows * plane
-    start(model, FeatureCacheCallback("float32"))
-    assert buffer_bytes(model) == rows * (plane + 2 * 256)
-    model.policy.set_freeze_boundary("layer4")
-    assert buffer_bytes(model) == rows * plane  # how large entries are is not known before there are some
-    monkeypatch.setattr(diagnosis, "_MEASURED", 20)
-    model.learn(120)
-    store = model.replay_buffer.shared.store
-    assert 0 < buffer_bytes(model) < rows * (plane * store.n_planes / len(store) + 2**25)
-    model = trained(make_model(buffer_size=20))
-    fill(model, 30)
-    assert buffer_bytes(model) == 0
-
-
 def test_a_buffer_that_does_not_fit_names_the_size_that_does(monkeypatch):
     model = trained(make_model())
-    monkeypatch.setattr(diagnosis, "available_bytes", lambda: buffer_bytes(model) // 2)
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda: growth_bytes(model) // 2)
     (found,) = static(model)
     assert (found.code, found.severity) == ("buffer_memory", "error")
     assert "buffer_size=135, or replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer" in found.change

@@ -10,9 +10,10 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
+from sb3_resnet.cache import sizes
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
-from sb3_resnet.cli import sizes, trial
+from sb3_resnet.cli import trial
 from sb3_resnet.cli.extras import missing_extra
 from sb3_resnet.cli.loading import extractor_of, one_line
 from sb3_resnet.cli.network import ScoreNetwork
@@ -178,10 +179,10 @@ def _memory(setup: Setup, extractor: Any, played: Array, available: int | None) 
     flat = played.reshape(-1, *played.shape[2:])
     rows = [
         ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
-        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, played)),
+        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat))),
     ]
-    entries = sizes.cache_bytes(model, extractor, flat, min(size, setup.total_timesteps))
-    if entries is not None:
+    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor, model.observation_space)
+    if entries:
         rows.append(("feature cache", entries))
     return rows if available is None else [*rows, ("available", available)]
 
