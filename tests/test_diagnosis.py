@@ -47,7 +47,7 @@ HEALTHY = {
     "grad_norm/head": noisy(0.3),
     "grad_norm_clipped/all": noisy(0.3),
     "update_ratio/head": noisy(1e-3),
-    "lr/head": [1e-4] * 30,
+    "train/lr_head": [1e-4] * 30,
     "rollout/ep_rew_mean": [float(i) for i in range(30)],
     "eval/mean_reward": [i + 0.5 for i in range(30)],
     "rollout/exploration_rate": [1.0 - i / 30 for i in range(30)],
@@ -74,8 +74,8 @@ SICK = [
     ("gradients_vanish", {"grad_norm/backbone": noisy(1e-9)}, "of backbone is 1.00e-09"),
     ("gradients_explode", {"grad_norm/all": noisy(50.0)}, "50.2 before clipping and 0.301 after"),
     ("gradients_explode", {"grad_norm/all": [*noisy(0.3), math.inf]}, "before clipping"),
-    ("lr_zero", {"lr/head": [0.0] * 30}, "No learning rate exceeded 0.0e+00"),
-    ("lr_zero", {"lr/head": [], "train/lr_head": [1e-12] * 30}, "exceeded 1.0e-12"),
+    ("lr_zero", {"train/lr_head": [0.0] * 30}, "No learning rate exceeded 0.0e+00"),
+    ("lr_zero", {"train/lr_head": [], "train/learning_rate": [1e-12] * 30}, "exceeded 1.0e-12"),
     ("lr_zero", {"update_ratio/head": noisy(1e-9)}, "by 1.0e-09 of their size, at a learning rate of 1.0e-04"),
     ("batchnorm_drift", {"monitor/batchnorm_drift": noisy(2.0)}, "2 standard deviations"),
     ("amp_skips", {"train/amp_skipped": [20.0 * i for i in range(30)]}, "20 of the last 200 updates"),
@@ -117,9 +117,9 @@ def test_a_nan_is_no_finding_of_another_kind(key):
 @pytest.mark.parametrize("n", [60, 3000])
 def test_a_schedule_may_end_at_zero_but_not_long_before_the_end(n):
     cosine = [1e-4 * (1 + math.cos(math.pi * i / (n - 1))) / 2 for i in range(n)]
-    columns = {"lr/head": cosine, "update_ratio/head": [10 * rate for rate in cosine]}
+    columns = {"train/lr_head": cosine, "update_ratio/head": [10 * rate for rate in cosine]}
     assert history_findings({**HEALTHY, **columns}) == []
-    (found,) = history_findings({**HEALTHY, "lr/head": [*cosine[::2], *[0.0] * (n // 2)]})
+    (found,) = history_findings({**HEALTHY, "train/lr_head": [*cosine[::2], *[0.0] * (n // 2)]})
     assert f"No learning rate exceeded 0.0e+00 in the last {n // 3} logged updates" in found.seen
     (found,) = history_findings({**HEALTHY, "update_ratio/head": [*cosine[::2], *[0.0] * (n // 2)]})
     assert found.code == "lr_zero"

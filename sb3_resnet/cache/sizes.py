@@ -25,9 +25,9 @@ def stock_buffer_bytes(model: Any, buffer_size: int) -> int:
     :param buffer_size: number of transitions
     :return: size in bytes
     """
-    space: Any = model.observation_space
-    parts = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
-    pixels = sum(int(np.prod(part.shape)) * part.dtype.itemsize for part in parts)
+    space = model.observation_space
+    parts: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    pixels = sum(prod(part.shape) * part.dtype.itemsize for part in parts)
     return _rows(model, buffer_size) * int(pixels * _arrays(model) + _rest(model))
 
 

@@ -15,7 +15,7 @@ from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
-GAUGES = ("lr/", "param_norm/")
+GAUGES = ("train/lr_", "param_norm/")
 
 
 class MonitorCallback(BaseCallback):
@@ -30,7 +30,7 @@ class MonitorCallback(BaseCallback):
 
     By optimizer group (``head``, ``head_no_decay``, ``backbone``, ...), for those that train:
 
-    * ``lr/<group>``: learning rate that the update used
+    * ``train/lr_<group>``: learning rate that the update used; ``LRScheduleCallback`` logs it too
     * ``grad_norm/<group>``, ``grad_norm_clipped/<group>``: gradient norm before and after all clipping; ``all``: of
       all groups together, which is what SB3 clips
     * ``param_norm/<group>``, ``update_ratio/<group>``: norm of the parameters, and that of the update relative to it
