@@ -29,7 +29,10 @@ def any_non_finite(tensors: Iterable[th.Tensor]) -> bool:
 
 
 def gradients(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    """:return: the gradients that the next step would use"""
+    """
+    :param optimizer: an optimizer
+    :return: the gradients that its next step would use
+    """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
