@@ -470,7 +470,6 @@ def test_what_was_chosen_is_said(dtype, capsys, caplog):
     ("arguments", "error", "message"),
     [
         ({"dtype": "half"}, ValueError, "dtype must be one of 'auto'.*'float16'"),
-        ({"dtypes": "float16"}, TypeError, "did you mean 'dtype'"),
         ({"init_scale": 0}, ValueError, "init_scale must be finite and >="),
         ({"init_scale": 1e39}, ValueError, r"init_scale must be finite and >= .* and <= 1.70141e\+38, got 1e\+39"),
         ({"growth_factor": 1.0}, ValueError, "growth_factor must be finite and > 1"),

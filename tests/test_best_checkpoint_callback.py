@@ -199,7 +199,6 @@ def test_no_checkpoint_says_where_it_looked(tmp_path):
         ({"save_freq": -1}, ValueError, "save_freq must be finite and >= 0"),
         ({"keep_last": 0}, ValueError, "keep_last must be finite and >= 1"),
         ({"save_replay_buffer": 1}, TypeError, "save_replay_buffer must be true or false"),
-        ({"save_frequency": 1}, TypeError, "did you mean 'save_freq'"),
     ],
 )
 def test_bad_arguments_are_refused_at_construction(arguments, error, message):

@@ -447,7 +447,7 @@ def test_unexpected_errors_are_one_line_too(dqn_zip, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("sb3_resnet.cli.loading.load_model", fail)
+    monkeypatch.setattr("sb3_resnet.cli.groups.load_model", fail)
     assert error_of("groups", dqn_zip) == "Error: RuntimeError: out of memory"
     assert "is no folder" in error_of("--svg", tmp_path / "none" / "x.svg", "groups", dqn_zip)
 

@@ -274,8 +274,6 @@ def test_it_can_be_driven_without_an_environment_and_a_logger():
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="action must be one of 'warn', 'stop', got 'stopp'; did you mean 'stop'"):
         DoctorCallback("stopp")
-    with pytest.raises(TypeError, match="did you mean 'action'"):
-        DoctorCallback(acton="stop")
     model = DQN("CnnPolicy", TinyGame((1, 36, 36)), buffer_size=10)
     with pytest.raises(TypeError, match="DoctorCallback needs ResNetCnnPolicy"):
         start(model, DoctorCallback())

@@ -94,5 +94,3 @@ def test_what_only_the_model_decides_is_refused_before_any_callback_begins():
 def test_bad_norms_are_refused(value, error):
     with pytest.raises(error, match="max_norm must be"):
         GradientClipCallback(value)
-    with pytest.raises(TypeError, match="did you mean 'max_norm'"):
-        GradientClipCallback(maxnorm=1.0)

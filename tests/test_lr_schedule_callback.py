@@ -264,7 +264,6 @@ def test_policies_with_several_optimizers_are_refused():
     ("arguments", "error", "message"),
     [
         ({"schedule": "cosin"}, ValueError, "did you mean 'cosine'"),
-        ({"warmup": 5}, TypeError, "did you mean 'warmup_steps'"),
         ({"warmup_steps": -1}, ValueError, "warmup_steps must be finite and >= 0"),
         ({"warmup_steps": 1.5}, ValueError, "whole number"),
         ({"schedule": "step"}, ValueError, "needs step_size"),

@@ -112,8 +112,3 @@ def test_a_model_without_rewards_has_nothing_to_check():
     model = DQN("MlpPolicy", "CartPole-v1", device="cpu")
     model.replay_buffer = None
     start(model, NanGuardCallback()).on_rollout_end()
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="did you mean 'verbose'"):
-        NanGuardCallback(verbos=1)

@@ -221,3 +221,24 @@ def test_the_search_for_private_parts_finds_them(code):
 )
 def test_the_search_for_private_parts_lets_others_pass(code):
     assert not [*private_accesses(code)]
+
+
+MODULES = sorted((ROOT / "sb3_resnet").rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_modules_and_functions_are_short(path):
+    text = path.read_text()
+    assert text.count("\n") <= 300, "split it by what changes together"
+    functions = [
+        node for node in ast.walk(ast.parse(text)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    ]
+    assert not [node.name for node in functions if node.end_lineno - node.lineno + 1 > 60]
+
+
+def test_the_top_level_is_small_enough_to_read_at_a_glance():
+    here = {path.relative_to(ROOT / "sb3_resnet") for path in MODULES}
+    modules = [path.name for path in here if len(path.parts) == 1 and not path.name.startswith("_")]
+    packages = {path.parts[0] for path in here if len(path.parts) > 1}
+    assert 0 < len(modules) <= 8
+    assert 0 < len(packages) <= 8

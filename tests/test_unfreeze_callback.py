@@ -432,11 +432,6 @@ def test_bad_phases_are_refused_at_construction(phases, error, message):
         UnfreezeCallback(phases)
 
 
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="did you mean 'phases'"):
-        UnfreezeCallback([LAYER4], phase=1)
-
-
 def test_it_can_be_driven_before_there_is_a_logger():
     model = make_model()
     callback = start(model, UnfreezeCallback([{"at_timestep": 4, "unfreeze_from": "layer4"}], verbose=0))

@@ -13,7 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import flag, integer, no_unknown
+from sb3_resnet.common.arguments import flag, integer
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
 _STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
@@ -45,7 +45,7 @@ class BestCheckpointCallback(BaseCallback):
     :param save_replay_buffer: also save the replay buffer, as ``rl_model_<timesteps>_steps_replay_buffer.pkl``
     :param verbose: 1 to print each save
     :raises ValueError: for values that cannot work
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for wrong types
     """
 
     def __init__(
@@ -55,11 +55,8 @@ class BestCheckpointCallback(BaseCallback):
         keep_last: int = 3,
         save_replay_buffer: bool = False,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
-        allowed = ("save_freq", "save_path", "keep_last", "save_replay_buffer", "verbose")
-        no_unknown("BestCheckpointCallback", unknown, allowed)
         self.save_freq = integer("save_freq", save_freq)
         self.save_path = None if save_path is None else Path(save_path)
         self.keep_last = integer("keep_last", keep_last, 1)

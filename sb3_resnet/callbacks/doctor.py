@@ -11,7 +11,7 @@ from stable_baselines3.common.utils import safe_mean
 from sb3_resnet.callbacks._evaluations import Evaluations, walk
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, integer, no_unknown
+from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.findings import THRESHOLDS
@@ -46,7 +46,7 @@ class DoctorCallback(BaseCallback):
     :param slow_after: environment steps after which the reward must have risen
     :param verbose: 1 for the summary; findings are warned of in any case
     :raises ValueError: for values that cannot work
-    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    :raises TypeError: for wrong types, and at the start of training for other policies
     """
 
     def __init__(
@@ -55,10 +55,8 @@ class DoctorCallback(BaseCallback):
         every: int = 100,
         slow_after: int = int(THRESHOLDS["slow_after"].value),
         verbose: int = 1,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
-        no_unknown("DoctorCallback", unknown, ("action", "every", "slow_after", "verbose"))
         self.action = choice("action", action, ACTIONS)
         self.every = integer("every", every, 1)
         self.slow_after = integer("slow_after", slow_after, 1)

@@ -13,7 +13,7 @@ from sb3_resnet.cache.acting import CachedEncoding
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.common.arguments import choice, integer, no_unknown
+from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import FrozenEncoder
@@ -44,14 +44,13 @@ class FeatureCacheCallback(BaseCallback):
     :param verbose: 1 to print a summary at the end
     :raises ValueError: for values that cannot work, at the start of training where entries would not be exact, and in
         training for NaN or infinity in rewards
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for wrong types
     """
 
     def __init__(
-        self, dtype: str = "auto", device: str = "auto", max_bytes: int | None = None, verbose: int = 0, **unknown: Any
+        self, dtype: str = "auto", device: str = "auto", max_bytes: int | None = None, verbose: int = 0
     ) -> None:
         super().__init__(verbose)
-        no_unknown("FeatureCacheCallback", unknown, ("dtype", "device", "max_bytes", "verbose"))
         self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
         self.device = _read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)

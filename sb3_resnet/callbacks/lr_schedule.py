@@ -12,7 +12,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from sb3_resnet.callbacks._evaluations import Evaluations
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import optimizer_of, recall, remember, set_lr_factor
 
@@ -47,7 +47,7 @@ class LRScheduleCallback(BaseCallback):
     :param min_delta: plateau: smallest gain in mean reward that counts (default 0); needs an ``EvalCallback``
     :param verbose: 1 to print what it does
     :raises ValueError: for values that cannot work, and for arguments of another schedule
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for wrong types
     """
 
     def __init__(
@@ -62,11 +62,9 @@ class LRScheduleCallback(BaseCallback):
         patience: int | None = None,
         min_delta: float | None = None,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
         names = {name for names in SCHEDULES.values() for name in names}
-        no_unknown("LRScheduleCallback", unknown, {"warmup_steps", "schedule", "verbose", *names})
         given = {name: value for name, value in locals().items() if name in names and value is not None}
         self.schedule = choice("schedule", schedule, [*SCHEDULES])
         for name in given.keys() - {*SCHEDULES[schedule]}:

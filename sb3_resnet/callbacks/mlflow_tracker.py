@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import no_unknown, text
+from sb3_resnet.common.arguments import text
 
 _PARAMS_A_CALL = 100  # MLflow's limits for one call
 _METRICS_A_CALL = 1000
@@ -33,7 +33,7 @@ class MLflowTrackerCallback(TrackerCallback):
     :param save_best: keep the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if MLflow is not installed
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for wrong types
     :raises ValueError: for empty strings
     """
 
@@ -46,11 +46,8 @@ class MLflowTrackerCallback(TrackerCallback):
         tags: Mapping[str, str] | None = None,
         save_best: bool = True,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(save_best, verbose)
-        allowed = ("experiment", "name", "tracking_uri", "artifact_location", "tags", "save_best", "verbose")
-        no_unknown("MLflowTrackerCallback", unknown, allowed)
         given = {"name": name, "tracking_uri": tracking_uri, "artifact_location": artifact_location}
         for key, value in given.items():
             if value is not None:

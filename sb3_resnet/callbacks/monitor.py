@@ -9,14 +9,14 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import integer, no_unknown
+from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
-GAUGES = ("lr/", "param_norm/")
+GAUGES = ("train/lr_", "param_norm/")
 
 
 class MonitorCallback(BaseCallback):
@@ -37,7 +37,7 @@ class MonitorCallback(BaseCallback):
 
     By optimizer group (``head``, ``head_no_decay``, ``backbone``, ...), for those that train:
 
-    * ``lr/<group>``: learning rate that the update used
+    * ``train/lr_<group>``: learning rate that the update used; ``LRScheduleCallback`` logs it too
     * ``grad_norm/<group>``, ``grad_norm_clipped/<group>``: gradient norm before and after all clipping; ``all``: of
       all groups together, which is what SB3 clips
     * ``param_norm/<group>``, ``update_ratio/<group>``: norm of the parameters, and that of the update relative to it
@@ -67,12 +67,11 @@ class MonitorCallback(BaseCallback):
         phase A, 1 costs 5 % (``benchmarks/results/monitor.json``)
     :param verbose: SB3's verbosity
     :raises ValueError: if ``every`` is not a whole number above 0
-    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    :raises TypeError: if ``every`` is not a number, and at the start of training for other policies
     """
 
-    def __init__(self, every: int = 100, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, every: int = 100, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("MonitorCallback", unknown, ("every", "verbose"))
         self.every = integer("every", every, 1)
         self._probe = Probe(self.every, self._log)
         self._updates = UpdateHook(self._before_update)

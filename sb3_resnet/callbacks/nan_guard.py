@@ -8,7 +8,6 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.optim import Optimizer
 
-from sb3_resnet.common.arguments import no_unknown
 from sb3_resnet.common.nonfinite import (
     POLICYS_CHECK,
     RewardCheck,
@@ -36,12 +35,10 @@ class NanGuardCallback(BaseCallback):
 
     :param verbose: SB3's verbosity
     :raises ValueError: in training, for NaN or infinity in rewards or gradients
-    :raises TypeError: for unknown arguments
     """
 
-    def __init__(self, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("NanGuardCallback", unknown, ("verbose",))
         self._rewards = RewardCheck()
         self._watched: Any = None  # the buffer whose batches are checked
 

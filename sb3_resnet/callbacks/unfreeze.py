@@ -69,12 +69,11 @@ class UnfreezeCallback(BaseCallback):
     :param phases: the phases in order
     :param verbose: 1 to print a line at each transition (it is logged in any case); 0 for silence
     :raises ValueError: for phases that cannot work
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for unknown keys and wrong types
     """
 
-    def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1, **unknown: Any) -> None:
+    def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1) -> None:
         super().__init__(verbose)
-        no_unknown("UnfreezeCallback", unknown, ("phases", "verbose"))
         if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
             raise ValueError(f"phases must be a list of dicts, one a phase, got {phases!r}")
         self.phases = [_read_phase(index, phase) for index, phase in enumerate(phases)]

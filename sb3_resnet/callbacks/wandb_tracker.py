@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import choice, no_unknown, text
+from sb3_resnet.common.arguments import choice, text
 
 MODES = ("online", "offline", "disabled")
 
@@ -32,7 +32,7 @@ class WandbTrackerCallback(TrackerCallback):
     :param save_best: keep the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if wandb is not installed
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for wrong types
     :raises ValueError: for an unknown mode and empty names
     """
 
@@ -45,11 +45,8 @@ class WandbTrackerCallback(TrackerCallback):
         init: Mapping[str, Any] | None = None,
         save_best: bool = True,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(save_best, verbose)
-        allowed = ("project", "name", "mode", "folder", "init", "save_best", "verbose")
-        no_unknown("WandbTrackerCallback", unknown, allowed)
         text("project", project)
         if name is not None:
             text("name", name)

@@ -1,11 +1,11 @@
-"""Libraries outside of the core, imported where they are needed."""
+"""Optional libraries, imported where they are needed."""
 
 from __future__ import annotations
 
 import importlib
 from typing import Any
 
-#: Words by which an import error is told, and the extra that installs what is missing.
+#: Words in an import error, and the extra that installs the missing library.
 _EXTRAS = {"ale_py": "atari", "cv2": "atari", "OpenCV": "atari", "rl_zoo3": "zoo", "sb3_contrib": "contrib"}
 
 
@@ -23,7 +23,10 @@ def import_extra(module: str, extra: str = "tools") -> Any:
 
 
 def missing_extra(error: BaseException) -> str:
-    """:return: which extra to install, where the error is a missing module of one; else nothing"""
+    """
+    :param error: any error
+    :return: the command that installs the missing extra; empty if the error has another cause
+    """
     if not isinstance(error, ImportError) or "sb3_resnet[" in str(error):
         return ""
     extra = next((extra for word, extra in _EXTRAS.items() if word in f"{error.name} {error}"), None)

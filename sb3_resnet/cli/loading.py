@@ -1,4 +1,4 @@
-"""Load a saved model of any algorithm, and say in one line what is wrong with a file."""
+"""Load saved models, and say in one line what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from stable_baselines3 import A2C, DQN, PPO
 from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.extractor import ResNetExtractor
 
-#: Attributes by which the saved data of an algorithm is told from the others', the most special first.
+#: An attribute that only the saved data of this algorithm has, or of it and those above.
 _MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip_range", "a2c": "normalize_advantage"}
-# What a model allocates for training, and nobody needs to look at it.
+# What a model needs for training alone is kept small.
 _SMALL: dict[str, Any] = {"buffer_size": 1, "n_envs": 1, "tensorboard_log": None, "verbose": 0}
 
 
 def load_model(path: str | Path, device: str = "cpu") -> Any:
     """
-    Load a model that Stable-Baselines3 saved, without its replay memory.
+    Load a model that Stable-Baselines3 saved, without a replay buffer of its size.
 
-    Tensors are read with ``weights_only=True``; SB3 unpickles the rest, so load files only from people you trust.
+    Tensors are read with ``weights_only=True``. SB3 unpickles the rest, so load only files from people you trust.
 
     :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C
-    :param device: where to put it
+    :param device: device of the model
     :return: the model
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not such a model, or has no ResNet
@@ -35,9 +35,9 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
     algorithm = algorithm_class(algorithm_name(path))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as those about attributes that this version of SB3 does not have
+            warnings.simplefilter("ignore")  # such as about attributes that this version of SB3 does not have
             model = algorithm.load(path, device=device, **_SMALL)
-    except Exception as error:  # damaged archives and foreign pickles raise almost anything
+    except Exception as error:  # damaged archives raise almost any error
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
     extractor_of(model, str(path))
     return model
@@ -46,9 +46,9 @@ def load_model(path: str | Path, device: str = "cpu") -> Any:
 def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
     """
     :param model: an SB3 model
-    :param name: what to call it in the error
-    :return: the features extractor with which it acts
-    :raises ValueError: if that is no ResNet
+    :param name: name of the model in the error
+    :return: the features extractor of the network that acts
+    :raises ValueError: if it is no ``ResNetExtractor``
     """
     policy = model.policy
     owner = getattr(policy, "online", policy)
@@ -66,7 +66,7 @@ def model_file(path: str | Path) -> Path:
     """
     :param path: what the user wrote, with or without ``.zip``
     :return: an existing file
-    :raises FileNotFoundError: with the models nearby
+    :raises FileNotFoundError: with the models in the same folder
     """
     path = Path(path).expanduser()
     with_suffix = path.with_name(f"{path.name}.zip")
@@ -112,5 +112,8 @@ def algorithm_class(name: str) -> Any:
 
 
 def one_line(error: BaseException) -> str:
-    """:return: the message of an error without line breaks; its class where there is no message"""
+    """
+    :param error: any error
+    :return: its message without line breaks; the name of its class if it has no message
+    """
     return " ".join(str(error).split()) or type(error).__name__

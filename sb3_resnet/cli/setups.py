@@ -1,4 +1,4 @@
-"""Build what a training command would train, with a replay buffer of a few rows."""
+"""Build the model that a training command would train, with a replay buffer of a few rows."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from sb3_resnet.policies import POLICY_NAME
 ALGORITHMS = ("dqn", "qrdqn")
 Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
-_ROWS = 8  # of the small replay buffer, for each environment
+_ROWS = 8  # rows of the small replay buffer, per environment
 
 
 @dataclass(frozen=True)
 class Arguments:
     """
-    Hyperparameters beside those of a configuration file.
+    Hyperparameters that go before those of a configuration file.
 
-    :param model: of the algorithm, such as ``batch_size``
+    :param model: arguments of the algorithm, such as ``batch_size``
     :param policy: ``policy_kwargs``
     :param extractor: ``features_extractor_kwargs``
     """
@@ -41,7 +41,10 @@ class Arguments:
     extractor: Mapping[str, Any] = field(default_factory=dict)
 
     def onto(self, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
-        """:return: what replaces values of a configuration"""
+        """
+        :param hyperparams: hyperparameters of the configuration file
+        :return: those that replace some of them
+        """
         model = dict(self.model)
         if isinstance(model.get("replay_buffer_class"), str):
             model["replay_buffer_class"] = envs.class_of("replay_buffer_class", model["replay_buffer_class"])
@@ -64,10 +67,10 @@ class Setup:
 
     :param model: the model
     :param total_timesteps: environment steps of the run
-    :param buffer_size: transitions that its replay buffer would hold; ``None`` without one
-    :param callbacks: what the configuration names
-    :param warnings: what was warned about during construction
-    :param from_yaml: whether RL-Zoo's YAML is where its arguments are written
+    :param buffer_size: number of transitions that its replay buffer would hold; ``None`` if it has no replay buffer
+    :param callbacks: callbacks of the configuration
+    :param warnings: warnings during construction
+    :param from_yaml: whether the arguments are written in RL-Zoo's YAML
     """
 
     model: Any
@@ -83,7 +86,10 @@ class Setup:
         return [child for callback in self.callbacks for child in walk(callback)]
 
     def callback(self, kind: type[Callback]) -> Callback | None:
-        """:return: the first callback of a class, if there is one"""
+        """
+        :param kind: class of the callback
+        :return: the first callback of this class, or ``None``
+        """
         return next((callback for callback in self.all_callbacks if isinstance(callback, kind)), None)
 
 
@@ -96,14 +102,15 @@ def from_zoo(
     device: str = "auto",
 ) -> Setup:
     """
-    What RL-Zoo would train with a configuration; RL-Zoo itself reads it.
+    Build what RL-Zoo would train with a configuration; RL-Zoo itself reads it.
 
     :param conf_file: YAML of RL-Zoo, by algorithm
     :param env_id: id of the environment, which chooses the section
     :param algo: name of the algorithm, as for RL-Zoo
     :param arguments: hyperparameters to replace
-    :param total_timesteps: instead of the section's ``n_timesteps``; 0: that
-    :param device: where the model goes
+    :param total_timesteps: environment steps of the run; 0: the section's ``n_timesteps``
+    :param device: device of the model
+    :return: the set-up
     :raises ValueError: if the configuration cannot be read or built, with the reason in one line
     """
     read_sections(conf_file)
@@ -146,15 +153,16 @@ def from_arguments(
     wrapper: str | None = None,
 ) -> Setup:
     """
-    What a script would train: ``DQN("ResNetCnnPolicy", env, ...)``.
+    Build what a script would train: ``DQN("ResNetCnnPolicy", env, ...)``.
 
     :param env_id: id of the environment, wrapped as :func:`~sb3_resnet.cli.envs.make_env` does
     :param algo: one of :data:`ALGORITHMS`
     :param arguments: hyperparameters other than the defaults
     :param total_timesteps: environment steps of the run; 0: a million
-    :param device: where the model goes
-    :param n_envs: environments side by side
+    :param device: device of the model
+    :param n_envs: number of environments
     :param wrapper: dotted path of a wrapper class
+    :return: the set-up
     :raises ValueError: if it cannot be built
     """
     if algo not in ALGORITHMS:
@@ -190,7 +198,7 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
 
 
 def _check_counts(hyperparams: Mapping[str, Any]) -> None:
-    """SB3 takes whole numbers only, and fails far from where they are written."""
+    """SB3 takes whole numbers only; with others it fails late, in a place that does not name them."""
     for name in ("n_envs", "batch_size", "buffer_size"):
         value = hyperparams.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int):
@@ -200,7 +208,7 @@ def _check_counts(hyperparams: Mapping[str, Any]) -> None:
 
 
 def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) -> tuple[dict[str, Any], int | None]:
-    """:return: what to replace so that nothing large is allocated, and the size that was asked for"""
+    """:return: arguments that keep the replay buffer small, and the size that was asked for"""
     parameter = inspect.signature(algorithm).parameters.get("buffer_size")
     if parameter is None:
         return {}, None
@@ -209,12 +217,12 @@ def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Keep what hosts print and warn about; the warnings end up in the list."""
+    """Hide what other libraries print, and collect their warnings in the list."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         yield found
-    # Gymnasium's are about its own API, such as an environment that names no render mode.
+    # Gymnasium's warnings are about its own API, such as an environment without a render mode.
     found += [
         one_line(entry.message)
         for entry in caught

@@ -1,4 +1,4 @@
-"""Findings and tables on the terminal, by rich."""
+"""Print findings and tables on the terminal."""
 
 from __future__ import annotations
 
@@ -10,33 +10,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sb3_resnet.cli.check import Report, gigabytes
-from sb3_resnet.diagnosis.findings import Finding
+from sb3_resnet.diagnosis import Finding
 
-_TWO_COLUMNS = 100  # characters
 _STYLES = {"error": "bold red", "warning": "yellow"}
 
 
-def show_report(console: Console, report: Report) -> None:
-    """Print what a check found, findings last; tables stand side by side where there is room."""
-    memory = [(name, gigabytes(count)) for name, count in report.memory]
-    shapes = [(name, str(shape)) for name, shape in report.shapes]
-    parts = {"Model": report.model, "Memory": memory, "Shapes of a batch": shapes, "Speed, measured": report.speed}
-    tables = [_pairs(title, rows) for title, rows in parts.items() if rows]
-    if len(tables) == len(parts) and console.width >= _TWO_COLUMNS:
-        grid = Table.grid(padding=(0, 4))
-        grid.add_row(tables[0], tables[2])
-        grid.add_row(tables[1], tables[3])
-        tables = [grid]
-    for table in tables:
-        console.print(table)
-    if report.groups:
-        show_groups(console, report.groups)
-    show_findings(console, report.findings)
-
-
 def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """Print :func:`~sb3_resnet.optim.groups.param_group_summary`'s rows."""
+    """
+    Print a table of parameter groups.
+
+    :param console: where to print
+    :param rows: those of :func:`~sb3_resnet.optim.groups.param_group_summary`
+    """
     table = _table("Parameter groups")
     table.show_header = True
     table.add_column("group", overflow="fold")
@@ -52,11 +37,22 @@ def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def show_pairs(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print names and values."""
-    console.print(_pairs(title, rows))
+    """
+    Print a table of names and values.
+
+    :param console: where to print
+    :param title: title of the table
+    :param rows: names and values
+    """
+    console.print(pairs_table(title, rows))
 
 
-def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def pairs_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """
+    :param title: title of the table
+    :param rows: names and values
+    :return: a table of them
+    """
     table = _table(title)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
@@ -72,7 +68,12 @@ def _table(title: str) -> Table:
 
 
 def show_findings(console: Console, findings: Sequence[Finding]) -> None:
-    """Print one line a finding, errors first; a terminal may wrap it."""
+    """
+    Print one line per finding, errors first; a terminal may wrap it.
+
+    :param console: where to print
+    :param findings: what was found
+    """
     for finding in sorted(findings, key=lambda finding: finding.severity != "error"):
         parts = [finding.seen, finding.why, finding.change]
         style = _STYLES.get(finding.severity, "")
@@ -84,6 +85,14 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         console.print(Text("Nothing is wrong.", style="bold green"))
     else:
         console.print(f"{_count(errors, 'error')}, {_count(len(findings) - errors, 'warning')}", highlight=False)
+
+
+def gigabytes(count: float) -> str:
+    """
+    :param count: number of bytes
+    :return: the same as text, in GB or MB
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 def _count(number: int, word: str) -> str:

@@ -18,13 +18,13 @@ def number(
     above: bool = False,
 ) -> float:
     """
-    Read a finite number, also from a string: PyYAML reads ``1e-5`` (no dot) as a string.
+    Read a finite number. Strings are accepted, since PyYAML reads ``1e-5`` (without a dot) as one.
 
     :param name: argument name for the error
     :param value: what the user passed
     :param minimum: smallest accepted value
     :param maximum: largest accepted value
-    :param above: whether ``minimum`` itself is refused
+    :param above: whether to refuse ``minimum`` itself
     :return: the value as float
     :raises TypeError: if it is not a number
     :raises ValueError: if it is not finite or out of range
@@ -46,7 +46,7 @@ def number(
 
 def integer(name: str, value: Any, minimum: int = 0) -> int:
     """
-    Read a whole number (``1e6`` counts, as YAML and SB3 users write it).
+    Read a whole number. ``1e6`` counts as one.
 
     :param name: argument name for the error
     :param value: what the user passed
@@ -63,8 +63,11 @@ def integer(name: str, value: Any, minimum: int = 0) -> int:
 
 def flag(name: str, value: Any) -> bool:
     """
-    Read a boolean; strings are refused, since ``bool("False")`` is true.
+    Read a boolean. Strings are refused, since ``bool("False")`` is true.
 
+    :param name: argument name for the error
+    :param value: what the user passed
+    :return: the value
     :raises TypeError: if it is not a boolean
     """
     if not isinstance(value, bool):
@@ -74,8 +77,11 @@ def flag(name: str, value: Any) -> bool:
 
 def text(name: str, value: Any) -> str:
     """
-    Read a string that says something.
+    Read a string that is not empty.
 
+    :param name: argument name for the error
+    :param value: what the user passed
+    :return: the value
     :raises TypeError: if it is no string
     :raises ValueError: if it is empty
     """
@@ -88,9 +94,13 @@ def text(name: str, value: Any) -> str:
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     """
-    Read one of a few names.
+    Read one of several names.
 
-    :raises ValueError: with the allowed names and the nearest of them
+    :param name: argument name for the error
+    :param value: what the user passed
+    :param allowed: the accepted values
+    :return: the value
+    :raises ValueError: for any other value; the error names the accepted ones and the nearest of them
     """
     if value not in allowed:
         raise ValueError(
@@ -103,14 +113,14 @@ def no_unknown(
     owner: str, given: Iterable[str], allowed: Iterable[str], elsewhere: Iterable[str] = (), place: str = ""
 ) -> None:
     """
-    Refuse keyword arguments that nobody reads.
+    Refuse unknown keys of a dict that comes from YAML.
 
-    :param owner: who does not read them, for the error
-    :param given: names of the arguments
-    :param allowed: names that the owner takes
-    :param elsewhere: names that belong to another place
-    :param place: where those are to be written
-    :raises TypeError: with that place, or with the allowed names and the nearest of them
+    :param owner: name of the class or dict that takes the keys, for the error
+    :param given: the keys
+    :param allowed: keys that the owner takes
+    :param elsewhere: keys that belong to another dict
+    :param place: name of that dict
+    :raises TypeError: for an unknown key; the error names the right dict, or the accepted keys and the nearest of them
     """
     names = sorted(allowed)
     misplaced = {*elsewhere}
@@ -121,6 +131,10 @@ def no_unknown(
 
 
 def nearest(value: Any, allowed: Iterable[str]) -> str:
-    """:return: ``"; did you mean 'x'?"``, or nothing where no name is near"""
+    """
+    :param value: an unknown name
+    :param allowed: the known names
+    :return: ``"; did you mean 'x'?"``; empty if no name is near
+    """
     match = difflib.get_close_matches(str(value), list(allowed), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

@@ -41,7 +41,10 @@ def _any_non_finite(tensors: list[th.Tensor]) -> bool:
 
 
 def gradients(optimizer: th.optim.Optimizer) -> list[th.Tensor]:
-    """:return: the gradients that the next step would use"""
+    """
+    :param optimizer: an optimizer
+    :return: the gradients that its next step would use
+    """
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 

@@ -209,7 +209,7 @@ def _gradients_explode(columns: Columns) -> Finding | None:
 
 
 def _lr_zero(columns: Columns) -> Finding | None:
-    keys = [*_keys(columns, "lr/"), *_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
+    keys = [*_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
     # A third of the log: a schedule that ends at zero, as it should, is there at the end.
     rates = [_last_third(columns, key) for key in keys]
     rates = [rate for rate in rates if len(rate) >= _enough()]

@@ -249,7 +249,7 @@ class _Armed:
         if "grad_norm/all" in values:
             values["monitor/clip_share"] = float(values["grad_norm_clipped/all"] < values["grad_norm/all"] * (1 - 1e-4))
         for group in optimizer.param_groups:
-            values[f"lr/{group['name']}"] = float(group["lr"])
+            values[f"train/lr_{group['name']}"] = float(group["lr"])
         return values
 
     def _gradient_norms(self, name: str, parameters: list[th.Tensor]) -> dict[str, th.Tensor]:

@@ -8,11 +8,9 @@ from typing import Any
 
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
+from sb3_resnet.cache.sizes import growth_bytes
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
-
-_ENTRY_BYTES = 2  # of a cached feature
-_MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
 
 
 def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
@@ -63,30 +61,6 @@ def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
     )
 
 
-def buffer_bytes(model: Any) -> int:
-    """
-    :param model: an SB3 model with a replay buffer
-    :return: memory that the buffer, and the feature cache if it has one, will take beyond what they take now
-    """
-    buffer = model.replay_buffer
-    rows = buffer.buffer_size * buffer.n_envs
-    left = 1.0 - (1.0 if buffer.full else buffer.pos / buffer.buffer_size)
-    if not hasattr(buffer, "shared"):
-        arrays = [getattr(buffer, name, None) for name in ("observations", "next_observations")]
-        parts = [part for array in arrays for part in (array.values() if isinstance(array, dict) else [array])]
-        return int(left * sum(part.nbytes for part in parts if part is not None))
-    store, cache = buffer.shared.store, buffer.shared.cache
-    channels, *plane = store.shape
-    # Until the buffer has seen some: stacks move on by one grey frame a step, single images share nothing.
-    planes = store.n_planes / len(store) if len(store) > _MEASURED else (channels if channels <= 3 else 1.0)
-    size = planes * buffer.observation_space.dtype.itemsize
-    for length in plane:
-        size *= length
-    if cache is not None:
-        size += _entry_bytes(model.policy.online.features_extractor, cache)
-    return int(left * rows * size)
-
-
 def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
     """
     :param buffer: a buffer of SB3
@@ -102,12 +76,6 @@ def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
         kwargs = {"n_steps": buffer.n_steps, "gamma": buffer.gamma}
         text += f" with replay_buffer_kwargs{equals}{kwargs} instead of n_steps"
     return text
-
-
-def _entry_bytes(extractor: Any, cache: Any) -> float:
-    if extractor.freeze_boundary is None:
-        return float(_ENTRY_BYTES * getattr(extractor.projection, "in_features", extractor.features_dim))
-    return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
 
 
 def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
@@ -213,7 +181,7 @@ def _buffer(model: Any, extractor: Any) -> Finding | None:
     room = available_bytes()
     if getattr(model, "replay_buffer", None) is None or room is None:
         return None
-    needed = buffer_bytes(model)
+    needed = growth_bytes(model)
     limit = THRESHOLDS["buffer_memory"].value * room
     if needed <= limit:
         return None
