@@ -1,6 +1,7 @@
 """Parts of PyTorch and SB3 that nobody promises: found where they are, replaced or named where they are not."""
 
 import os
+import re
 import subprocess
 import sys
 from functools import partial
@@ -55,11 +56,7 @@ def test_importing_needs_none_of_them():
 
 def test_the_error_names_package_version_part_and_what_to_do():
     error = host.HostPartMissingError("torch", "left_hand", "use the right one")
-    assert str(
-        error
-    ) == f"torch {th.__version__.split('+')[0]} has no left_hand, which sb3_resnet needs: use the right one" or (
-        str(error) == f"torch {th.__version__} has no left_hand, which sb3_resnet needs: use the right one"
-    )
+    assert re.fullmatch(r"torch \d+\.\S+ has no left_hand, which sb3_resnet needs: use the right one", str(error))
     assert "(unknown version)" in str(host.HostPartMissingError("no-such-package", "part"))
 
 
@@ -187,9 +184,8 @@ def test_the_root_callback_of_a_real_learn():
 def test_evaluations_are_counted():
     callback = EvalCallback(TinyGame(), n_eval_episodes=1, eval_freq=10, verbose=0, warn=False)
     rewards = []
-    callback.callback_on_new_best = None
-    make_model(learning_starts=100).learn(35, callback=[callback, Counts(callback, rewards)])
-    assert rewards == [0] * 9 + [1] * 10 + [2] * 10 + [3] * 6
+    make_model(learning_starts=100).learn(36, callback=[callback, Counts(callback, rewards)])
+    assert rewards == [0] * 9 + [1] * 10 + [2] * 10 + [3] * 7
     assert host.evaluations_done(EvalCallback(TinyGame(), eval_freq=-1, warn=False)) == 0
     del callback.n_calls
     with pytest.raises(host.HostPartMissingError, match="has no n_calls in EvalCallback"):
@@ -300,28 +296,21 @@ def test_out_of_memory_is_told_from_other_errors(error, expected, older, monkeyp
 
 def test_a_real_cpu_error_is_out_of_memory():
     with pytest.raises(RuntimeError) as caught:
-        th.empty(2**60, dtype=th.float64)
+        th.empty(2**55, dtype=th.uint8)
     assert host.is_out_of_memory(caught.value)
 
 
 @pytest.mark.parametrize("flag", [False, True])
 def test_bfloat16_is_what_either_way_of_asking_says(flag, monkeypatch):
+    monkeypatch.setattr(th.cpu, "_is_avx512_bf16_supported", lambda: flag, raising=False)
+    monkeypatch.setattr(th.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert host.cpu_has_bfloat16() is flag
+    monkeypatch.delattr(th.cpu, "_is_avx512_bf16_supported")
+    monkeypatch.delattr(th.cpu, "_is_amx_tile_supported")
     monkeypatch.setattr(th.cpu, "get_capabilities", lambda: {"avx512_bf16": flag, "amx_tile": False}, raising=False)
     assert host.cpu_has_bfloat16() is flag
-    for capabilities in (None, lambda: {}):  # an older PyTorch, another processor
-        monkeypatch.setattr(th.cpu, "get_capabilities", capabilities)
-        monkeypatch.setattr(th.cpu, "_is_avx512_bf16_supported", lambda: flag, raising=False)
-        monkeypatch.setattr(th.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
-        assert host.cpu_has_bfloat16() is flag
-        monkeypatch.delattr(th.cpu, "_is_avx512_bf16_supported")
-        assert host.cpu_has_bfloat16() is False
-
-
-@pytest.fixture
-def asked_anew():
-    host.can_pack_convolutions.cache_clear()
-    yield
-    host.can_pack_convolutions.cache_clear()
+    monkeypatch.delattr(th.cpu, "get_capabilities")
+    assert host.cpu_has_bfloat16() is False
 
 
 def other_signature(*args):
@@ -329,18 +318,17 @@ def other_signature(*args):
 
 
 @pytest.mark.parametrize(
-    "packed", [None, other_signature, lambda weight, *args: weight.to_dense() * 2.0], ids=["gone", "other", "wrong"]
+    "arrange", [None, other_signature, lambda weight, *args: weight.to_dense() * 2.0], ids=["gone", "other", "wrong"]
 )
-def test_convolutions_are_packed_only_where_the_functions_do_what_they_did(packed, monkeypatch, asked_anew):
+def test_convolutions_are_packed_only_where_the_functions_do_what_they_did(arrange, monkeypatch):
     state = th.get_rng_state()
     if not host.can_pack_convolutions(th.float32):
         pytest.skip("this build has no oneDNN")
     assert th.equal(th.get_rng_state(), state)
-    host.can_pack_convolutions.cache_clear()
-    if packed is None:
+    if arrange is None:
         monkeypatch.delattr(th._C._nn, "mkldnn_reorder_conv2d_weight")
     else:
-        monkeypatch.setattr(th._C._nn, "mkldnn_reorder_conv2d_weight", packed)
+        monkeypatch.setattr(th._C._nn, "mkldnn_reorder_conv2d_weight", arrange)
     assert host.can_pack_convolutions(th.float32) is False
 
 

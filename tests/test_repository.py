@@ -125,6 +125,7 @@ PROTECTED_HOOKS = {
     "_predict",
 }
 SEAM = "common/host.py"
+BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "attrgetter")
 STACK = {"_getframe", "currentframe", "f_back", "f_locals", "stack", "trace", "getouterframes"}
 
 
@@ -134,16 +135,9 @@ def private_accesses(code):
     from private modules, and the frames of other functions.
     """
     for node in ast.walk(ast.parse(code)):
-        if isinstance(node, ast.Attribute):
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            of_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
-            if (is_private(node.attr) and not own and not (of_super and node.attr in PROTECTED_HOOKS)) or (
-                node.attr in STACK and (node.attr.startswith("f_") or ast.unparse(node.value) in ("sys", "inspect"))
-            ):
-                yield node.lineno, ast.unparse(node)
-        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(
-            ("getattr", "setattr", "delattr", "getter")
-        ):
+        if isinstance(node, ast.Attribute) and (is_foreign(node) or is_of_the_stack(node)):
+            yield node.lineno, ast.unparse(node)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(BY_NAME):
             of_self = bool(node.args) and ast.unparse(node.args[0]) in ("self", "cls")
             texts = [arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str)]
             if not of_self and any(is_private(part) for text in texts for part in text.split(".")):
@@ -152,6 +146,17 @@ def private_accesses(code):
             parts = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
             if any(map(is_private, parts)) or (node.module in ("sys", "inspect") and {*parts} & STACK):
                 yield node.lineno, ast.unparse(node)
+
+
+def is_foreign(node):
+    if not is_private(node.attr) or (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")):
+        return False
+    of_super = isinstance(node.value, ast.Call) and ast.unparse(node.value.func) == "super"
+    return not (of_super and node.attr in PROTECTED_HOOKS)
+
+
+def is_of_the_stack(node):
+    return node.attr in STACK and (node.attr.startswith("f_") or ast.unparse(node.value) in ("sys", "inspect"))
 
 
 def is_private(name):

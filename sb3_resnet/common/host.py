@@ -61,8 +61,7 @@ def updates_done(model: BaseAlgorithm) -> int:
 
 def planned_timesteps(model: BaseAlgorithm) -> int | None:
     """:return: timesteps at which the current ``learn()`` ends; ``None`` before the first one, or if nothing tells"""
-    planned: int | None = getattr(model, "_total_timesteps", None)
-    return planned or None
+    return getattr(model, "_total_timesteps", None) or None
 
 
 def logger_of(model: BaseAlgorithm) -> Logger | None:
@@ -78,12 +77,8 @@ def is_loading() -> bool:
     They rebuild an object and load its state dict next, but tell neither policy nor extractor so. The stack is the
     only witness. Found by the running code itself; ``False`` where SB3 has no such methods.
     """
-    codes = set()
-    for owner in (BaseAlgorithm, BaseModel):
-        function = getattr(getattr(owner, "load", None), "__func__", None)
-        code = getattr(function, "__code__", None)
-        if code is not None:
-            codes.add(code)
+    loaders = [getattr(getattr(owner, "load", None), "__func__", None) for owner in (BaseAlgorithm, BaseModel)]
+    codes = {getattr(loader, "__code__", None) for loader in loaders} - {None}
     frame = sys._getframe().f_back if codes and hasattr(sys, "_getframe") else None
     while frame is not None:
         if frame.f_code in codes:
@@ -224,16 +219,13 @@ def cpu_has_bfloat16() -> bool:
     Whether this CPU computes in bfloat16. Emulated, it is several times slower than float32, so PyTorch is asked for
     the instructions and not for support; ``False`` where it does not tell.
     """
-    capabilities = getattr(th.cpu, "get_capabilities", None)
-    if capabilities is not None:
-        known = capabilities()
-        if "avx512_bf16" in known or "amx_tile" in known:
-            return bool(known.get("avx512_bf16") or known.get("amx_tile"))
     checks = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in checks if check is not None)
+    if any(checks):
+        return any(check() for check in checks if check is not None)
+    capabilities: dict[str, Any] = getattr(th.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
 
 
-@cache
 def can_pack_convolutions(dtype: th.dtype) -> bool:
     """
     Whether :func:`pack_convolution` and :func:`packed_convolution` work here.
@@ -243,6 +235,19 @@ def can_pack_convolutions(dtype: th.dtype) -> bool:
 
     :param dtype: of the weights
     """
+    try:
+        parts = (th._C._nn.mkldnn_reorder_conv2d_weight, th.ops.mkldnn._convolution_pointwise)
+    except AttributeError:
+        return False
+    has_bfloat16 = getattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if dtype == th.bfloat16 and has_bfloat16 is not None and not has_bfloat16():
+        return False
+    return _packing_works(dtype, parts)
+
+
+@cache
+def _packing_works(dtype: th.dtype, parts: tuple[Any, ...]) -> bool:
+    """Once for each type and for these parts of PyTorch."""
     conv = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, padding=1).to(dtype)  # type: ignore[no-untyped-call]  # PyTorch
     shape = (2, 16, 6, 6)
     try:
@@ -250,7 +255,7 @@ def can_pack_convolutions(dtype: th.dtype) -> bool:
             # No random numbers: they would be taken from a training that is to be reproducible.
             conv.weight.copy_(th.linspace(-0.1, 0.1, conv.weight.numel()).reshape(conv.weight.shape))
             conv.bias.copy_(th.linspace(-1, 1, 16))
-            x = th.linspace(-1, 1, 2 * 16 * 36).reshape(shape).to(dtype, memory_format=th.channels_last)
+            x = th.linspace(-1, 1, 1152).reshape(shape).to(dtype, memory_format=th.channels_last)
             packed, expected = pack_convolution(conv, shape), conv(x)
             plain = packed_convolution(x, packed, conv, relu=True)
             added = packed_convolution(x, packed, conv, relu=True, added=x)
