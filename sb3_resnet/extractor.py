@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,11 +11,11 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn import backbones
@@ -314,7 +313,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def apply(self: SelfExtractor, fn: Callable[[nn.Module], None]) -> SelfExtractor:
         """As ``nn.Module.apply``, but PPO's and A2C's orthogonal initialisation spares trunk and adapter."""
-        if isinstance(fn, partial) and fn.func is BasePolicy.init_weights:
+        if host.is_initializer(fn):
             self.projection.apply(fn)
             return self
         return super().apply(fn)

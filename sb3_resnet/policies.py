@@ -15,7 +15,9 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from sb3_resnet.cache.encoder import EncodedBatch
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
@@ -80,8 +82,8 @@ class ResNetPolicyMixin:
         features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
         **kwargs: Any,
     ) -> None:
-        host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        own = {*host} - _NOT_WRITTEN
+        hosts = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
+        own = {*hosts} - _NOT_WRITTEN
         if "n_quantiles" in {*kwargs} - own:
             raise TypeError(_FOR_QRDQN)
         no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
@@ -168,6 +170,7 @@ class ResNetPolicyMixin:
             scales,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
+        install_gradient_check(self.optimizer)
         audit(self.online, self.optimizer)
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
 
@@ -198,7 +201,7 @@ class ResNetPolicyMixin:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
         with about_to_be_overwritten() if hasattr(self, self._network) else nullcontext():
             policy: Any = self  # SB3's policy is next in the MRO
-            net_args = policy._update_features_extractor(policy.net_args, features_extractor=None)
+            net_args = host.network_arguments(policy)
         return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(policy.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -210,6 +213,7 @@ class ResNetPolicyMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
+        install_gradient_check(self.optimizer)
 
 
 class ResNetNetworkMixin:
@@ -229,6 +233,11 @@ class ResNetNetworkMixin:
         outputs = getattr(self, self._head)[-1].out_features
         shape = (network.features_dim, outputs, network.net_arch, network.activation_fn)
         setattr(self, self._head, make_head(*shape, dropout, feature_norm))
+
+    @property
+    def head(self) -> Any:
+        """What follows the features extractor: an ``nn.Sequential``."""
+        return getattr(self, self._head)
 
     def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
         """Features of pixels, or of what the frozen prefix has already made of them."""

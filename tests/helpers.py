@@ -14,6 +14,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 
 ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
+#: Keys of the hooks that a ResNet policy's own optimizer always has.
+POLICYS = ["learning rates", "non-finite gradients"]
 
 
 class _TinyResNet(ResNet):

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, GradientClipCallback, LRScheduleCallback
+from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.nn.precision import DTYPES
 from sb3_resnet.optim.groups import is_part
-from tests.helpers import TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
 from tests.test_unfreeze_callback import start
 
 LIVE = {"freeze_backbone": False}
@@ -323,7 +324,7 @@ def test_with_a_cache_it_covers_the_live_part():
 
 def test_nothing_is_left_behind(tmp_path):
     model = small()
-    keys, hooks = model.policy.state_dict().keys(), len(model.policy.optimizer._optimizer_step_pre_hooks)
+    keys, hooks = model.policy.state_dict().keys(), before_step(model.policy.optimizer).keys
     obs = observations(model)
     plain = q_values(model, obs)
     callback = amp(model)
@@ -337,7 +338,7 @@ def test_nothing_is_left_behind(tmp_path):
     for _ in range(2):
         callback.on_training_end()
     assert model.q_net.features_extractor.precision is model.q_net_target.features_extractor.precision is None
-    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == hooks
+    assert before_step(model.policy.optimizer).keys == hooks
     model.policy.load_state_dict(small().policy.state_dict())
     assert th.equal(q_values(model, obs), plain)
 
@@ -354,7 +355,7 @@ def test_after_an_interruption_a_new_callback_replaces_the_old_one():
         gradients.append(model.q_net.features_extractor.backbone.conv1.weight.grad.clone())
     assert th.equal(gradients[0], gradients[1])
     assert th.equal(gradients[0], gradients[2])
-    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == 2  # learning rates, scale
+    assert before_step(model.policy.optimizer).keys == [AMPCallback, *POLICYS]
 
 
 def test_gradients_outside_training_are_not_scaled():

@@ -9,6 +9,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from sb3_resnet import param_group_summary
+from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.optim.groups import (
     audit,
     build_optimizer,
@@ -18,7 +19,7 @@ from sb3_resnet.optim.groups import (
     optimizer_class_of,
     set_lr_factor,
 )
-from tests.helpers import fill, make_model
+from tests.helpers import POLICYS, fill, make_model
 
 
 def parts():
@@ -163,6 +164,7 @@ def test_hooks_are_installed_once_and_again_after_deepcopy():
     install_effective_lr(model.policy.optimizer)
     clone = copy.deepcopy(model.policy)
     for optimizer in (model.policy.optimizer, clone.optimizer):
+        assert before_step(optimizer).keys == POLICYS
         assert len(optimizer._optimizer_step_pre_hooks) == 1
         assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
     update_learning_rate(clone.optimizer, 1e-2)

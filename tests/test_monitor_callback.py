@@ -18,7 +18,8 @@ from sb3_resnet.callbacks import (
     MonitorCallback,
     UnfreezeCallback,
 )
-from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+from sb3_resnet.common.step_hooks import after_step, before_step
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot
 from tests.test_feature_cache_callback import start
 
 
@@ -207,8 +208,8 @@ def test_measures_every_so_many_updates_and_is_gone_in_between():
     callback.on_training_end()
     callback.on_training_end()
     assert hooks_of(model) == clean
-    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == 1
-    assert not model.policy.optimizer._optimizer_step_post_hooks
+    assert before_step(model.policy.optimizer).keys == POLICYS
+    assert not after_step(model.policy.optimizer).keys
 
 
 def test_a_new_callback_takes_the_place_of_one_whose_learn_was_interrupted():

@@ -7,7 +7,6 @@ import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch as th
@@ -15,6 +14,7 @@ from torch import nn
 
 from sb3_resnet.cache.graphs import GraphedFunction
 from sb3_resnet.cache.inference import fold_norms, from_raw_input, pack
+from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.precision import resolve_dtype
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 #: Q-values inherit. ``benchmarks/results/precision.json`` has what it is on Pong.
 MAX_ERROR = 0.02
 _CHECKED = 64  # different observations that the check compares
-_VERSION = attrgetter("_version")
 
 
 @dataclass(frozen=True)
@@ -244,7 +243,7 @@ def arrange_for_inference(stages: dict[str, nn.Sequential], dtype: th.dtype) -> 
         pack(stage, BLOCKS)
 
 
-def fingerprint(extractor: ResNetExtractor, where: list[dict[str, Any]] | None = None) -> tuple[Any, ...]:
+def fingerprint(extractor: ResNetExtractor, where: list[Any] | None = None) -> tuple[Any, ...]:
     """
     What an encoder and its entries depend on: the boundary, and the identity and version of each frozen tensor.
 
@@ -257,16 +256,17 @@ def fingerprint(extractor: ResNetExtractor, where: list[dict[str, Any]] | None =
     return _fingerprint(extractor, _holders(extractor))
 
 
-def _fingerprint(extractor: ResNetExtractor, holders: list[dict[str, Any]]) -> tuple[Any, ...]:
+def _fingerprint(extractor: ResNetExtractor, holders: list[Any]) -> tuple[Any, ...]:
     tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    return (extractor.boundary.stage, *map(th.Tensor.data_ptr, tensors), *map(_VERSION, tensors))
+    return (extractor.boundary.stage, *map(th.Tensor.data_ptr, tensors), *host.tensor_versions(tensors))
 
 
-def _holders(extractor: ResNetExtractor) -> list[dict[str, Any]]:
+def _holders(extractor: ResNetExtractor) -> list[Any]:
     """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
     frozen = [module for name in extractor.boundary.frozen_stages for module in extractor.stage_modules(name)]
-    holders = [holder for top in frozen for module in top.modules() for holder in (module._parameters, module._buffers)]
-    return [holder for holder in (extractor._buffers, *holders) if holder]
+    # Of the extractor itself: the statistics of the input.
+    modules = [extractor, *(module for top in frozen for module in top.modules())]
+    return [holder for module in modules for holder in host.tensor_holders(module)]
 
 
 def frozen_tensors(extractor: ResNetExtractor) -> list[th.Tensor]:

@@ -11,6 +11,7 @@ from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from sb3_resnet.cache.winograd import WinogradConv2d, gains, suits
+from sb3_resnet.common import host
 
 
 class PackedConv2d(nn.Module):
@@ -43,14 +44,8 @@ class PackedConv2d(nn.Module):
             fewer: th.Tensor = self._winograd(x, relu, added)
             return fewer
         if self._packed is None:
-            self._packed = _arrange(conv, x.shape)
-        weights = (self._packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
-        after, convolve = "relu" if relu else "none", th.ops.mkldnn._convolution_pointwise
-        if added is None:
-            out: th.Tensor = convolve(x, *weights, after, [], "")
-        else:
-            out = convolve.binary(x, added, *weights, "add", 1.0, after if relu else None, [], "")
-        return out
+            self._packed = host.pack_convolution(conv, x.shape)
+        return host.packed_convolution(x, self._packed, conv, relu, added)
 
 
 class PackedBlock(nn.Module):
@@ -115,11 +110,10 @@ def fold_norms(module: nn.Module) -> None:
     """Fold each BatchNorm into the convolution before it; other norms stay."""
     for child in module.children():
         fold_norms(child)
-    for name, following in pairwise([*module._modules]):
-        conv, norm = module._modules[name], module._modules[following]
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            module._modules[name] = fuse_conv_bn_eval(conv, norm)
-            module._modules[following] = nn.Identity()
+    for (name, conv), (following, norm) in pairwise([*module.named_children()]):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, following, nn.Identity())
 
 
 def from_raw_input(
@@ -170,10 +164,7 @@ def can_pack(weight: th.Tensor) -> bool:
     """:return: whether oneDNN computes with such weights here; PyTorch's own compiler uses the same functions"""
     if weight.device.type != "cpu" or not th.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # PyTorch's
         return False
-    if not hasattr(th.ops.mkldnn, "_convolution_pointwise") or not hasattr(th._C._nn, "mkldnn_reorder_conv2d_weight"):
-        return False
-    has_bfloat16 = getattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    return weight.dtype == th.float32 or (weight.dtype == th.bfloat16 and bool(has_bfloat16()))
+    return weight.dtype in (th.float32, th.bfloat16) and host.can_pack_convolutions(weight.dtype)
 
 
 def _is_folded(block: nn.Module) -> bool:
@@ -184,10 +175,3 @@ def _is_folded(block: nn.Module) -> bool:
     return all(can_pack(conv.weight) for conv in convs) and all(
         isinstance(leaf, (nn.Identity, nn.ReLU)) for leaf in rest
     )
-
-
-def _arrange(conv: nn.Conv2d, shape: th.Size) -> th.Tensor:
-    arrange: Any = th._C._nn.mkldnn_reorder_conv2d_weight
-    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    packed: th.Tensor = arrange(conv.weight.detach().to_mkldnn(), *geometry, [*shape])
-    return packed

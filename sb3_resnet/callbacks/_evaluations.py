@@ -11,6 +11,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 
+from sb3_resnet.common import host
 from sb3_resnet.optim.groups import optimizer_of
 
 
@@ -29,7 +30,7 @@ class Evaluations:
     """
     Watches the first ``EvalCallback`` of a ``learn()`` call.
 
-    :param root: the callback that ``learn()`` was given, as found in ``self.locals["callback"]``
+    :param root: the callback that ``learn()`` was given, as :func:`~sb3_resnet.common.host.root_callback` finds it
     """
 
     def __init__(self, root: Any) -> None:
@@ -55,9 +56,7 @@ class Evaluations:
         return float(self._source.last_mean_reward)
 
     def _count(self) -> int:
-        if self._source is None or self._source.eval_freq <= 0:
-            return 0
-        return int(self._source.n_calls // self._source.eval_freq)
+        return 0 if self._source is None else host.evaluations_done(self._source)
 
 
 @runtime_checkable

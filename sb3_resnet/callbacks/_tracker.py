@@ -18,6 +18,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import KVWriter
 
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, walk
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
 
 
@@ -98,10 +99,11 @@ class TrackerCallback(BaseCallback):
 
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
-        self._root = self.locals.get("callback")
+        self._root = host.root_callback(self)
         self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
-        if hasattr(self.model, "_logger"):
-            self.model.logger.output_formats.append(self._tracker)
+        logger = host.logger_of(self.model)
+        if logger is not None:
+            logger.output_formats.append(self._tracker)
 
     def _on_step(self) -> bool:
         return True
@@ -110,8 +112,8 @@ class TrackerCallback(BaseCallback):
         """Log what the last line of the log has not, keep the best model, end the run."""
         if self._tracker is None:  # RL-Zoo ends training twice
             return
-        if hasattr(self.model, "_logger"):
-            logger = self.model.logger
+        logger = host.logger_of(self.model)
+        if logger is not None:
             self._tracker.write(logger.name_to_value, logger.name_to_excluded, self.model.num_timesteps)
         path = best_model(self._root) if self.save_best else None
         if path is not None and not self._tracker.broken:
@@ -122,8 +124,9 @@ class TrackerCallback(BaseCallback):
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
-        if hasattr(self.model, "_logger") and tracker in self.model.logger.output_formats:
-            self.model.logger.output_formats.remove(tracker)
+        logger = host.logger_of(self.model)
+        if logger is not None and tracker in logger.output_formats:
+            logger.output_formats.remove(tracker)
         tracker.attempt("end the run", tracker.close)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, no_unknown
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
@@ -74,7 +75,7 @@ class BestCheckpointCallback(BaseCallback):
         return None if entry is None else (Path(entry["file"]), float(entry["reward"]))
 
     def _on_training_start(self) -> None:
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         if not self._evaluations.found:
             warnings.warn(
                 "BestCheckpointCallback keeps only the newest checkpoints: to keep the best too, add an EvalCallback "
@@ -122,7 +123,7 @@ class BestCheckpointCallback(BaseCallback):
         path = self._folder / RECORD
         if not path.exists():
             return saved
-        if not saved and self.model._n_updates == 0 and self.model.num_timesteps == 0:
+        if not saved and host.updates_done(self.model) == 0 and self.model.num_timesteps == 0:
             warnings.warn(f"{path} is the record of another run; this one starts its own and replaces it", stacklevel=2)
             return {}
         try:

@@ -10,6 +10,7 @@ from stable_baselines3.common.utils import safe_mean
 
 from sb3_resnet.callbacks._evaluations import Evaluations, walk
 from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, no_unknown
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 from sb3_resnet.diagnosis.episodes import EpisodeValues
@@ -19,7 +20,7 @@ from sb3_resnet.nn.freezing import STAGES
 
 ACTIONS = ("warn", "stop")
 #: What other callbacks and SB3 log, and a finding is made of.
-_LOGGED = ("train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
+_LOGGED = ("train/loss", "train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
 
 
 class DoctorCallback(BaseCallback):
@@ -76,7 +77,7 @@ class DoctorCallback(BaseCallback):
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
             raise TypeError(f"DoctorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
         self._episodes.start()
@@ -121,8 +122,8 @@ class DoctorCallback(BaseCallback):
             self._examine()
 
     def _before_training(self) -> list[Finding]:
-        planned = getattr(self.model, "_total_timesteps", 0) or None
-        callbacks = walk(self.locals.get("callback"))
+        planned = host.planned_timesteps(self.model)
+        callbacks = walk(host.root_callback(self))
         return static_findings(self.model, planned, next((cb for cb in callbacks if hasattr(cb, "reached_by")), None))
 
     def _context(self) -> dict[str, float]:
@@ -137,7 +138,8 @@ class DoctorCallback(BaseCallback):
         episodes = [info["r"] for info in model.ep_info_buffer or ()]
         if episodes:
             values["rollout/ep_rew_mean"] = float(safe_mean(episodes))
-        logged = model.logger.name_to_value if hasattr(model, "_logger") else {}
+        logger = host.logger_of(model)
+        logged = {} if logger is None else logger.name_to_value
         return {**values, **{key: float(logged[key]) for key in _LOGGED if key in logged}}
 
     def _note(self, values: dict[str, float]) -> None:

@@ -14,9 +14,9 @@ from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.cache.target import FastTrunk, seldom_changes
-from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common.arguments import choice, integer, no_unknown
+from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.precision import DTYPES
 

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.callbacks._evaluations import Evaluations
 from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, no_unknown, number
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import optimizer_of, recall, remember, set_lr_factor
@@ -98,7 +99,7 @@ class LRScheduleCallback(BaseCallback):
         return schedules.warmup(n, self.warmup_steps) * value
 
     def _on_training_start(self) -> None:
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         if self.schedule == "plateau" and not self._evaluations.found:
             raise ValueError("schedule='plateau' follows the evaluation reward: add an EvalCallback to learn()")
         saved = recall(optimizer_of(self.model), _STATE)
@@ -143,12 +144,13 @@ class LRScheduleCallback(BaseCallback):
 
 def _planned_updates(model: Any) -> int:
     """Gradient updates that this ``learn()`` has left."""
-    steps: int = model._total_timesteps - model.num_timesteps
+    planned = host.planned_timesteps(model) or 0
+    steps: int = planned - model.num_timesteps
     if isinstance(model, OffPolicyAlgorithm):
         frequency: Any = model.train_freq
         if frequency.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError("train_freq counts episodes, so the number of updates is unknown: write decay_steps=...")
-        steps = model._total_timesteps - max(model.num_timesteps, model.learning_starts)
+        steps = planned - max(model.num_timesteps, model.learning_starts)
         rollout: int = frequency.frequency * model.n_envs
         return max(0, steps) // rollout * int(rollout if model.gradient_steps < 0 else model.gradient_steps)
     rollout = model.n_steps * model.n_envs

@@ -8,6 +8,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, no_unknown
 from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
@@ -24,9 +25,15 @@ class MonitorCallback(BaseCallback):
 
     Goes through SB3's logger, so TensorBoard, CSV and every other output get it. Training with and without it is the
     same bit for bit: values are read from the batch of the update itself, nothing is sampled. Works with DQN and
-    QR-DQN, any number of environments, with and without the feature cache. Example::
+    QR-DQN, any number of environments, any replay buffer, with and without the feature cache. Example::
 
         model.learn(1_000_000, callback=[FeatureCacheCallback(), MonitorCallback()])
+
+    TD errors and loss are computed from what the two networks returned and the batch that the buffer gave, by the
+    formulas of SB3's DQN and sb3-contrib's QR-DQN, so they are those of the update. A subclass with a ``train()`` of
+    its own, such as Double DQN, may use other targets, which cannot be seen from outside: then there is a warning, and
+    in the place of ``loss`` and ``td_*`` the log has ``monitor/greedy_td_*``, the errors against the greedy value of
+    the target network. They are left out too where ``train()`` samples no batch or does not ask the target network.
 
     By optimizer group (``head``, ``head_no_decay``, ``backbone``, ...), for those that train:
 
@@ -104,10 +111,11 @@ class MonitorCallback(BaseCallback):
 
     def _log(self, values: dict[str, float]) -> None:
         record(self.model, {key: value for key, value in values.items() if key.startswith(GAUGES)})
-        if hasattr(self.model, "_logger"):
+        logger = host.logger_of(self.model)
+        if logger is not None:
             for key, value in values.items():
                 if not key.startswith(GAUGES):
-                    self.model.logger.record_mean(key, value)
+                    logger.record_mean(key, value)
         record(self.model, {**self._episodes.measured(self.model), **self._phase(), **self._costs()})
 
     def _phase(self) -> dict[str, float]:

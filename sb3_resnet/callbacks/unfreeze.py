@@ -14,6 +14,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, restore_best
 from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.optim import schedules
@@ -124,7 +125,7 @@ class UnfreezeCallback(BaseCallback):
                 f"The boundary only moves down, but the model already trains from {policy.freeze_boundary!r} and "
                 f"phases[0] says {self.phases[0].unfreeze_from!r}. Write freeze_backbone=True, or name lower stages."
             )
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         if any(phase.trigger == "on_plateau" for phase in self._ahead) and not self._evaluations.found:
             raise ValueError("on_plateau follows the evaluation reward: add an EvalCallback to learn()")
         if any(phase.restore_best for phase in self._ahead) and self._keeper is None:
@@ -167,7 +168,7 @@ class UnfreezeCallback(BaseCallback):
         for phase in self._ahead:
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
-                f"{self.model._n_updates}. Train longer, or let it begin earlier.",
+                f"{host.updates_done(self.model)}. Train longer, or let it begin earlier.",
                 stacklevel=2,
             )
 
@@ -177,7 +178,7 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def _keeper(self) -> Any:
-        return find_keeper(self.locals.get("callback"))
+        return find_keeper(host.root_callback(self))
 
     def _position(self, phase: Phase) -> int:
         policy: Any = self.model.policy
@@ -186,7 +187,7 @@ class UnfreezeCallback(BaseCallback):
 
     def _is_due(self, phase: Phase) -> bool:
         if phase.trigger == "at_update":
-            return phase.when is not None and self.model._n_updates >= phase.when
+            return phase.when is not None and host.updates_done(self.model) >= phase.when
         if phase.when is not None and self.timesteps >= phase.when:
             return True
         return phase.trigger == "on_plateau" and phase is self._ahead[0] and self._plateau["factor"] == 0.0
@@ -196,7 +197,7 @@ class UnfreezeCallback(BaseCallback):
         policy: Any = self.model.policy
         before = policy.freeze_boundary
         restored = restore_best(self.model, self._keeper) if phase.restore_best else ""
-        policy.set_freeze_boundary(phase.unfreeze_from, at_update=self.model._n_updates)
+        policy.set_freeze_boundary(phase.unfreeze_from, at_update=host.updates_done(self.model))
         optimizer = optimizer_of(self.model)
         if phase.lr_backbone is not None:
             initial = float(self.model.lr_schedule(1))
@@ -204,11 +205,11 @@ class UnfreezeCallback(BaseCallback):
                 raise ValueError("lr_backbone is relative to learning_rate at the start of training, which is 0")
             set_lr_ratio(optimizer, "backbone", phase.lr_backbone / initial)
         self._plateau = schedules.plateau_start()
-        self._apply_ramp(self.model._n_updates)
+        self._apply_ramp(host.updates_done(self.model))
         self._remember()
         line = (
             f"Phase {self.phase} of {len(self.phases)} begins at timestep {self.timesteps}, update "
-            f"{self.model._n_updates}: trains from {policy.freeze_boundary} up (was {before}){restored}"
+            f"{host.updates_done(self.model)}: trains from {policy.freeze_boundary} up (was {before}){restored}"
         )
         _log.info(line)
         if self.verbose:

@@ -152,7 +152,7 @@ def groups(context: typer.Context, model: Model) -> None:
     """What each optimizer group of a saved model trains, and how fast."""
     from sb3_resnet.cli.loading import load_model
     from sb3_resnet.cli.show import show_groups
-    from sb3_resnet.optim.groups import param_group_summary
+    from sb3_resnet.optim.summary import param_group_summary
 
     show_groups(context.obj, param_group_summary(load_model(model), show=False))
 

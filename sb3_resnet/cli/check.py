@@ -21,7 +21,7 @@ from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import Finding
 from sb3_resnet.diagnosis.setup_rules import frame_buffer_arguments, static_findings
 from sb3_resnet.nn.pooling import pooled_features
-from sb3_resnet.optim.groups import param_group_summary
+from sb3_resnet.optim.summary import param_group_summary
 
 _PLAYED = 200  # steps at random: enough to see how frames are stacked, and over in a second
 

@@ -73,6 +73,6 @@ class _Resize(nn.Module):
 
 def _head_of(policy: Any) -> nn.Module:
     if hasattr(policy, "online"):
-        head: nn.Module = getattr(policy.online, policy.online._head)
+        head: nn.Module = policy.online.head
         return head
     return nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.frames import Array, ObservationStore
+from sb3_resnet.common import host
 
 _NUMBER = 8  # bytes of the number by which a column, a stack or a plane is found
 _COUNT = 4  # bytes of a reference count
@@ -69,5 +69,5 @@ def _rows(model: Any, buffer_size: int) -> int:
 
 def _rest(model: Any) -> int:
     """Bytes of a transition without its observations: action, and reward, done and timeout as float32."""
-    action = np.dtype(ReplayBuffer._maybe_cast_dtype(model.action_space.dtype))
+    action = host.stored_action_dtype(model.action_space.dtype)
     return int(get_action_dim(model.action_space) * action.itemsize + 3 * 4)

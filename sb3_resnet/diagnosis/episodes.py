@@ -26,7 +26,7 @@ class EpisodeValues:
         self.finished: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self.largest_reward = 0.0
         self._episodes: dict[int, list[float]] = {}  # by environment: value, return so far, discount
-        self._fresh: set[int] = set()
+        self._fresh: dict[int, Any] = {}  # by environment: the first observation of its episode
         self._last = -math.inf
 
     def start(self) -> None:
@@ -41,14 +41,15 @@ class EpisodeValues:
         :param model: an SB3 model with a ResNet policy
         :param local: local variables of ``collect_rollouts()``
         """
-        if "rewards" not in local or "dones" not in local:
+        if not {"rewards", "dones", "infos", "new_obs"} <= {*local}:
             return  # driven without an environment
         rewards, dones = local["rewards"], local["dones"]
         self.largest_reward = max(self.largest_reward, float(np.abs(rewards).max()))
         if self._fresh and model.num_timesteps - self._last >= self.min_gap:
             self._last = model.num_timesteps
             self._episodes.update({env: [value, 0.0, 1.0] for env, value in self._values(model).items()})
-        self._fresh = {env for env, done in enumerate(dones) if done}
+        # Of environments that are done, what comes back is the first observation of the next episode.
+        self._fresh = {env: local["new_obs"][env] for env, done in enumerate(dones) if done}
         for env in [*self._episodes]:
             episode = self._episodes[env]
             episode[1] += episode[2] * float(rewards[env])
@@ -74,7 +75,7 @@ class EpisodeValues:
     def _values(self, model: BaseAlgorithm) -> dict[int, float]:
         policy: Any = model.policy
         envs = sorted(self._fresh)
-        observations, _ = policy.obs_to_tensor(model._last_obs[envs])  # type: ignore[index]  # there is one while an environment runs
+        observations, _ = policy.obs_to_tensor(np.stack([self._fresh[env] for env in envs]))
         # With gradients, since without them the pass would go through the encoder of the feature cache, which
         # remembers what it is asked: asking more would change which observations are encoded in which batch.
         with th.enable_grad():

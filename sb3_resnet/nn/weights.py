@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -12,17 +11,15 @@ from typing import Any
 from urllib.parse import urlparse
 
 import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BaseModel
 from torch import nn
+
+from sb3_resnet.common import host
 
 #: Keys under which checkpoints hide their state dict; ``r3m`` is R3M's (arXiv 2203.12601).
 WRAPPERS = ("state_dict", "model", "r3m")
 _SHOWN = 8  # names listed per kind of mismatch; a ResNet-50 for a ResNet-18 has hundreds
 
 _overwritten: ContextVar[bool] = ContextVar("overwritten", default=False)
-# Called by SB3 to rebuild a saved object; the state dict follows at once.
-_LOADERS = {vars(owner)["load"].__func__.__code__ for owner in (BaseAlgorithm, BaseModel)}
 
 
 @contextmanager
@@ -43,14 +40,7 @@ def checkpoint_follows() -> bool:
     nor extractor that they are loading. Reading the original weights there would need the network, or a file that
     the machine may no longer have, only to throw them away.
     """
-    if _overwritten.get():
-        return True
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code in _LOADERS:
-            return True
-    return False
+    return _overwritten.get() or host.is_loading()
 
 
 def read_file(path: str | Path) -> dict[str, th.Tensor]:

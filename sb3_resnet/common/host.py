@@ -1,0 +1,298 @@
+"""
+The one place that touches parts of PyTorch and Stable-Baselines3 which their documentation does not promise.
+
+Each function looks for such a part when it is called, never at import. If a release has renamed or removed the part,
+the function falls back to something slower or simpler where that is right, and raises :class:`HostPartMissingError`
+with the installed version where nothing else would be.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import torch as th
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import BaseModel
+from torch import nn
+
+_SB3 = "stable_baselines3"
+#: What PyTorch writes when memory runs out, on a GPU and on a CPU; a CPU's error has no class of its own.
+_NO_MEMORY = ("out of memory", "can't allocate memory")
+_VERSION = attrgetter("_version")
+_INSTALL = "install a version that the dependencies of sb3_resnet allow"
+
+
+class HostPartMissingError(RuntimeError):
+    """
+    An installed package lacks a part that has no substitute.
+
+    :param package: name of the package, as pip knows it
+    :param part: what is missing
+    :param advice: what to do about it
+    """
+
+    def __init__(self, package: str, part: str, advice: str = _INSTALL) -> None:
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "(unknown version)"
+        super().__init__(f"{package} {installed} has no {part}, which sb3_resnet needs: {advice}")
+
+
+def updates_done(model: BaseAlgorithm) -> int:
+    """
+    :param model: an SB3 model
+    :return: its own counter: gradient updates for off-policy algorithms, epochs for PPO; saved with the model
+    :raises HostPartMissingError: if it has none
+    """
+    try:
+        return int(model._n_updates)
+    except AttributeError:
+        raise HostPartMissingError("stable-baselines3", "_n_updates in its models") from None
+
+
+def planned_timesteps(model: BaseAlgorithm) -> int | None:
+    """:return: timesteps at which the current ``learn()`` ends; ``None`` before the first one, or if nothing tells"""
+    return getattr(model, "_total_timesteps", None) or None
+
+
+def logger_of(model: BaseAlgorithm) -> Logger | None:
+    """:return: the logger of a model, which it has only from its first ``learn()`` on"""
+    # The property raises AttributeError where there is none yet.
+    return getattr(model, "logger", None)
+
+
+def is_loading() -> bool:
+    """
+    Whether this is called from within SB3's ``load`` class methods.
+
+    They rebuild an object and load its state dict next, but tell neither policy nor extractor so. The stack is the
+    only witness. Found by the running code itself; ``False`` where SB3 has no such methods.
+    """
+    functions = [getattr(getattr(owner, "load", None), "__func__", None) for owner in (BaseAlgorithm, BaseModel)]
+    codes = {function.__code__ for function in functions if hasattr(function, "__code__")}
+    frame = sys._getframe().f_back if codes and hasattr(sys, "_getframe") else None
+    while frame is not None:
+        if frame.f_code in codes:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def is_initializer(function: Callable[..., Any]) -> bool:
+    """
+    Whether SB3 applies this function to the modules of a new policy in order to initialise them.
+
+    PPO and A2C apply ``partial(BasePolicy.init_weights, gain=...)`` to the features extractor. SB3 applies nothing
+    else to modules, so where the function comes from tells, whatever it is called.
+    """
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__module__", "")).partition(".")[0] in (_SB3, "sb3_contrib")
+
+
+def network_arguments(policy: Any) -> dict[str, Any]:
+    """
+    What SB3's policies pass to the constructor of one of their networks, with a new features extractor.
+
+    :param policy: an SB3 policy under construction
+    :raises HostPartMissingError: if it keeps no such arguments
+    """
+    if not hasattr(policy, "net_args"):
+        raise HostPartMissingError("stable-baselines3", f"net_args in {type(policy).__name__}")
+    extractor = policy.make_features_extractor()
+    return {**policy.net_args, "features_extractor": extractor, "features_dim": extractor.features_dim}
+
+
+def root_callback(callback: BaseCallback) -> BaseCallback | None:
+    """
+    :param callback: one of the callbacks that ``learn()`` runs, from its ``on_training_start`` on
+    :return: the callback that ``learn()`` was given, which holds all of them; ``None`` if nothing tells
+    """
+    found = callback.locals.get("callback")
+    if isinstance(found, BaseCallback):
+        return found
+    # Whatever the variable is called: learn() has one callback, and SB3 puts several into a list.
+    others = [value for value in callback.locals.values() if isinstance(value, BaseCallback)]
+    return next((other for other in others if isinstance(other, CallbackList)), others[0] if others else None)
+
+
+def evaluations_done(callback: EvalCallback) -> int:
+    """
+    How often an ``EvalCallback`` has evaluated so far. It keeps no such count, but evaluates at each ``eval_freq``-th
+    call.
+
+    :raises HostPartMissingError: if it counts no calls
+    """
+    try:
+        calls, every = callback.n_calls, callback.eval_freq
+    except AttributeError as error:
+        raise HostPartMissingError("stable-baselines3", f"{error.name} in EvalCallback") from None
+    return int(calls // every) if every > 0 else 0
+
+
+def resize_replay_arrays(buffer: Any, rows: int, columns: Sequence[str]) -> None:
+    """
+    Give the arrays of an empty replay buffer another number of rows.
+
+    All arrays with one row per transition are found by their shape, whatever their names are.
+
+    :param buffer: an empty SB3 replay buffer; its ``buffer_size`` is changed too
+    :param rows: the new number of rows
+    :param columns: arrays that are left alone, since other objects take their places
+    :raises HostPartMissingError: if there is no array of such a name
+    """
+    missing = [name for name in columns if not isinstance(getattr(buffer, name, None), np.ndarray)]
+    if missing:
+        raise HostPartMissingError(
+            "stable-baselines3", f"array {missing[0]!r} in its replay buffers", "train with SB3's own replay buffer"
+        )
+    shape = (buffer.buffer_size, buffer.n_envs)
+    for name, array in [*vars(buffer).items()]:
+        if name not in columns and isinstance(array, np.ndarray) and array.shape[:2] == shape:
+            setattr(buffer, name, np.zeros((rows, *array.shape[1:]), array.dtype))
+    buffer.buffer_size = rows
+
+
+def stored_action_dtype(dtype: Any) -> np.dtype[Any]:
+    """:return: the type in which replay buffers keep actions of the given type: float64 takes twice what it needs"""
+    kept = np.dtype(dtype)
+    return np.dtype(np.float32) if kept == np.float64 else kept
+
+
+class _PublicHolder:
+    """The tensors of one module, read through its public methods at each call: slower than its dictionaries."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def values(self) -> list[th.Tensor]:
+        return [*self._module.parameters(recurse=False), *self._module.buffers(recurse=False)]
+
+
+def tensor_holders(module: nn.Module) -> list[Any]:
+    """
+    Where a module keeps its own parameters and buffers, without those of its children.
+
+    Looking there is several times faster than the module's public methods (``benchmarks/results/choices.json``), which
+    take their place if there are no such dictionaries.
+
+    :param module: any module
+    :return: objects whose ``values()`` are the tensors that the module has at the moment, or ``None``
+    """
+    holders = [vars(module).get(name) for name in ("_parameters", "_buffers")]
+    if all(isinstance(holder, dict) for holder in holders):
+        return [holder for holder in holders if holder]
+    return [_PublicHolder(module)]
+
+
+def tensor_versions(tensors: Iterable[th.Tensor]) -> tuple[int, ...]:
+    """
+    PyTorch's own counters of in-place changes, one per tensor.
+
+    :raises HostPartMissingError: if it has none; nothing else tells of a change without reading the weights
+    """
+    try:
+        return tuple(map(_VERSION, tensors))
+    except AttributeError:
+        raise HostPartMissingError("torch", "Tensor._version", "train without FeatureCacheCallback") from None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """:return: whether memory ran out, on any device; PyTorch's CPU allocator raises a plain ``RuntimeError``"""
+    own = getattr(th, "OutOfMemoryError", th.cuda.OutOfMemoryError)  # at the top level from PyTorch 2.5 on
+    if isinstance(error, (MemoryError, own)):
+        return True
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
+
+
+def cpu_has_bfloat16() -> bool:
+    """
+    Whether this CPU computes in bfloat16. Emulated, it is several times slower than float32, so PyTorch is asked for
+    the instructions and not for support; ``False`` where it does not tell.
+    """
+    checks = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    if any(checks):
+        return any(check() for check in checks if check is not None)
+    capabilities: dict[str, Any] = getattr(th.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_tile"))
+
+
+def can_pack_convolutions(dtype: th.dtype) -> bool:
+    """
+    Whether :func:`pack_convolution` and :func:`packed_convolution` work here.
+
+    Found by calling them once on small tensors: the functions are PyTorch's own, for its compiler, and a release may
+    change what they take.
+
+    :param dtype: of the weights
+    """
+    try:
+        parts = (th._C._nn.mkldnn_reorder_conv2d_weight, th.ops.mkldnn._convolution_pointwise)
+    except AttributeError:
+        return False
+    has_bfloat16 = getattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    if dtype == th.bfloat16 and has_bfloat16 is not None and not has_bfloat16():
+        return False
+    return _packing_works(dtype, parts)
+
+
+@cache
+def _packing_works(dtype: th.dtype, parts: tuple[Any, ...]) -> bool:
+    """Once for each type and for these parts of PyTorch."""
+    conv = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, padding=1).to(dtype)  # type: ignore[no-untyped-call]  # PyTorch
+    shape = (2, 16, 6, 6)
+    try:
+        with th.no_grad():
+            # No random numbers: they would be taken from a training that is to be reproducible.
+            conv.weight.copy_(th.linspace(-0.1, 0.1, conv.weight.numel()).reshape(conv.weight.shape))
+            conv.bias.copy_(th.linspace(-1, 1, 16))
+            x = th.linspace(-1, 1, 1152).reshape(shape).to(dtype, memory_format=th.channels_last)
+            packed, expected = pack_convolution(conv, shape), conv(x)
+            plain = packed_convolution(x, packed, conv, relu=True)
+            added = packed_convolution(x, packed, conv, relu=True, added=x)
+        pairs = ((plain, expected.relu()), (added, (expected + x).relu()))
+        # To the precision of bfloat16; a wrong result is off by more.
+        return all(th.allclose(one, other, rtol=0.05, atol=0.05) for one, other in pairs)
+    except (AttributeError, NotImplementedError, RuntimeError, TypeError, ValueError):
+        return False
+
+
+def pack_convolution(conv: nn.Conv2d, shape: Sequence[int]) -> th.Tensor:
+    """
+    :param conv: a convolution on the CPU, where :func:`can_pack_convolutions`
+    :param shape: of the inputs for which the order of the weights is chosen; others work too
+    :return: its weights in oneDNN's own order
+    """
+    arrange: Any = th._C._nn.mkldnn_reorder_conv2d_weight
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    packed: th.Tensor = arrange(conv.weight.detach().to_mkldnn(), *geometry, [*shape])
+    return packed
+
+
+def packed_convolution(
+    x: th.Tensor, packed: th.Tensor, conv: nn.Conv2d, relu: bool = False, added: th.Tensor | None = None
+) -> th.Tensor:
+    """
+    :param x: the input, channels last
+    :param packed: weights of :func:`pack_convolution`
+    :param conv: the convolution that they are of
+    :param relu: apply ReLU to the result
+    :param added: added to the result before that
+    :return: the result, channels last
+    """
+    convolve: Any = th.ops.mkldnn._convolution_pointwise
+    weights = (packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    if added is None:
+        out: th.Tensor = convolve(x, *weights, "relu" if relu else "none", [], "")
+    else:
+        out = convolve.binary(x, added, *weights, "add", 1.0, "relu" if relu else None, [], "")
+    return out
