@@ -159,6 +159,36 @@ def test_invariant_2_survives_a_state_dict(tmp_path, through_file):
     assert rates(new) == pytest.approx({name: 2 * rate for name, rate in expected.items()})
 
 
+@pytest.mark.parametrize("through_file", [False, True])
+def test_invariant_2_holds_after_loading_where_the_step_is_the_ratio_of_all_groups(tmp_path, through_file):
+    old = built(head=0.1)
+    update_learning_rate(old, 1e-3)
+    step(old)
+    state = old.state_dict()
+    if through_file:
+        th.save(state, tmp_path / "optimizer.pth")
+        state = th.load(tmp_path / "optimizer.pth", weights_only=True)
+    assert {type(group[key]) for group in state["param_groups"] for key in ("lr", "effective_lr", "base_lr")} == {float}
+    new = built(head=0.1, lr=7.0)
+    new.load_state_dict(state)
+    step(new)  # ours is taken for ours
+    assert rates(new) == pytest.approx(dict.fromkeys(rates(new), 1e-4))
+    update_learning_rate(new, 1e-4)  # and the same number for the host's, if the host wrote it
+    step(new)
+    assert rates(new) == pytest.approx(dict.fromkeys(rates(new), 1e-5))
+
+
+def test_rates_do_not_lean_on_which_object_a_number_is():
+    optimizer = built()
+    for group in optimizer.param_groups:
+        group["lr"] = copy.deepcopy(group["lr"])
+    before = rates(optimizer)
+    step(optimizer)
+    assert rates(optimizer) == before
+    step(copy.deepcopy(optimizer))
+    assert rates(optimizer) == before
+
+
 def test_hooks_are_installed_once_and_again_after_deepcopy():
     model = make_model()
     install_effective_lr(model.policy.optimizer)

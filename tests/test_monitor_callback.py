@@ -5,12 +5,14 @@ import re
 
 import numpy as np
 import pytest
+import stable_baselines3
 import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
 from torch.nn import functional as F
 
+import sb3_resnet.buffers
 from sb3_resnet.callbacks import (
     FeatureCacheCallback,
     GradientClipCallback,
@@ -185,6 +187,109 @@ def test_qrdqn_shows_the_means_of_its_quantiles():
     quantiles = model.quantile_net(model.replay_buffer.sample(8).observations)
     assert seen["monitor/q_mean"] == [pytest.approx(quantiles.mean(dim=1).max(dim=1).values.mean().item(), rel=1e-5)]
     assert seen["monitor/td_p50"][0] <= seen["monitor/td_p90"][0] <= seen["monitor/td_max"][0]
+
+
+class Told(DQN):
+    """A ``train()`` of its own that says what it computed: SB3's, or that of Double DQN."""
+
+    double = False
+
+    def train(self, gradient_steps, batch_size=100):
+        self.policy.set_training_mode(True)
+        self.told = []
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size)
+            discounts = self.gamma if batch.discounts is None else batch.discounts
+            with th.no_grad():
+                following = self.q_net_target(batch.next_observations)
+                greedy = self.q_net(batch.next_observations).argmax(dim=1) if self.double else following.argmax(dim=1)
+                best = following.gather(1, greedy[:, None])
+                target = batch.rewards + (1 - batch.dones) * discounts * best
+                self.greedy = batch.rewards + (1 - batch.dones) * discounts * following.max(dim=1, keepdim=True).values
+            current = self.q_net(batch.observations).gather(1, batch.actions.long())
+            self.greedy = (self.greedy - current).abs().max().item()
+            loss = F.smooth_l1_loss(current, target)
+            self.told.append((loss.item(), (target - current).abs().max().item(), (target - current).mean().item()))
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+        self._n_updates += gradient_steps
+
+
+@pytest.mark.parametrize("buffer", ["ReplayBuffer", "NStepReplayBuffer", "FrameReplayBuffer", "FrameNStepReplayBuffer"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_loss_and_td_errors_are_those_of_train_with_every_buffer(buffer, cached):
+    classes = {**vars(stable_baselines3.common.buffers), **vars(sb3_resnet.buffers)}
+
+    def model_of():
+        kwargs = {"replay_buffer_class": classes[buffer], "learning_rate": 1e-2}
+        return fill(make_model(policy_kwargs={"dropout": 0.3}, **kwargs))
+
+    model, twin = model_of(), model_of()
+    twin.__class__ = Told
+    for one in (model, twin):
+        if cached:
+            start(one, FeatureCacheCallback("float32"))
+        np.random.seed(0)
+        th.manual_seed(0)
+        if one is model:
+            callback = MonitorCallback(every=1)
+            seen = watch(one, callback, updates=3)
+        else:
+            one.train(3, 8)
+    told = [*zip(*twin.told, strict=True)]
+    for key, values in zip(("loss", "td_max", "td_mean"), told, strict=True):
+        assert seen[f"monitor/{key}"] == [*values], key
+    assert model.logger.seen["train/loss"] == [pytest.approx(np.mean(told[0]))]
+    assert "sample" in vars(model.replay_buffer)
+    callback.on_training_end()
+    assert "sample" not in vars(model.replay_buffer)
+
+
+def test_loss_and_td_errors_of_qrdqn_are_those_of_its_train():
+    model = fill(make_model("qrdqn", policy_kwargs={"n_quantiles": 7}, learning_rate=1e-2))
+    seen = watch(model, MonitorCallback(every=1), updates=4)
+    assert np.mean(seen["monitor/loss"]) == pytest.approx(seen["train/loss"][0], rel=1e-6)
+    model, twin = (fill(make_model("qrdqn", policy_kwargs={"n_quantiles": 7})) for _ in range(2))
+    np.random.seed(0)
+    seen = watch(model, MonitorCallback())
+    np.random.seed(0)
+    twin.policy.set_training_mode(True)
+    batch = twin.replay_buffer.sample(8)
+    following = twin.quantile_net_target(batch.next_observations)
+    best = th.stack([quantiles[:, quantiles.mean(dim=0).argmax()] for quantiles in following])
+    target = batch.rewards + (1 - batch.dones) * 0.99 * best
+    pairs = zip(twin.quantile_net(batch.observations), batch.actions[:, 0], strict=True)
+    current = th.stack([quantiles[:, action] for quantiles, action in pairs])
+    error = target.mean(dim=1) - current.mean(dim=1)
+    assert seen["monitor/td_mean"] == [pytest.approx(error.mean().item(), rel=1e-4)]
+    assert seen["monitor/td_max"] == [pytest.approx(error.abs().max().item(), rel=1e-4)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_targets_of_another_train_are_not_guessed(double):
+    model = fill(make_model(learning_rate=1e-2))
+    model.__class__ = type("Double", (Told,), {"double": double})
+    with pytest.warns(UserWarning, match="TD errors are not measured: train.. of Double is not that of DQN or QRDQN"):
+        seen = watch(model, MonitorCallback(), updates=1)
+    assert not [key for key in seen if key.startswith(("monitor/td", "monitor/loss"))]
+    assert seen["monitor/greedy_td_max"] == [pytest.approx(model.greedy, rel=1e-6)]
+    assert {f"monitor/greedy_td_{name}" for name in ("p50", "p90", "max", "mean")} <= {*seen}
+
+
+def test_a_buffer_is_saved_as_it_is_while_its_batches_are_watched(tmp_path):
+    model = fill(make_model())
+    callback = MonitorCallback(every=1)
+    model.set_logger(Log())
+    start(model, callback)
+    callback.on_rollout_end()
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    for _ in range(2):
+        model.train(1, 8)
+    # Not of the first, in which the batch came from a buffer that nobody watched.
+    assert len(model.logger.seen["monitor/td_max"]) == len(model.logger.seen["monitor/loss"]) == 1
 
 
 def test_measures_every_so_many_updates_and_is_gone_in_between():

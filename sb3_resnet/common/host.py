@@ -77,8 +77,8 @@ def is_loading() -> bool:
     They rebuild an object and load its state dict next, but tell neither policy nor extractor so. The stack is the
     only witness. Found by the running code itself; ``False`` where SB3 has no such methods.
     """
-    functions = [getattr(getattr(owner, "load", None), "__func__", None) for owner in (BaseAlgorithm, BaseModel)]
-    codes = {function.__code__ for function in functions if hasattr(function, "__code__")}
+    loaders = [getattr(getattr(owner, "load", None), "__func__", None) for owner in (BaseAlgorithm, BaseModel)]
+    codes = {getattr(loader, "__code__", None) for loader in loaders} - {None}
     frame = sys._getframe().f_back if codes and hasattr(sys, "_getframe") else None
     while frame is not None:
         if frame.f_code in codes:

@@ -127,11 +127,11 @@ class _Armed:
 
     @property
     def stale(self) -> bool:
-        """Whether other parameters train than those that are watched."""
+        """Whether other parameters train than those that are watched, or batches come from another buffer."""
         before, now = (
             [id(p) for _, some in groups for p in some] for groups in (self._trainable, trainable(self._model))
         )
-        return before != now
+        return before != now or self._buffer is not getattr(self._model, "replay_buffer", None)
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -217,7 +217,7 @@ class _Armed:
     def _measure_td_errors(self) -> bool:
         rule = train_rule(self._model)
         if self._output is None or self._following is None or self._batch is None:
-            return False
+            return rule is not None
         pair = predictions_and_targets(self._output, self._following, self._batch, self._model.gamma)
         if rule is not None:
             self._values["monitor/loss"] = loss_of(rule, *pair)
