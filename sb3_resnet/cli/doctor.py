@@ -41,8 +41,7 @@ def command(
     """
     found = examine(run_folder)
     show_pairs(context.obj, "Run", found.facts)
-    show_findings(context.obj, found.findings)
-    return any(finding.severity == "error" for finding in found.findings) or (strict and bool(found.findings))
+    return show_findings(context.obj, found.findings, strict)
 
 
 def examine(folder: str | Path) -> Examination:

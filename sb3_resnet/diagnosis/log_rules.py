@@ -22,8 +22,7 @@ def history_findings(columns: Columns, finished: bool = False, slow_after: int |
     :param columns: the log of ``MonitorCallback`` and SB3, as ``sb3_resnet.diagnosis.read_log`` reads it; a rule whose
         columns are missing finds nothing
     :param finished: whether the run has ended, so that epsilon must have reached its final value
-    :param slow_after: environment steps after which the reward must have risen; ``None``: the value in
-        :data:`THRESHOLDS`
+    :param slow_after: environment steps after which the reward must have risen; ``None``: as in :data:`THRESHOLDS`
     :return: the findings
     """
     limit = THRESHOLDS["slow_after"].value if slow_after is None else slow_after
@@ -64,8 +63,8 @@ def _loss_explodes(columns: Columns) -> Finding | None:
 
 def _q_explodes(columns: Columns) -> Finding | None:
     bound = _values(columns, "monitor/q_bound")
-    extremes = [_recent(columns, key) for key in ("monitor/q_max", "monitor/q_min")]
-    largest = max((float(np.median(np.abs(values))) for values in extremes if len(values) >= _enough()), default=0.0)
+    extremes = [np.abs(_recent(columns, key)) for key in ("monitor/q_max", "monitor/q_min")]
+    largest = max((float(np.median(values)) for values in extremes if len(values) >= _enough()), default=0.0)
     if not len(bound) or not largest > THRESHOLDS["q_bound"].value * bound[-1]:
         return None
     return Finding(
@@ -83,9 +82,9 @@ def _loss_oscillates(columns: Columns) -> Finding | None:
     if len(loss) < _enough():
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
-    error, reward = _recent(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
-    if len(error) >= _enough() and len(reward):
-        ratio = float(np.median(error)) / reward[-1]
+    error, reward = _median(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
+    if not math.isnan(error) and len(reward):
+        ratio = error / reward[-1]
         sick = ratio > THRESHOLDS["td_size"].value and swing > THRESHOLDS["loss_swing"].value
         size = f", and the typical TD error is {ratio:.3g} times the largest reward"
     else:  # without the monitor's numbers: with rare rewards, a healthy loss swings too
@@ -101,13 +100,11 @@ def _loss_oscillates(columns: Columns) -> Finding | None:
 
 
 def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
-    key = next(
-        (key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()), ""
-    )
+    keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()]
     steps = _values(columns, "time/total_timesteps")
-    if not key or not len(steps) or steps[-1] - steps[0] < slow_after:
+    if not keys or not len(steps) or steps[-1] - steps[0] < slow_after:
         return None
-    reward = _values(columns, key)
+    reward = _values(columns, keys[0])
     first, _, last = np.array_split(reward, 3)
     error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
     gain = float(last.mean() - first.mean())
@@ -119,7 +116,7 @@ def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
     )
     return Finding(
         "slow_curve",
-        f"{key} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and {last.mean():.4g} in "
+        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and {last.mean():.4g} in "
         "the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
         f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
@@ -151,41 +148,37 @@ def _overfitting(columns: Columns) -> Finding | None:
 
 
 def _q_overestimation(columns: Columns) -> Finding | None:
-    expected, got = _recent(columns, "monitor/q_start"), _recent(columns, "monitor/return_start")
+    expected, got = _median(columns, "monitor/q_start"), _median(columns, "monitor/return_start")
     bound = _values(columns, "monitor/q_bound")
-    if min(len(expected), len(got)) < _enough() or not len(bound):
-        return None
-    gap = float(np.median(expected) - np.median(got))
-    if not gap > THRESHOLDS["q_overestimation"].value * bound[-1]:
+    if not len(bound) or not expected - got > THRESHOLDS["q_overestimation"].value * bound[-1]:
         return None
     return Finding(
         "q_overestimation",
-        f"At the start of episodes the agent expects {np.median(expected):.3g} and gets {np.median(got):.3g} "
-        "(discounted).",
+        f"At the start of episodes the agent expects {expected:.3g} and gets {got:.3g} (discounted).",
         "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
         "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
     )
 
 
 def _dead(columns: Columns, name: str, what: str) -> Finding | None:
-    share = _recent(columns, f"monitor/{name}")
-    if len(share) < _enough() or not np.median(share) > THRESHOLDS[name].value:
+    share = _median(columns, f"monitor/{name}")
+    if not share > THRESHOLDS[name].value:
         return None
     change = {
         "dead_features": "Check image_size and use_imagenet_norm, or write pooling='flatten', or other weights.",
         "dormant_units": "Write a smaller learning_rate, or activation_fn='LeakyReLU'.",
     }
-    seen = f"{np.median(share):.0%} of the {what}."
+    seen = f"{share:.0%} of the {what}."
     return Finding(name, seen, "They carry nothing from the image to the Q-values, and get no gradient.", change[name])
 
 
 def _gradients_vanish(columns: Columns) -> Finding | None:
     for key in _keys(columns, "grad_norm/"):
-        norm = _recent(columns, key)
-        if len(norm) >= _enough() and np.median(norm) < THRESHOLDS["vanishing"].value:
+        norm = _median(columns, key)
+        if norm < THRESHOLDS["vanishing"].value:
             return Finding(
                 "gradients_vanish",
-                f"The gradient norm of {key.partition('/')[2]} is {np.median(norm):.2e}.",
+                f"The gradient norm of {key.partition('/')[2]} is {norm:.2e}.",
                 "This is too small to change a weight: either the loss is zero, or its gradient does not arrive there.",
                 "Check that the env gives rewards, and the head's feature_norm='standardize'; for a backbone, "
                 "norm='frozen' with pretrained weights or norm='group'.",
@@ -285,6 +278,12 @@ def _loss(columns: Columns) -> np.ndarray:
 
 def _recent(columns: Columns, key: str) -> np.ndarray:
     return _values(columns, key)[-int(_enough()) :]
+
+
+def _median(columns: Columns, key: str) -> float:
+    """:return: median of the latest values; NaN, which exceeds no limit, if there are too few of them"""
+    values = _recent(columns, key)
+    return float(np.median(values)) if len(values) >= _enough() else math.nan
 
 
 def _last_third(columns: Columns, key: str) -> np.ndarray:
