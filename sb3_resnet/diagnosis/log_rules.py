@@ -116,8 +116,8 @@ def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
     )
     return Finding(
         "slow_curve",
-        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and {last.mean():.4g} in "
-        "the last.",
+        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
+        f"{last.mean():.4g} in the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
         f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
     )
