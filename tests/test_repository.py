@@ -59,6 +59,12 @@ def test_importing_the_package_imports_no_extra_but_sb3_contrib():
     assert {*imported} & {*OPTIONAL} <= {"sb3_contrib"}
 
 
+def test_the_command_starts_without_the_libraries_of_single_subcommands():
+    imported = python("import sys, sb3_resnet.cli.app; print(*sys.modules)").split()
+    assert "sb3_resnet.cli.explain" in imported
+    assert not {*imported} & {"ale_py", "captum", "imageio", "mlflow", "onnx", "onnxruntime", "rl_zoo3", "wandb"}
+
+
 def test_the_core_works_without_extras_and_without_the_network():
     assert python(WITHOUT_EXTRAS_AND_NETWORK % (OPTIONAL,)).strip() == "ResNetCnnPolicy"
 

@@ -1,4 +1,4 @@
-"""Says during training what is wrong with it, why that matters, and what to change."""
+"""Say during training what is wrong with it, why it matters, and what to change."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
 
 ACTIONS = ("warn", "stop")
-#: What other callbacks and SB3 log, and a finding is made of.
+#: Values that other callbacks and SB3 log, and rules read.
 _LOGGED = ("train/loss", "train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
 
 
 class DoctorCallback(BaseCallback):
     """
-    Watch a run and report what is wrong with it: each finding once, and all again in a summary at the end.
+    Watch a run and report what is wrong with it: each finding once, and all of them in a summary at the end.
 
-    Before the first step it looks at the model (:func:`~sb3_resnet.diagnosis.static_findings`), then every so often at
-    what it has measured (:func:`~sb3_resnet.diagnosis.history_findings`); ``sb3_resnet.diagnosis.THRESHOLDS`` holds all
-    limits with their sources. It needs no ``MonitorCallback`` beside it and does not change training. Example::
+    Before the first step it examines the model (:func:`~sb3_resnet.diagnosis.static_findings`), and during training its
+    measurements (:func:`~sb3_resnet.diagnosis.history_findings`). ``sb3_resnet.diagnosis.THRESHOLDS`` holds all limits
+    with their sources. It works without a ``MonitorCallback``, and does not change training. Example::
 
         doctor = DoctorCallback()
         model.learn(1_000_000, callback=[FeatureCacheCallback(), doctor])
@@ -42,9 +42,9 @@ class DoctorCallback(BaseCallback):
     ``amp_skips``.
 
     :param action: ``"warn"``, or ``"stop"`` to end training at the first finding
-    :param every: gradient updates between two measurements; it looks at the whole after each ten
+    :param every: gradient updates between two measurements; findings are looked for after each ten measurements
     :param slow_after: environment steps after which the reward must have risen
-    :param verbose: 1 for the summary; findings are warned of in any case
+    :param verbose: 1 to print the summary; each finding is a Python warning in any case
     :raises ValueError: for values that cannot work
     :raises TypeError: for wrong types, and at the start of training for other policies
     """
@@ -60,7 +60,7 @@ class DoctorCallback(BaseCallback):
         self.action = choice("action", action, ACTIONS)
         self.every = integer("every", every, 1)
         self.slow_after = integer("slow_after", slow_after, 1)
-        #: What was found so far.
+        #: The findings so far.
         self.findings: list[Finding] = []
         self._probe = Probe(self.every, self._measured)
         self._updates = UpdateHook(self._before_update)
@@ -83,7 +83,7 @@ class DoctorCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._probe.pause()
-        if not self._looked:  # only now: other callbacks replace the buffer at the start of training
+        if not self._looked:  # only now, since other callbacks replace the buffer at the start of training
             self._looked = True
             self._report(self._before_training())
 
@@ -125,7 +125,7 @@ class DoctorCallback(BaseCallback):
         return static_findings(self.model, planned, next((cb for cb in callbacks if hasattr(cb, "reached_by")), None))
 
     def _context(self) -> dict[str, float]:
-        """What a measurement is to be seen against."""
+        """Values that rules need beside the measured ones."""
         model: Any = self.model
         stage = model.policy.freeze_boundary
         values = {

@@ -29,23 +29,24 @@ _STATE = "lr_schedule"  # key of our state in the optimizer's groups, where it i
 
 class LRScheduleCallback(BaseCallback):
     """
-    Linear warmup, then a schedule; both multiply the learning rate of every group.
+    Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 
-    Counted in gradient updates, from the model's own counter that is saved and never reset: a second ``learn()``,
-    ``reset_num_timesteps=True`` and a resumed model go on where they stopped. Example::
+    The schedule counts gradient updates with the model's own counter, which is saved and never reset. So a second
+    ``learn()``, ``reset_num_timesteps=True`` and a resumed model continue where training stopped. Example::
 
         LRScheduleCallback(warmup_steps=1000, schedule="cosine", decay_steps=200_000)
 
     :param warmup_steps: length of the warmup in gradient updates (500 to 2000 is usual); 0 for none
     :param schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"step"`` or ``"plateau"``
-    :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: what the first
-        ``learn()`` has left, kept from then on; give it where training is cut into several calls of unknown length
-    :param min_factor: linear, cosine and plateau: the factor never falls below it (default 0)
+    :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: the rest of the first
+        ``learn()``. Write it if training consists of several calls of ``learn()``
+    :param min_factor: linear, cosine and plateau: the smallest factor (default 0)
     :param step_size: step: gradient updates between two reductions
-    :param gamma: step and plateau: factor of each reduction (default 0.1, as PyTorch's)
-    :param patience: plateau: evaluations without improvement that are tolerated (default 10, as PyTorch's)
-    :param min_delta: plateau: smallest gain in mean reward that counts (default 0); needs an ``EvalCallback``
-    :param verbose: 1 to print what it does
+    :param gamma: step and plateau: factor of each reduction (default 0.1, as in PyTorch)
+    :param patience: plateau: number of evaluations without improvement that are tolerated (default 10, as in PyTorch).
+        A plateau needs an ``EvalCallback``
+    :param min_delta: plateau: smallest gain in mean reward that counts as an improvement (default 0)
+    :param verbose: 1 to print the schedule and each reduction on a plateau
     :raises ValueError: for values that cannot work, and for arguments of another schedule
     :raises TypeError: for wrong types
     """
@@ -85,7 +86,10 @@ class LRScheduleCallback(BaseCallback):
         self._evaluations = Evaluations(None)
 
     def factor(self, n: int) -> float:
-        """:return: the factor of the update that follows ``n`` others, for the current plateau"""
+        """
+        :param n: gradient updates done so far
+        :return: the factor of the next update, with the reductions on plateaus up to this moment
+        """
         after = max(0, n - self.warmup_steps)
         if self.schedule in ("linear", "cosine"):
             curve = schedules.linear if self.schedule == "linear" else schedules.cosine
@@ -119,7 +123,7 @@ class LRScheduleCallback(BaseCallback):
             )
             if self.verbose and self._plateau["factor"] != before:
                 print(f"LRSchedule: no gain on plateau, learning rates x {self._plateau['factor']:g}")
-            self._apply(self._updates.n)  # at once: a checkpoint of this step has it
+            self._apply(self._updates.n)  # at once, so that a checkpoint of this step contains it
         return True
 
     def _on_rollout_end(self) -> None:
@@ -130,7 +134,7 @@ class LRScheduleCallback(BaseCallback):
         record(self.model, {f"train/lr_{group.get('name', 'all')}": group["effective_lr"] for group in groups})
 
     def _on_training_end(self) -> None:
-        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
+        self._on_step()  # an evaluation may have stopped training, and then SB3 skips on_rollout_end
         self._updates.detach()
 
     def _apply(self, n: int) -> None:
@@ -141,7 +145,7 @@ class LRScheduleCallback(BaseCallback):
 
 
 def _planned_updates(model: Any) -> int:
-    """Gradient updates that this ``learn()`` has left."""
+    """Number of gradient updates that are left in this ``learn()``."""
     planned = host.planned_timesteps(model) or 0
     steps: int = planned - model.num_timesteps
     if isinstance(model, OffPolicyAlgorithm):

@@ -27,7 +27,18 @@ _log = logging.getLogger("sb3_resnet")
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of the schedule; :class:`UnfreezeCallback` documents the fields."""
+    """
+    One phase; :class:`UnfreezeCallback` explains the values.
+
+    :param trigger: ``"at_timestep"``, ``"at_update"`` or ``"on_plateau"``
+    :param when: timestep or update at which it begins; with a plateau its latest timestep, ``None`` if there is none
+    :param unfreeze_from: the lowest stage that trains from then on
+    :param lr_backbone: learning rate of the backbone from then on; ``None``: unchanged
+    :param ramp: gradient updates in which the backbone's rate rises from 0
+    :param restore_best: whether it begins with the best weights of the phase before it
+    :param patience: plateau: number of evaluations without improvement that are tolerated
+    :param min_delta: plateau: smallest gain in reward that counts as an improvement
+    """
 
     trigger: str
     when: int | None
@@ -45,29 +56,30 @@ class Phase:
 
 class UnfreezeCallback(BaseCallback):
     """
-    Move the freeze boundary down in phases; for ``ResNetCnnPolicy``, so for DQN and QR-DQN.
+    Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy``, so with DQN and QR-DQN.
 
-    Where training stands is saved with the model: a resumed run, a second ``learn()`` and
-    ``reset_num_timesteps=True`` go on in the phase that was reached, and no phase begins twice. Example::
+    The current phase is saved with the model. A resumed run, a second ``learn()`` and ``reset_num_timesteps=True``
+    continue in that phase, and no phase begins twice. Example::
 
         UnfreezeCallback(phases=[
             {"at_timestep": 300_000, "unfreeze_from": "layer4", "ramp": 1000},
             {"on_plateau": {"patience": 5, "latest_timestep": 900_000}, "unfreeze_from": "stem", "restore_best": True},
         ])
 
-    Each phase is a dict with one trigger, ``unfreeze_from``, and what else it needs:
+    Each phase is a dict with one trigger, ``unfreeze_from``, and optional keys:
 
-    * ``at_timestep``: environment steps of the whole training; ``at_update``: gradient updates; ``on_plateau``: a
-      dict of ``patience`` (evaluations without improvement that are tolerated), ``min_delta`` (reward, default 0) and
-      ``latest_timestep`` (environment steps; begins then in any case). A plateau needs an ``EvalCallback``.
-    * ``unfreeze_from``: this stage and all above it train from then on; must be lower in each phase
+    * the trigger is ``at_timestep`` (environment steps of the whole training), ``at_update`` (gradient updates) or
+      ``on_plateau``, which needs an ``EvalCallback``: a dict of ``patience`` (number of evaluations without improvement
+      that are tolerated), ``min_delta`` (smallest gain in reward that counts, default 0) and ``latest_timestep``
+      (environment steps after which the phase begins in any case, default: never)
+    * ``unfreeze_from``: this stage and all above it train from then on; it must be lower in each phase
     * ``lr_backbone``: the backbone's learning rate from then on, as in the policy; default: unchanged
-    * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value, and then stays; default 0
-    * ``restore_best``: first return to the best weights and optimizer moments of the phase that ends (default false);
-      needs a ``BestCheckpointCallback``
+    * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value; default 0
+    * ``restore_best``: whether to begin with the best weights and optimizer moments of the phase before it, which needs
+      a ``BestCheckpointCallback``; default false
 
     :param phases: the phases in order
-    :param verbose: 1 to print a line at each transition (it is logged in any case); 0 for silence
+    :param verbose: 1 to print a line when a phase begins; Python's logging gets it in any case
     :raises ValueError: for phases that cannot work
     :raises TypeError: for unknown keys and wrong types
     """
@@ -75,9 +87,9 @@ class UnfreezeCallback(BaseCallback):
     def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1) -> None:
         super().__init__(verbose)
         if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
-            raise ValueError(f"phases must be a list of dicts, one a phase, got {phases!r}")
+            raise ValueError(f"phases must be a list of dicts, one per phase, got {phases!r}")
         self.phases = [_read_phase(index, phase) for index, phase in enumerate(phases)]
-        _check_order(self.phases)
+        _refuse_bad_order(self.phases)
         self._updates = UpdateHook(self._apply_ramp)
         self._evaluations = Evaluations(None)
         self._plateau = schedules.plateau_start()
@@ -86,7 +98,7 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def phase(self) -> int:
-        """How many phases have begun, read from the model."""
+        """Number of phases that have begun, read from the model."""
         policy: Any = self.model.policy
         reached = policy.freeze_boundary
         if reached is None:
@@ -96,19 +108,19 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def timesteps(self) -> int:
-        """Environment steps of the whole training; ``reset_num_timesteps`` does not reset them."""
+        """Environment steps of the whole training, which ``reset_num_timesteps`` does not reset."""
         return self._offset + self.model.num_timesteps
 
     def reached_by(self, total_timesteps: int | None) -> list[Phase]:
         """
-        Which phases ``learn()`` gets to, if updates are made and plateaus come.
+        Which phases ``learn()`` will reach, if updates are made and plateaus occur.
 
-        :param total_timesteps: environment steps at its end; ``None``: endless
-        :return: the phases that will have begun
+        :param total_timesteps: environment steps at the end of ``learn()``; ``None``: no end
+        :return: the phases that will have begun by then
         """
         end = math.inf if total_timesteps is None else self._offset + total_timesteps
         late = [phase.trigger == "at_timestep" and (phase.when or 0) > end for phase in self.phases]
-        # A phase that is due takes those before it along.
+        # When a phase is due, those before it begin too.
         return self.phases[: max((index for index, missed in enumerate(late, 1) if not missed), default=0)]
 
     def _on_training_start(self) -> None:
@@ -144,13 +156,13 @@ class UnfreezeCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        """After all ``on_step``, evaluations included, and before ``train()``, whatever the order of the callbacks."""
+        """Begin what is due: after all evaluations and before ``train()``, whatever the order of the callbacks."""
         self._on_step()
         self._updates.follow(self.model)
         ahead = self._ahead
         due = [index for index, phase in enumerate(ahead, 1) if self._is_due(phase)]
         if due and self._keeper is not None:
-            self._keeper.best_of_phase()  # it may come after us: what was evaluated belongs to the phase that ends
+            self._keeper.best_of_phase()  # the latest evaluation belongs to the phase that ends
         for phase in ahead[: due[-1] if due else 0]:
             self._begin(phase)
         policy: Any = self.model.policy
@@ -163,7 +175,7 @@ class UnfreezeCallback(BaseCallback):
         if self._ended:  # RL-Zoo ends training twice
             return
         self._ended = True
-        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
+        self._on_step()  # an evaluation may have stopped training, and then SB3 skips on_rollout_end
         for phase in self._ahead:
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
@@ -215,7 +227,7 @@ class UnfreezeCallback(BaseCallback):
             print(line)
 
     def _apply_ramp(self, n: int) -> None:
-        """The ramp's factor before the update that follows ``n`` others."""
+        """Set the ramp's factor of the update that follows ``n`` others."""
         policy: Any = self.model.policy
         reached = self.phase
         factor = 1.0
@@ -260,9 +272,9 @@ def _read_phase(index: int, phase: Any) -> Phase:
     )
 
 
-def _check_order(phases: Sequence[Phase]) -> None:
+def _refuse_bad_order(phases: Sequence[Phase]) -> None:
     for earlier, later in pairwise(phases):
-        # "all" is the lowest stage that the model has, so nothing can follow it.
+        # "all" is the lowest stage of the model, so no other can follow it.
         if earlier.unfreeze_from == "all" or (
             later.unfreeze_from != "all" and STAGES.index(later.unfreeze_from) >= STAGES.index(earlier.unfreeze_from)
         ):

@@ -62,11 +62,6 @@ class Report:
     speed: list[tuple[str, str]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def failed(self) -> bool:
-        """Whether there is an error among the findings."""
-        return any(finding.severity == "error" for finding in self.findings)
-
 
 def command(
     context: typer.Context,
@@ -107,9 +102,7 @@ def command(
     else:
         setups.read_sections(conf_file)  # a file that cannot be read is no finding about a run
         build = partial(setups.from_zoo, conf_file, env, algo, arguments, n_timesteps, device)
-    report = check(build, available)
-    show_report(context.obj, report)
-    return report.failed or (strict and bool(report.findings))
+    return show_report(context.obj, check(build, available), strict)
 
 
 def check(build: Callable[[], setups.Setup], available: int | None = None) -> Report:
@@ -137,12 +130,14 @@ def check(build: Callable[[], setups.Setup], available: int | None = None) -> Re
     return report
 
 
-def show_report(console: Console, report: Report) -> None:
+def show_report(console: Console, report: Report, strict: bool) -> bool:
     """
     Print what was found, findings last; tables stand side by side where there is room.
 
     :param console: where to print
     :param report: what was found
+    :param strict: whether warnings are as bad as errors
+    :return: whether the command fails
     """
     memory = [(name, gigabytes(count)) for name, count in report.memory]
     shapes = [(name, str(shape)) for name, shape in report.shapes]
@@ -157,7 +152,7 @@ def show_report(console: Console, report: Report) -> None:
         console.print(table)
     if report.groups:
         show_groups(console, report.groups)
-    show_findings(console, report.findings)
+    return show_findings(console, report.findings, strict)
 
 
 def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:

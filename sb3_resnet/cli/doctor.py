@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import typer
 
@@ -14,7 +15,8 @@ from sb3_resnet.cli.show import show_findings, show_pairs
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 
 
-class Examination(NamedTuple):
+@dataclass(frozen=True)
+class Examination:
     """
     What was found in the folder of a run.
 
@@ -37,10 +39,9 @@ def command(
     Reads progress.csv (written where SB3's logger has "csv"; with MonitorCallback it tells more), monitor.csv and
     evaluations.npz, and looks at the model.
     """
-    facts, findings = examine(run_folder)
-    show_pairs(context.obj, "Run", facts)
-    show_findings(context.obj, findings)
-    return any(finding.severity == "error" for finding in findings) or (strict and bool(findings))
+    found = examine(run_folder)
+    show_pairs(context.obj, "Run", found.facts)
+    return show_findings(context.obj, found.findings, strict)
 
 
 def examine(folder: str | Path) -> Examination:

@@ -14,6 +14,7 @@ import numpy as np
 import torch as th
 import typer
 from torch import nn
+from torchvision.ops import Permute
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, trial
@@ -107,7 +108,9 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
     network = ScoreNetwork(model).eval()
     wanted = _scores(network, th.as_tensor(observations, device=model.device))
     inputs = np.ascontiguousarray(np.moveaxis(observations, 1, -1)) if channels_last else observations
-    program = _graph(_ChannelsLast(network) if channels_last else network, inputs[:2], model.device)
+    program = _graph(
+        nn.Sequential(Permute([0, 3, 1, 2]), network) if channels_last else network, inputs[:2], model.device
+    )
     program.model.metadata_props.update(_metadata(model, channels_last))
     content = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
@@ -136,17 +139,6 @@ def random_observations(model: Any, count: int) -> Array:
     if np.issubdtype(space.dtype, np.floating):
         return random.uniform(low, high, (count, *space.shape)).astype(space.dtype)
     return random.integers(int(low), int(high) + 1, (count, *space.shape), dtype=space.dtype)
-
-
-class _ChannelsLast(nn.Module):
-    """A network that takes ``(batch, H, W, C)``."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, observations: th.Tensor) -> Any:
-        return self.network(observations.permute(0, 3, 1, 2))
 
 
 def _graph(network: nn.Module, example: Array, device: th.device) -> Any:

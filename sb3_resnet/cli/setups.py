@@ -136,7 +136,7 @@ def from_zoo(
         hyperparams = {**hyperparams, **changes}
         if "n_timesteps" not in hyperparams:
             raise ValueError(f"{conf_file} has no n_timesteps for {env_id}: write it, RL-Zoo wants it even beside -n")
-        _check_counts(hyperparams)
+        _refuse_bad_counts(hyperparams)
         small, buffer_size = _small_buffer(algorithms[algo], hyperparams, hyperparams.get("n_envs", 1))
         final = experiment(**{**changes, **small})
         model, _ = final.setup_experiment()
@@ -169,7 +169,7 @@ def from_arguments(
         raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}; others need a --conf-file")
     algorithm: Any = algorithm_class(algo)
     kwargs = (arguments or Arguments()).onto({})
-    _check_counts(kwargs)
+    _refuse_bad_counts(kwargs)
     small, buffer_size = _small_buffer(algorithm, kwargs, n_envs)
     with _quiet() as caught:
         env = envs.make_env(env_id, n_envs, 0, None, wrapper)
@@ -197,7 +197,7 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
     return sections
 
 
-def _check_counts(hyperparams: Mapping[str, Any]) -> None:
+def _refuse_bad_counts(hyperparams: Mapping[str, Any]) -> None:
     """SB3 takes whole numbers only; with others it fails late, in a place that does not name them."""
     for name in ("n_envs", "batch_size", "buffer_size"):
         value = hyperparams.get(name, 1)

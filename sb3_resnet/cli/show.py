@@ -67,12 +67,14 @@ def _table(title: str) -> Table:
     )
 
 
-def show_findings(console: Console, findings: Sequence[Finding]) -> None:
+def show_findings(console: Console, findings: Sequence[Finding], strict: bool) -> bool:
     """
     Print one line per finding, errors first; a terminal may wrap it.
 
     :param console: where to print
     :param findings: what was found
+    :param strict: whether warnings are as bad as errors
+    :return: whether the command fails
     """
     for finding in sorted(findings, key=lambda finding: finding.severity != "error"):
         parts = [finding.seen, finding.why, finding.change]
@@ -85,6 +87,7 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         console.print(Text("Nothing is wrong.", style="bold green"))
     else:
         console.print(f"{_count(errors, 'error')}, {_count(len(findings) - errors, 'warning')}", highlight=False)
+    return errors > 0 or (strict and len(findings) > 0)
 
 
 def gigabytes(count: float) -> str:

@@ -1,4 +1,4 @@
-"""One seed for all random generators, and algorithms that give the same result each time."""
+"""One seed for all random generators, and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ def seed_everything(seed: int, deterministic: bool = True) -> int:
     """
     Seed Python, NumPy and PyTorch (all devices), and choose deterministic algorithms.
 
-    Call it first in a script, and give the model its ``seed`` as well, which seeds environments and action space::
+    Call it first in a script. Also pass ``seed`` to the model, which seeds environments and action space::
 
         sb3_resnet.seed_everything(0)
         model = DQN("ResNetCnnPolicy", env, seed=0)
 
-    The same seed then gives the same result bit for bit on a CPU, for the same versions, machine and number of threads.
-    On CUDA PyTorch promises the same for the same GPU and raises a ``RuntimeError`` in operations that have no
+    On a CPU the same seed then gives the same result bit for bit, for the same versions, machine and number of threads.
+    On CUDA PyTorch promises the same for the same GPU, and raises a ``RuntimeError`` in operations without a
     deterministic algorithm.
 
     :param seed: 0 to 2**32 - 1
-    :param deterministic: ``False`` for whatever algorithm is fastest
+    :param deterministic: ``False`` to let PyTorch choose the fastest algorithms
     :return: the seed
-    :raises ValueError: for a seed that is out of range or not whole
+    :raises ValueError: if the seed is out of range or no whole number
     :raises TypeError: for wrong types
     """
     value = integer("seed", seed)
@@ -50,7 +50,7 @@ def seed_everything(seed: int, deterministic: bool = True) -> int:
 
 
 def _fix_cublas() -> None:
-    """Without a workspace of fixed size cuBLAS adds in an order of its own; it reads the variable once."""
+    """Give cuBLAS a workspace of fixed size, without which its sums vary. It reads the variable only once."""
     if os.environ.get(_CUBLAS) in (":4096:8", ":16:8"):
         return
     os.environ[_CUBLAS] = ":4096:8"
