@@ -79,7 +79,7 @@ def arguments_of(name: str) -> dict[str, Any]:
 
 
 def _option_rows(name: str) -> Iterator[tuple[str, str, str]]:
-    for argument, default, meaning in _options(name):
+    for argument, default, meaning in sorted(_options(name), key=lambda option: option[0] in _FROM_SB3):
         if argument in _FROM_SB3:
             shown = "from SB3"
         elif default is _REQUIRED:

@@ -22,7 +22,7 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
     :param model: an SB3 model with ResNet features; what the model has not (PPO has no replay buffer) is not checked
     :param total_timesteps: planned environment steps, if known
     :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
-    :return: the findings, in the order of the list in the README
+    :return: the findings, in the order of the list in ``docs/guides/diagnose.md``
     """
     network = getattr(model.policy, "online", model.policy)
     extractor = getattr(network, "features_extractor", None)
