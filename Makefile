@@ -32,9 +32,8 @@ check: $(STAMP)  ## Lint, formatting, types and the layers; changes nothing
 	$(VENV)/bin/lint-imports
 
 docs: $(STAMP)  ## Build the documentation into site/; warnings are errors
-	@# The variable silences a notice of the theme about its successor.
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
-	@echo site/index.html
+	@# The variable silences a notice of the theme about its successor. With --quiet, --strict would let warnings pass.
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
 format: $(STAMP)  ## Repair what ruff can
 	$(PY) -m ruff check --fix

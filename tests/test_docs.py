@@ -1,7 +1,6 @@
 """What README, pages and docstrings say must be there: names, files, tables, code."""
 
 import inspect
-import os
 import pkgutil
 import re
 import subprocess
@@ -62,8 +61,8 @@ def test_documented_names_import(page):
 
 @pages
 def test_imports_in_examples_import(page):
-    for line in re.findall(r"^from sb3_resnet\S* import .*$", page.read_text(), re.MULTILINE):
-        exec(line, {})
+    for statement in re.findall(r"^from sb3_resnet\S* import (?:\([^)]*\)|.*$)", page.read_text(), re.MULTILINE):
+        exec(statement, {})
 
 
 @pages
@@ -220,13 +219,41 @@ def test_params_are_read_across_lines():
     assert parameters_of(text) == {"one": "first line, `x`", "two": "second"}
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
+def build(config, folder):
+    """Run what `make docs` runs, with another configuration and into another folder."""
     for package in ("mkdocs", "material", "mkdocstrings"):
         pytest.importorskip(package, reason="pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
-    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    arguments = re.search(r"\$\(PY\) (-m mkdocs build.*)", (ROOT / "Makefile").read_text()).group(1).split()
+    command = [sys.executable, *arguments, "--config-file", str(config), "--site-dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[a](nothing.md)", "nothing.md"),
+        ("[a](#nowhere)", "#nowhere"),
+        ("[a](../benchmarks/results/none.json)", "none.json"),
+        ("::: sb3_resnet.Nobody", "Nobody"),
+    ],
+)
+def test_a_broken_page_fails_the_build(text, complaint, tmp_path):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Title\n\n{text}\n")
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    config.update(docs_dir=str(pages), nav=[{"Home": "index.md"}], hooks=[], extra_css=[])
+    config["plugins"][1]["mkdocstrings"]["handlers"]["python"].update(paths=[str(ROOT)], options={})
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 1
+    assert complaint in done.stderr
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = build(ROOT / "mkdocs.yml", tmp_path)
     assert done.returncode == 0, done.stderr
     options = (tmp_path / "options" / "extractor" / "index.html").read_text()
     assert "micro_batch_size" in options

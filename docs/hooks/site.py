@@ -19,8 +19,13 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 # By path in the repository: files that are pages of the site.
 PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 # Folders and files that are copied as they are.
-COPIED = ("benchmarks/results/**/*.json", "benchmarks/results/**/*.csv", "benchmarks/results/**/*.png")
-COPIED += ("zoo_configs/*.yml", "LICENSE")
+COPIED = (
+    "benchmarks/results/**/*.json",
+    "benchmarks/results/**/*.csv",
+    "benchmarks/results/**/*.png",
+    "zoo_configs/*.yml",
+    "LICENSE",
+)
 
 _LINK = re.compile(r"(\]\()([^)#\s]+)(#[^)\s]*)?(\))")
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from docs.hooks.docstrings import parameters_of
@@ -32,7 +32,12 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     :param kwargs: not used
     :return: the text with its tables
     """
-    return _MARKER.sub(lambda match: _MAKERS[match[1]](match[2]), markdown)
+    makers: dict[str, Callable[[str], str]] = {
+        "options": options_table,
+        "command": command_table,
+        "thresholds": thresholds_table,
+    }
+    return _MARKER.sub(lambda match: makers[match[1]](match[2]), markdown)
 
 
 def options_table(name: str) -> str:
@@ -60,8 +65,13 @@ def command_table(name: str) -> str:
     return _table(("option", "default", "meaning"), map(_command_row, command.params))
 
 
-def thresholds_table(_: str | None = None) -> str:
-    """:return: a table of all limits of the diagnosis, with who says so"""
+def thresholds_table(name: str = "") -> str:
+    """
+    All limits of the diagnosis.
+
+    :param name: not used
+    :return: a table of the limits, with who says so
+    """
     from sb3_resnet.diagnosis import THRESHOLDS
 
     rows = ((f"`{name}`", f"{limit.value:g}", limit.source) for name, limit in THRESHOLDS.items())
@@ -138,6 +148,3 @@ def _shown(default: Any) -> str:
 def _table(head: tuple[str, str, str], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
-_MAKERS = {"options": options_table, "command": command_table, "thresholds": thresholds_table}
