@@ -3,12 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
-CACHES := .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist htmlcov
+CACHES := .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format clean
+.PHONY: help demo test test-slow check docs format clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -31,6 +31,10 @@ check: $(STAMP)  ## Lint, formatting, types and the layers; changes nothing
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
 
+docs: $(STAMP)  ## Build the documentation into site/; warnings are errors
+	@# The variable silences a notice of the theme about its successor. With --quiet, --strict would let warnings pass.
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 format: $(STAMP)  ## Repair what ruff can
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
@@ -46,5 +50,5 @@ $(STAMP): pyproject.toml
 	@# A .venv of another tool may have no pip; one that was moved or cut off has not even a Python.
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -q --upgrade pip
-	@$(PY) -m pip install -q -e '.[atari,zoo,contrib,tools,dev]'
+	@$(PY) -m pip install -q -e '.[atari,zoo,contrib,tools,dev,docs]'
 	@touch $@
