@@ -14,6 +14,7 @@ from sb3_resnet.cache.encoder import FrozenEncoder
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.cache.target import FastTrunk, seldom_changes
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common.arguments import choice, integer, no_unknown
@@ -65,6 +66,7 @@ class FeatureCacheCallback(BaseCallback):
         model: Any = self.model
         model.replay_buffer = with_columns(model.replay_buffer)
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._attach()
 

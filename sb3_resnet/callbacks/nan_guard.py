@@ -7,6 +7,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.common.arguments import no_unknown
 from sb3_resnet.optim.groups import install_effective_lr
@@ -34,6 +35,7 @@ class NanGuardCallback(BaseCallback):
         no_unknown("NanGuardCallback", unknown, ("verbose",))
         self._rewards = RewardCheck()
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         for module in self.model.policy.modules():
             optimizer = getattr(module, "optimizer", None)  # SAC's networks have one each
