@@ -78,8 +78,8 @@ def restore_random_states(path: str | Path, model: Any) -> None:
     Put all random generators back into the state in which a checkpoint found them.
 
     Call it right before ``learn()``. Loading alone cannot do it: SB3's ``load`` seeds all generators anew where the
-    model has a ``seed``. What an environment is in the midst of is in no checkpoint: its episode begins anew, unless you
-    bring the environment back yourself and write ``load(..., force_reset=False)``.
+    model has a ``seed``. What an environment is in the midst of is in no checkpoint: its episode begins anew, unless
+    you bring the environment back yourself and write ``load(..., force_reset=False)``.
 
     :param path: a checkpoint of :class:`~sb3_resnet.callbacks.BestCheckpointCallback`
     :param model: the model that was loaded from it, with its environment

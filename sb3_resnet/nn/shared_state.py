@@ -45,7 +45,8 @@ def store_shared_once(policy: nn.Module, network: str) -> None:
     :param network: name of the online network; the target's is ``<network>_target``
     """
     # Not its public sibling, which PyTorch has from 2.5 on. Without a closure, so that the policy can be pickled.
-    policy._register_state_dict_hook(partial(_mark_twins, network=network))
+    hook = partial(_mark_twins, network=network)
+    policy._register_state_dict_hook(hook)  # type: ignore[no-untyped-call]  # PyTorch's
 
 
 def _mark_twins(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *, network: str) -> None:
