@@ -26,7 +26,6 @@ from sb3_resnet.optim.groups import recall
 from tests.helpers import TinyGame, assert_same, make_model, snapshot
 from tests.test_unfreeze_callback import Rewards
 
-
 MINI = {"backbone": "resnet_mini"}
 
 
@@ -292,7 +291,7 @@ def test_going_back_removes_no_checkpoint_that_lies_ahead(tmp_path):
 def test_files_of_another_run_stay_as_they_are(tmp_path):
     learn(make_model(extractor=MINI), tmp_path, 24, save_freq=8, keep_last=2, save_replay_buffer=True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.warns(UserWarning, match=r"of another run \(rl_model_24_steps\.zip and 1 more\).*write another save_path"):
+    with pytest.warns(UserWarning, match=r"of another run \(rl_model_24_steps\.zip and 1 more\).*another save_path"):
         learn(make_model(extractor=MINI), tmp_path, 32, save_freq=8, keep_last=1, save_replay_buffer=True)
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
     assert {*names(tmp_path)} - {*before} == {"rl_model_32_steps.zip", "rl_model_32_steps_replay_buffer.pkl"}
@@ -429,7 +428,8 @@ def test_a_trial_of_a_search_keeps_nothing_and_still_restores_the_best(tmp_path,
     assert "restored the best weights, mean reward 3" in capsys.readouterr().out
     assert names(tmp_path) == []
     assert not keeper.best_of_phase()[0].parent.exists()
-    make_model(extractor=MINI).learn(4, callback=[BestCheckpointCallback(), Trial([1.0])])  # knows no folder, needs none
+    without_folder = BestCheckpointCallback()
+    make_model(extractor=MINI).learn(4, callback=[without_folder, Trial([1.0])])
 
 
 def test_a_refusal_in_a_trial_ends_the_search_in_its_own_words():
