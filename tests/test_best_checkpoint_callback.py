@@ -196,6 +196,21 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     assert json.loads((tmp_path / RECORD).read_text())["best"]["reward"] == 1.0
 
 
+def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path, monkeypatch):
+    model = learn(make_model(extractor=MINI), tmp_path, 4, [1.0])
+    before, replace = (tmp_path / RECORD).read_bytes(), os.replace
+
+    def refuse(source, destination):
+        if str(destination).endswith(RECORD):
+            raise OSError("disk full")
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match=r"disk full: not saved: .*best\.json"):
+        learn(model, tmp_path, 4, [2.0])
+    assert (tmp_path / RECORD).read_bytes() == before
+
+
 def test_no_checkpoint_says_where_it_looked(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         newest_checkpoint(tmp_path)
