@@ -20,6 +20,7 @@ from sb3_resnet.common.arguments import choice, integer, no_unknown, number
 from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
+from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
 
@@ -192,6 +193,7 @@ class ResNetPolicyMixin:
         )
         install_gradient_check(self.optimizer)
         audit(self.online, self.optimizer)
+        store_shared_once(self, self._network)  # type: ignore[arg-type]  # a module, by SB3's policy
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:

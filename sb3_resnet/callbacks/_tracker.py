@@ -17,7 +17,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import KVWriter
 
-from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, walk
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
 
@@ -116,6 +116,7 @@ class TrackerCallback(BaseCallback):
     def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
         """:return: a new run"""
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
         self._root = host.root_callback(self)

@@ -7,6 +7,7 @@ from functools import partial
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
@@ -70,6 +71,7 @@ class AMPCallback(BaseCallback):
             )
         optimizer_of(self.model)
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         optimizer = optimizer_of(self.model)
         dtype = resolve_dtype(self.dtype, self.model.device)

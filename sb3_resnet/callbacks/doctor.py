@@ -8,7 +8,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_resnet.callbacks._evaluations import Evaluations, walk
+from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search, walk
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer
@@ -71,6 +71,7 @@ class DoctorCallback(BaseCallback):
         self._looked = False
         self._ended = False
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):

@@ -12,6 +12,7 @@ from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache.acting import CachedEncoding
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.common.nonfinite import RewardCheck
@@ -63,6 +64,7 @@ class FeatureCacheCallback(BaseCallback):
         model: Any = self.model
         model.replay_buffer = with_columns(model.replay_buffer)
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._attach()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook
 from sb3_resnet.common.arguments import number
 from sb3_resnet.extractor import extractors_of
@@ -47,6 +48,7 @@ class GradientClipCallback(BaseCallback):
         held = [parameter for group in optimizer_of(self.model).param_groups for parameter in group["params"]]
         self._parts = [[p for p in held if (id(p) in backbone) is inside] for inside in (False, True)]
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._updates.attach(self.model)
 

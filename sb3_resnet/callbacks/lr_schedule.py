@@ -9,7 +9,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
-from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
@@ -100,6 +100,7 @@ class LRScheduleCallback(BaseCallback):
             value = self._plateau["factor"]
         return schedules.warmup(n, self.warmup_steps) * value
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._evaluations = Evaluations(host.root_callback(self))
         if self.schedule == "plateau" and not self._evaluations.found:

@@ -7,6 +7,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer
@@ -79,6 +80,7 @@ class MonitorCallback(BaseCallback):
         self._window = (0.0, 0, 0)  # clock, timesteps and updates at the last measurement
         self._cache = (0, 0)  # hits and misses, likewise
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):

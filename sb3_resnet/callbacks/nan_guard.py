@@ -8,6 +8,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from torch.optim import Optimizer
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.common.nonfinite import (
     POLICYS_CHECK,
     RewardCheck,
@@ -42,6 +43,7 @@ class NanGuardCallback(BaseCallback):
         self._rewards = RewardCheck()
         self._watched: Any = None  # the buffer whose batches are checked
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         for optimizer in optimizers_of(self.model):
             if before_step(optimizer).get(POLICYS_CHECK) is None:

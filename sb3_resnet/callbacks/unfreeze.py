@@ -12,7 +12,7 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, restore_best
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number
@@ -123,6 +123,7 @@ class UnfreezeCallback(BaseCallback):
         # When a phase is due, those before it begin too.
         return self.phases[: max((index for index, missed in enumerate(late, 1) if not missed), default=0)]
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):

@@ -64,6 +64,16 @@ def planned_timesteps(model: BaseAlgorithm) -> int | None:
     return getattr(model, "_total_timesteps", None) or None
 
 
+def has_observation(model: BaseAlgorithm) -> bool:
+    """
+    Whether ``learn()`` goes on from the observation that the model has, and does not reset its environment first.
+
+    :param model: an SB3 model
+    :return: ``False`` where nothing tells, so that the environment is reset
+    """
+    return getattr(model, "_last_obs", None) is not None
+
+
 def logger_of(model: BaseAlgorithm) -> Logger | None:
     """:return: the logger of a model, which it has only from its first ``learn()`` on"""
     # The property raises AttributeError where there is none yet.
