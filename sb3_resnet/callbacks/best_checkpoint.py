@@ -12,7 +12,7 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.common.arguments import flag, integer, no_unknown
+from sb3_resnet.common.arguments import flag, integer, no_unknown, path_of
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
 _STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
@@ -60,7 +60,7 @@ class BestCheckpointCallback(BaseCallback):
         allowed = ("save_freq", "save_path", "keep_last", "save_replay_buffer", "verbose")
         no_unknown("BestCheckpointCallback", unknown, allowed)
         self.save_freq = integer("save_freq", save_freq)
-        self.save_path = None if save_path is None else Path(save_path)
+        self.save_path = None if save_path is None else path_of("save_path", save_path)
         self.keep_last = integer("keep_last", keep_last, 1)
         self.save_replay_buffer = flag("save_replay_buffer", save_replay_buffer)
         self._evaluations = Evaluations(None)
@@ -186,7 +186,9 @@ def checkpoints(folder: str | Path) -> list[Path]:
     :return: its complete checkpoints, oldest first
     """
     # By time and not by the number in the name: reset_num_timesteps=True starts the numbers anew.
-    return sorted(Path(folder).glob("rl_model_*_steps.zip"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+    return sorted(
+        path_of("folder", folder).glob("rl_model_*_steps.zip"), key=lambda path: (path.stat().st_mtime_ns, path.name)
+    )
 
 
 def newest_checkpoint(folder: str | Path) -> Path:

@@ -16,7 +16,7 @@ from sb3_resnet.cache.observations import Observations
 from sb3_resnet.cache.target import FastTrunk, seldom_changes
 from sb3_resnet.callbacks._rewards import RewardCheck
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.common.arguments import choice, integer, no_unknown
+from sb3_resnet.common.arguments import choice, integer, no_unknown, shown
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.precision import DTYPES
 
@@ -153,7 +153,7 @@ def _read_device(device: Any) -> str:
     try:
         known = "auto" if device == "auto" else str(th.device(device))
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(device)}") from None
     if known.startswith("cuda") and not th.cuda.is_available():
-        raise ValueError(f"device={device!r}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
+        raise ValueError(f"device={shown(device)}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
     return known
