@@ -92,9 +92,7 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
-    if all(
-        kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")
-    ):  # PyTorch refuses some together
+    if all(kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")):
         kwargs = {**kwargs, **_fused(optimizer_class, groups)}
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
