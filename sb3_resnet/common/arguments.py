@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-_LONGEST = 100  # characters of a value in an error
+_LONGEST = 300  # characters of a value in an error
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 6
@@ -33,8 +33,8 @@ def shown(value: Any) -> str:
     except Exception:  # of the value's own __repr__
         text = f"<{type(value).__name__}>"
     text = " ".join(text.split()) if "\n" in text else text
-    half = _LONGEST - 2
-    return text if len(text) <= 2 * _LONGEST else f"{text[:half]}...{text[-half:]}"
+    half = _LONGEST // 2 - 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 def number(
