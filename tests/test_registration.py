@@ -40,7 +40,7 @@ def test_other_algorithms_say_what_to_write(name):
         with pytest.raises(ValueError, match="unknown"):  # SB3's own: it takes no images
             algorithm("ResNetCnnPolicy", Steering(), **memory)
         return
-    with pytest.raises(ValueError, match="^Only DQN and QRDQN have ResNetCnnPolicy") as caught:
+    with pytest.raises(ValueError, match=r"^Only DQN and QRDQN have ResNetCnnPolicy") as caught:
         algorithm("ResNetCnnPolicy", TinyGame((3, 36, 36)) if discrete else Steering(), device="cpu", **memory)
     host = "CnnLstmPolicy" if name == "RecurrentPPO" else "CnnPolicy"
     assert f"policy='{host}', policy_kwargs=dict(features_extractor_class=sb3_resnet.Res" in str(caught.value)

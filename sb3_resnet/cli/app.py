@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
+from sb3_resnet.common.arguments import shown
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,9 +31,9 @@ Wrapper = Annotated[
     str | None, typer.Option(metavar="PATH", help="class that wraps the environment: package.module.Class")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
+Trust = Annotated[bool, typer.Option("--trust", help="also run code that the file holds: only if you know who made it")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]
 
-_PICTURE_WIDTH = 116  # characters
 _PICTURE = "sb3_resnet.picture"  # key of the file in what the contexts of a command line share
 
 
@@ -43,15 +43,14 @@ def options(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="also save what is printed as a picture")] = None,
 ) -> None:
     """Options of all commands."""
-    console = Console(record=svg is not None, width=None if svg is None else _PICTURE_WIDTH)
-    context.obj = console
+    context.obj = console_for(svg)
     if svg is not None:
-        if not svg.parent.is_dir():
-            typer.echo(f"Error: --svg {svg}: {svg.parent} is no folder, make it first", err=True)
-            raise typer.Exit(1)
-        if svg.is_dir():
-            typer.echo(f"Error: --svg {svg} is a folder: write the name of a file in it", err=True)
-            raise typer.Exit(1)
+        svg = at_home(svg)
+        try:
+            check_picture(svg)
+        except (ValueError, OSError) as error:
+            typer.echo(f"Error: {one_line(error)}", err=True)
+            raise typer.Exit(1) from None
         context.meta[_PICTURE] = svg
 
 
@@ -63,7 +62,7 @@ def one_line_errors(command: Callable[..., Any]) -> Callable[..., Any]:
         ended: typer.Exit | None = None
         try:
             try:
-                command(context, **kwargs)
+                command(context, **{key: at_home(value) for key, value in kwargs.items()})
             except typer.Exit as error:  # findings are what a command is for
                 ended = error
             if _PICTURE in context.meta:
@@ -115,6 +114,7 @@ def check(
     ] = None,
     device: Device = "auto",
     strict: Strict = False,
+    trust: Trust = False,
 ) -> None:
     """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
     from sb3_resnet.cli import envs, setups
@@ -138,7 +138,7 @@ def check(
     def build() -> setups.Setup:
         if conf_file is None:
             return setups.from_arguments(env, algo, arguments, n_timesteps, device, n_envs, wrapper)
-        return setups.from_zoo(conf_file, env, algo, arguments, n_timesteps, device)
+        return setups.from_zoo(conf_file, env, algo, arguments, n_timesteps, device, trust)
 
     report = run_check(build, available)
     show_report(context.obj, report)
@@ -149,12 +149,11 @@ def check(
 @app.command(short_help="Parameter groups of a saved model.")
 @one_line_errors
 def groups(context: typer.Context, model: Model) -> None:
-    """What each optimizer group of a saved model trains, and how fast."""
-    from sb3_resnet.cli.loading import load_model
+    """What each optimizer group of a saved model trains, and how fast; read from its tensors alone."""
+    from sb3_resnet.cli.saved_groups import saved_groups
     from sb3_resnet.cli.show import show_groups
-    from sb3_resnet.optim.groups import param_group_summary
 
-    show_groups(context.obj, param_group_summary(load_model(model), show=False))
+    show_groups(context.obj, saved_groups(model))
 
 
 @app.command(short_help="After a run: what its logs say went wrong.")
@@ -163,6 +162,7 @@ def doctor(
     context: typer.Context,
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as logs/dqn/PongNoFrameskip-v4_1")],
     strict: Strict = False,
+    trust: Trust = False,
 ) -> None:
     """
     What the logs of a run say went wrong, what it means, and what to change.
@@ -173,7 +173,7 @@ def doctor(
     from sb3_resnet.cli.doctor import examine
     from sb3_resnet.cli.show import show_findings, show_pairs
 
-    found = examine(run_folder)
+    found = examine(run_folder, trust)
     show_pairs(context.obj, "Run", found.facts)
     show_findings(context.obj, found.findings)
     if any(finding.severity == "error" for finding in found.findings) or (strict and found.findings):
@@ -203,6 +203,7 @@ def explain(
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
     from sb3_resnet.cli import envs, pictures
@@ -218,7 +219,7 @@ def explain(
         choice("--layer", layer, STAGES)
     pictures.check_folder(output)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model, device)
+    agent = load_model(model, device, trust)
     layer = layer or default_layer(agent)
     with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
         episode = play_greedily(agent, game, steps)
@@ -250,6 +251,7 @@ def export(
     ] = False,
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
+    trust: Trust = False,
 ) -> None:
     """
     Write preprocessing and network as ONNX that takes raw observations (uint8), and compare it with torch.
@@ -264,7 +266,7 @@ def export(
 
     frames = integer("--frames", frames, 2)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model)
+    agent = load_model(model, trust=trust)
     if env is None:
         observations = exporting.random_observations(agent, frames)
     else:
@@ -315,6 +317,10 @@ def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"{option} takes KEY=VALUE, got {text!r}")
-        pairs[key.strip()] = import_extra("yaml").safe_load(value)
+            raise ValueError(f"{option} takes KEY=VALUE, got {shown(text)}")
+        yaml = import_extra("yaml")
+        try:
+            pairs[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{option} {shown(text)}: the value is no YAML ({one_line(error)})") from error
     return pairs

@@ -27,9 +27,10 @@ class Examination:
     findings: list[Finding]
 
 
-def examine(folder: str | Path) -> Examination:
+def examine(folder: str | Path, trust: bool = False) -> Examination:
     """
     :param folder: of one run
+    :param trust: also run code that its model holds
     :return: what its logs and its model say
     :raises FileNotFoundError: if there is no such folder
     :raises ValueError: if it holds no logs, empty or broken ones, or those of several runs
@@ -46,7 +47,9 @@ def examine(folder: str | Path) -> Examination:
     if run.model is not None:
         try:
             known = {finding.code for finding in findings} | _NOT_OF_A_LOADED_MODEL
-            findings += [found for found in static_findings(load_model(run.model)) if found.code not in known]
+            findings += [
+                found for found in static_findings(load_model(run.model, trust=trust)) if found.code not in known
+            ]
             facts.append(("model", str(run.model)))
         except (ValueError, ImportError) as error:
             facts.append(("model", f"not looked at: {one_line(error)}"))

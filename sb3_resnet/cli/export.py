@@ -56,7 +56,9 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
     :raises ValueError: if the two differ by more than :data:`TOLERANCE` says; then nothing is written
     """
     runtime = import_extra("onnxruntime")
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".onnx":
+        raise ValueError(f"{path}: the name of the file must end with .onnx: write another --output")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another --output")
     network = ScoreNetwork(model).eval()
@@ -102,6 +104,7 @@ class _ChannelsLast(nn.Module):
 
 def _graph(network: nn.Module, example: Array, device: th.device) -> Any:
     """The exporter reports its progress on the terminal, and warns about what it does not use."""
+    import_extra("onnx")
     import_extra("onnxscript")
     batch = th.export.Dim("batch")
     disabled = logging.root.manager.disable

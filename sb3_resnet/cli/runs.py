@@ -148,7 +148,7 @@ def _monitor_rows(file: Path) -> list[tuple[float, float, float]]:
             header = json.loads(stream.readline().removeprefix("#"))
             start = float(header["t_start"])
             lines = list(csv.DictReader(stream))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             raise ValueError(f"{file} is no monitor file of SB3 ({one_line(error)})") from error
     # Below AtariWrapper, where Monitor is, a step of the agent is four of the game.
     skip = _ATARI_SKIP if "NoFrameskip" in str(header.get("env_id")) else 1
