@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +43,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param observation_space: image space, ``(C, H, W)``; SB3 transposes ``(H, W, C)`` uint8 images itself
     :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
     :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
-    :param weights: other weights: a name of torchvision's enum, or the path of a ``.pth``, ``.pt`` or
-        ``.safetensors`` file; goes before ``pretrained``
+    :param weights: other weights: a member of torchvision's enum or its name, or the path of a ``.pth``, ``.pt`` or
+        ``.safetensors`` file or of a model that SB3 saved with this extractor; goes before ``pretrained``
+    :param weights_prefix: which ResNet of that file, where it holds several, such as ``"module.encoder_q."``
     :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
         an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
@@ -78,7 +80,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         *,
         backbone: str = "resnet18",
         pretrained: bool = False,
-        weights: str | Path | None = None,
+        weights: str | Path | Enum | None = None,
+        weights_prefix: str | None = None,
         freeze_backbone: bool = True,
         adapter: str = "conv1x1",
         pooling: str = "avg",
@@ -94,6 +97,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     ) -> None:
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
         check_size(images.size, choice("pooling", pooling, POOLINGS))
+        if weights_prefix is not None and weights is None:
+            raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
         has_weights = flag("pretrained", pretrained) or weights is not None
         _check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
         trunk = backbones.build(backbone, norm)
@@ -120,7 +125,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not weight_files.checkpoint_follows():
-            _read_weights(trunk, backbone, weights)
+            weight_files.read_into(trunk, backbone, weights, weights_prefix)
         stages = {name: self.stage_modules(name) for name in self.stages}
         unfrozen = None if flag("freeze_backbone", freeze_backbone) else "all"
         self.boundary = FreezeBoundary(stages, unfrozen, train_adapter, live_norm=norm in ("batch", "sync"))
@@ -255,19 +260,3 @@ def _warn_that_it_learns_little() -> None:
         "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
         stacklevel=3,
     )
-
-
-def _read_weights(trunk: nn.Module, backbone: str, weights: str | Path | None) -> None:
-    if weights is not None and _is_path(weights):
-        weight_files.load_into(trunk, weight_files.read_file(weights), str(weights))
-        return
-    url = backbones.pretrained_source(backbone, None if weights is None else str(weights))
-    state = backbones.legacy_pretrained_state(backbone) if url is None else weight_files.read_url(url)
-    weight_files.load_into(trunk, state, f"{backbone} weights {url or ''}".strip())
-
-
-def _is_path(weights: str | Path) -> bool:
-    if not isinstance(weights, (str, Path)):
-        raise TypeError(f"weights must be a path or a name of torchvision's enum such as 'DEFAULT', got {weights!r}")
-    path = Path(weights).expanduser()
-    return path.suffix in (".pth", ".pt", ".safetensors") or len(path.parts) > 1 or path.exists()

@@ -16,10 +16,10 @@ from torch import nn
 
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
 from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
@@ -103,7 +103,7 @@ class ResNetPolicyMixin:
         no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
         if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
             raise TypeError(
-                f"features_extractor_class must be ResNetExtractor or a subclass, got {features_extractor_class}"
+                f"features_extractor_class must be ResNetExtractor or a subclass, got {shown(features_extractor_class)}"
             )
         if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
             given = kwargs.get("features_extractor_kwargs") or {}
@@ -124,7 +124,7 @@ class ResNetPolicyMixin:
             lr_schedule,
             net_arch=[256] if net_arch is None else _widths(net_arch),
             optimizer_class=optimizer_class_of(optimizer_class),
-            activation_fn=_activation_of(activation_fn),
+            activation_fn=activation_of(activation_fn),
             features_extractor_class=features_extractor_class,
             **kwargs,
         )
@@ -297,12 +297,5 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
 
 def _widths(net_arch: Any) -> list[int]:
     if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
-        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {net_arch!r}")
+        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
     return [integer("net_arch", width, 1) for width in net_arch]
-
-
-def _activation_of(value: str | type[nn.Module]) -> type[nn.Module]:
-    found = getattr(nn, value.removeprefix("torch.nn.").removeprefix("nn."), None) if isinstance(value, str) else value
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"activation_fn must be a class of torch.nn or its name, such as 'ReLU', got {value!r}")
-    return found

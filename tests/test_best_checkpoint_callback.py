@@ -501,3 +501,13 @@ def test_a_process_killed_at_any_moment_leaves_only_whole_checkpoints(tmp_path):
                 DQN.load(path, device="cpu")
         saver.stdin.close()
     assert left_over > 0  # some kills did hit a save
+
+
+def test_the_folder_may_lie_in_the_home_folder_and_must_be_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert BestCheckpointCallback(save_path="~/runs").save_path == tmp_path / "runs"
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "rl_model_8_steps.zip").touch()
+    assert newest_checkpoint("~/runs") == tmp_path / "runs" / "rl_model_8_steps.zip"
+    with pytest.raises(TypeError, match="save_path must be a string or a path, got 1"):
+        BestCheckpointCallback(save_path=1)

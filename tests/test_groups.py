@@ -293,3 +293,28 @@ def test_param_group_summary_returns_and_prints_the_groups(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(TypeError, match="takes a model"):
         param_group_summary(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("cls", [th.optim.AdamW, th.optim.SGD])
+@pytest.mark.parametrize(
+    "given",
+    [{"foreach": True}, {"foreach": False}, {"differentiable": True}, {"fused": False}, {"fused": True}],
+    ids=str,
+)
+def test_a_way_of_stepping_that_the_user_chose_is_taken_alone(cls, given):
+    optimizer = build_optimizer(cls, parts(), 1e-3, {"head": 1.0, "backbone": 0.1}, 1e-4, **given)
+    (name,) = given
+    assert {group[name] for group in optimizer.param_groups} == {given[name]}
+    assert name == "fused" or not optimizer.defaults["fused"]
+
+
+def test_fused_is_the_default_where_nothing_is_chosen():
+    for given in ({}, {"foreach": None}):
+        optimizer = build_optimizer(th.optim.AdamW, parts(), 1e-3, {"head": 1.0, "backbone": 0.1}, 1e-4, **given)
+        assert optimizer.defaults["fused"] is True
+
+
+def test_a_policy_takes_foreach():
+    model = fill(make_model(policy_kwargs={"optimizer_kwargs": {"foreach": True}}))
+    model.train(2, 4)
+    assert all(group["foreach"] for group in model.policy.optimizer.param_groups)

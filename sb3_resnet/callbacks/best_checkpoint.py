@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations, is_trial, refusals_end_the_search
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import flag, integer
+from sb3_resnet.common.arguments import flag, integer, path_of
 from sb3_resnet.common.checkpoints import add_to_checkpoint, buffer_of, checkpoints, run_of
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.common.seeding import random_states
@@ -74,9 +74,7 @@ class BestCheckpointCallback(BaseCallback):
     ) -> None:
         super().__init__(verbose)
         self.save_freq = integer("save_freq", save_freq)
-        if not isinstance(save_path, (str, Path, type(None))):
-            raise TypeError(f"save_path must be a string or a path, got {save_path!r}")
-        self.save_path = None if save_path is None else Path(save_path).expanduser()
+        self.save_path = None if save_path is None else path_of("save_path", save_path)
         self.keep_last = integer("keep_last", keep_last, 1)
         self.save_replay_buffer = flag("save_replay_buffer", save_replay_buffer)
         self.save_freq_episodes = integer("save_freq_episodes", save_freq_episodes)

@@ -14,7 +14,7 @@ from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.common.arguments import choice, integer
+from sb3_resnet.common.arguments import choice, integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import FrozenEncoder
@@ -150,7 +150,7 @@ def _read_device(device: Any) -> str:
     try:
         known = "auto" if device == "auto" else str(th.device(device))
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(device)}") from None
     if known.startswith("cuda") and not th.cuda.is_available():
-        raise ValueError(f"device={device!r}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
+        raise ValueError(f"device={shown(device)}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
     return known

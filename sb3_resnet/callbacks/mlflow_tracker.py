@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import text
+from sb3_resnet.common.arguments import shown, text
 
 _PARAMS_PER_CALL = 100  # MLflow's limits for one call
 _METRICS_PER_CALL = 1000
@@ -53,13 +54,14 @@ class MLflowTrackerCallback(TrackerCallback):
             if value is not None:
                 text(key, value)
         if not (tags is None or isinstance(tags, Mapping)):
-            raise TypeError(f"tags must be a dict of strings, got {tags!r}")
+            raise TypeError(f"tags must be a dict of strings, got {shown(tags)}")
         for key, value in (tags or {}).items():
-            text(f"tags: {key!r}", value)
+            text(f"tags: {shown(key)}", value)
         self.experiment = text("experiment", experiment)
         self.name = name
-        self.tracking_uri = tracking_uri
-        self.artifact_location = artifact_location
+        # Both take paths beside URIs.
+        self.tracking_uri = None if tracking_uri is None else os.path.expanduser(tracking_uri)
+        self.artifact_location = None if artifact_location is None else os.path.expanduser(artifact_location)
         self.tags = dict(tags or {})
         _mlflow()
 

@@ -15,7 +15,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
 from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number
+from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
@@ -87,7 +87,7 @@ class UnfreezeCallback(BaseCallback):
     def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1) -> None:
         super().__init__(verbose)
         if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
-            raise ValueError(f"phases must be a list of dicts, one per phase, got {phases!r}")
+            raise ValueError(f"phases must be a list of dicts, one per phase, got {shown(phases)}")
         self.phases = [_read_phase(index, phase) for index, phase in enumerate(phases)]
         _refuse_bad_order(self.phases)
         self._updates = UpdateHook(self._apply_ramp)
@@ -245,7 +245,7 @@ def _read_phase(index: int, phase: Any) -> Phase:
     name = f"phases[{index}]"
     if not isinstance(phase, Mapping):
         example = "{'at_timestep': 300000, 'unfreeze_from': 'layer4'}"
-        raise TypeError(f"{name} must be a dict such as {example}, got {phase!r}")
+        raise TypeError(f"{name} must be a dict such as {example}, got {shown(phase)}")
     no_unknown(name, phase, (*TRIGGERS, "unfreeze_from", "lr_backbone", "ramp", "restore_best"))
     triggers = [key for key in TRIGGERS if phase.get(key) is not None]
     if len(triggers) != 1:
@@ -257,7 +257,7 @@ def _read_phase(index: int, phase: Any) -> Phase:
     when = phase[trigger]
     if trigger == "on_plateau":
         if not isinstance(when, Mapping) or "patience" not in when:
-            raise ValueError(f"{name}: on_plateau must be a dict with patience, got {when!r}")
+            raise ValueError(f"{name}: on_plateau must be a dict with patience, got {shown(when)}")
         no_unknown(f"{name}: on_plateau", when, ("patience", "min_delta", "latest_timestep"))
         plateau, when = when, when.get("latest_timestep")
     lr = phase.get("lr_backbone")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import choice, text
+from sb3_resnet.common.arguments import choice, path_of, shown, text
 
 MODES = ("online", "offline", "disabled")
 
@@ -53,11 +53,15 @@ class WandbTrackerCallback(TrackerCallback):
             text("name", name)
         if mode is not None:
             choice("mode", mode, MODES)
-        if not (folder is None or isinstance(folder, Path)):
-            text("folder", folder)
         if not (init is None or isinstance(init, Mapping)):
-            raise TypeError(f"init must be a dict of arguments of wandb.init, got {init!r}")
-        self._init = {"project": project, "name": name, "mode": mode, "dir": folder, **(init or {})}
+            raise TypeError(f"init must be a dict of arguments of wandb.init, got {shown(init)}")
+        self._init = {
+            "project": project,
+            "name": name,
+            "mode": mode,
+            "dir": None if folder is None else str(path_of("folder", folder)),
+            **(init or {}),
+        }
         _wandb()
 
     def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 
 from sb3_resnet.cli import check, doctor, explain, export, groups, plot
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,7 +28,6 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "export": (export.command, "ONNX of preprocessing and network, verified."),
     "plot": (plot.command, "Learning curves with confidence bands."),
 }
-_PICTURE_WIDTH = 116  # characters
 _PICTURE = "sb3_resnet.picture"  # key of the picture's file in the context that all commands share
 
 
@@ -39,14 +37,14 @@ def options(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="also save what is printed as a picture")] = None,
 ) -> None:
     """Options of all commands."""
-    context.obj = Console(record=svg is not None, width=None if svg is None else _PICTURE_WIDTH)
-    if svg is None:
-        return
-    if not svg.parent.is_dir():
-        _fail(f"--svg {svg}: {svg.parent} is no folder, make it first")
-    if svg.is_dir():
-        _fail(f"--svg {svg} is a folder: write the name of a file in it")
-    context.meta[_PICTURE] = svg
+    context.obj = console_for(svg)
+    if svg is not None:
+        svg = at_home(svg)
+        try:
+            check_picture(svg)
+        except (ValueError, OSError) as error:
+            _fail(one_line(error))
+        context.meta[_PICTURE] = svg
 
 
 def one_line_errors(command: Callable[..., bool | None]) -> Callable[..., None]:
@@ -60,7 +58,7 @@ def one_line_errors(command: Callable[..., bool | None]) -> Callable[..., None]:
     @functools.wraps(command)
     def run(context: typer.Context, **kwargs: Any) -> None:
         try:
-            found = command(context, **kwargs)
+            found = command(context, **{key: at_home(value) for key, value in kwargs.items()})
             if _PICTURE in context.meta:
                 context.obj.save_svg(str(context.meta[_PICTURE]), title=f"sb3-resnet {context.info_name}")
         except (ValueError, TypeError, OSError, ImportError) as error:

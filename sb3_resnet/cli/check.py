@@ -20,11 +20,12 @@ from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli import envs, setups, trial
 from sb3_resnet.cli.check_rules import gradient_findings, memory_findings, settings_findings
 from sb3_resnet.cli.extras import import_extra, missing_extra
-from sb3_resnet.cli.loading import extractor_of, one_line
+from sb3_resnet.cli.loading import extractor_of
 from sb3_resnet.cli.network import ScoreNetwork
-from sb3_resnet.cli.options import Device, EnvId, Packages, Strict, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, Packages, Strict, Trust, Wrapper
 from sb3_resnet.cli.show import gigabytes, pairs_table, show_findings, show_groups
-from sb3_resnet.common.arguments import integer, number
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.common.arguments import integer, number, shown
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis import Finding
 from sb3_resnet.nn.pooling import pooled_features
@@ -86,6 +87,7 @@ def command(
     ] = None,
     device: Device = "auto",
     strict: Strict = False,
+    trust: Trust = False,
 ) -> bool:
     """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
     n_timesteps, n_envs = integer("-n", n_timesteps), integer("--n-envs", n_envs, 1)
@@ -101,7 +103,7 @@ def command(
         build = partial(setups.from_arguments, env, algo, arguments, n_timesteps, device, n_envs, wrapper)
     else:
         setups.read_sections(conf_file)  # a file that cannot be read is no finding about a run
-        build = partial(setups.from_zoo, conf_file, env, algo, arguments, n_timesteps, device)
+        build = partial(setups.from_zoo, conf_file, env, algo, arguments, n_timesteps, device, trust)
     return show_report(context.obj, check(build, available), strict)
 
 
@@ -161,8 +163,12 @@ def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
     for text in texts or []:
         key, equals, value = text.partition("=")
         if not equals or not key:
-            raise ValueError(f"{option} takes KEY=VALUE, got {text!r}")
-        pairs[key.strip()] = import_extra("yaml").safe_load(value)
+            raise ValueError(f"{option} takes KEY=VALUE, got {shown(text)}")
+        yaml = import_extra("yaml")
+        try:
+            pairs[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{option} {shown(text)}: the value is no YAML ({one_line(error)})") from error
     return pairs
 
 

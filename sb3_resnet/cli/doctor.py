@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from sb3_resnet.cli.loading import load_model, one_line
-from sb3_resnet.cli.options import Strict
+from sb3_resnet.cli.loading import load_model
+from sb3_resnet.cli.options import Strict, Trust
 from sb3_resnet.cli.runs import find_runs, summary
 from sb3_resnet.cli.show import show_findings, show_pairs
+from sb3_resnet.cli.texts import one_line
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 
 
@@ -32,6 +33,7 @@ def command(
     context: typer.Context,
     run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as logs/dqn/PongNoFrameskip-v4_1")],
     strict: Strict = False,
+    trust: Trust = False,
 ) -> bool:
     """
     What the logs of a run say went wrong, what it means, and what to change.
@@ -39,16 +41,17 @@ def command(
     Reads progress.csv (written where SB3's logger has "csv"; with MonitorCallback it tells more), monitor.csv and
     evaluations.npz, and looks at the model.
     """
-    found = examine(run_folder)
+    found = examine(run_folder, trust)
     show_pairs(context.obj, "Run", found.facts)
     return show_findings(context.obj, found.findings, strict)
 
 
-def examine(folder: str | Path) -> Examination:
+def examine(folder: str | Path, trust: bool = False) -> Examination:
     """
     Read the logs and the model of one run.
 
     :param folder: folder of the run
+    :param trust: also run code that its model holds
     :return: what was found
     :raises FileNotFoundError: if there is no such folder
     :raises ValueError: if it holds no logs, empty or broken ones, or those of several runs
@@ -66,7 +69,9 @@ def examine(folder: str | Path) -> Examination:
         # The replay buffer is loaded without its content, so its memory says nothing.
         known = {"buffer_memory", *(finding.code for finding in findings)}
         try:
-            findings += [found for found in static_findings(load_model(run.model)) if found.code not in known]
+            findings += [
+                found for found in static_findings(load_model(run.model, trust=trust)) if found.code not in known
+            ]
             facts.append(("model", str(run.model)))
         except (ValueError, ImportError) as error:
             facts.append(("model", f"not looked at: {one_line(error)}"))

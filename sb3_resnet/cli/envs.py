@@ -13,7 +13,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_resnet.cli.extras import missing_extra
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 
 ATARI_STACK = 4
 _ATARI_HINT = "Atari games need ale-py: pip install 'sb3_resnet[atari]'"

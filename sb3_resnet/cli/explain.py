@@ -17,7 +17,7 @@ from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.cli.loading import extractor_of, load_model
 from sb3_resnet.cli.network import ScoreNetwork
-from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
 from sb3_resnet.cli.pictures import Episode
 from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.nn.backbones import STAGES
@@ -50,6 +50,7 @@ def command(
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
     device: Device = "auto",
+    trust: Trust = False,
 ) -> None:
     """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
     # An episode may take minutes, so wrong options are refused before it.
@@ -59,7 +60,7 @@ def command(
         choice("--layer", layer, STAGES)
     pictures.refuse_unwritable(output)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model, device)
+    agent = load_model(model, device, trust)
     layer = layer or default_layer(agent)
     with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
         episode = play_greedily(agent, game, steps)

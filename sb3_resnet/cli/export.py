@@ -21,7 +21,7 @@ from sb3_resnet.cli import envs, trial
 from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.cli.loading import load_model, model_file
 from sb3_resnet.cli.network import ScoreNetwork
-from sb3_resnet.cli.options import Model, Packages, Wrapper
+from sb3_resnet.cli.options import Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer
 
 #: Largest tolerated difference between the scores of torch and ONNX Runtime, relative to the largest score above 1.
@@ -64,6 +64,7 @@ def command(
     ] = False,
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
+    trust: Trust = False,
 ) -> None:
     """
     Write preprocessing and network as ONNX that takes raw observations (uint8), and compare it with torch.
@@ -73,7 +74,7 @@ def command(
     """
     frames = integer("--frames", frames, 2)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model)
+    agent = load_model(model, trust=trust)
     if env is None:
         observations = random_observations(agent, frames)
     else:
@@ -102,7 +103,9 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
     :raises ValueError: if scores differ by more than :data:`TOLERANCE` allows; then nothing is written
     """
     runtime = import_extra("onnxruntime")
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".onnx":
+        raise ValueError(f"{path}: the name of the file must end with .onnx: write another --output")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another --output")
     network = ScoreNetwork(model).eval()
@@ -143,6 +146,7 @@ def random_observations(model: Any, count: int) -> Array:
 
 def _graph(network: nn.Module, example: Array, device: th.device) -> Any:
     """Export quietly: the exporter reports its progress on the terminal, and warns about parts that it does not use."""
+    import_extra("onnx")
     import_extra("onnxscript")
     batch = th.export.Dim("batch")
     disabled = logging.root.manager.disable

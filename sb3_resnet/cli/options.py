@@ -16,4 +16,5 @@ Wrapper = Annotated[
     str | None, typer.Option(metavar="PATH", help="class that wraps the environment: package.module.Class")
 ]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
+Trust = Annotated[bool, typer.Option("--trust", help="also run code that the file holds: only if you know who made it")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 from sb3_resnet.diagnosis.log import read_log
 
 #: Files that mark a folder as that of a run.
@@ -152,7 +152,7 @@ def _monitor_rows(file: Path) -> list[tuple[float, float, float]]:
             header = json.loads(stream.readline().removeprefix("#"))
             start = float(header["t_start"])
             lines = list(csv.DictReader(stream))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             raise ValueError(f"{file} is no monitor file of SB3 ({one_line(error)})") from error
     # Monitor is below AtariWrapper, where one step of the agent is four steps of the game.
     skip = _ATARI_SKIP if "NoFrameskip" in str(header.get("env_id")) else 1

@@ -16,7 +16,10 @@ from typing import Any, TypeVar
 from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import algorithm_class, one_line
+from sb3_resnet.cli.loading import algorithm_class, read_device
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.cli.zoo_code import refuse_code
+from sb3_resnet.common.arguments import shown
 from sb3_resnet.policies import POLICY_NAME
 
 #: Algorithms that :func:`from_arguments` builds.
@@ -100,6 +103,7 @@ def from_zoo(
     arguments: Arguments | None = None,
     total_timesteps: int = 0,
     device: str = "auto",
+    trust: bool = False,
 ) -> Setup:
     """
     Build what RL-Zoo would train with a configuration; RL-Zoo itself reads it.
@@ -110,10 +114,13 @@ def from_zoo(
     :param arguments: hyperparameters to replace
     :param total_timesteps: environment steps of the run; 0: the section's ``n_timesteps``
     :param device: device of the model
+    :param trust: also run code that the configuration holds or names
     :return: the set-up
-    :raises ValueError: if the configuration cannot be read or built, with the reason in one line
+    :raises ValueError: if the configuration would run code without it, or cannot be read or built, with the reason in
+        one line
     """
-    read_sections(conf_file)
+    sections = read_sections(conf_file)
+    device = read_device(device)
     manager = import_extra("rl_zoo3.exp_manager", "zoo")
     algorithms = import_extra("rl_zoo3.utils", "zoo").ALGOS
     if algo not in algorithms:
@@ -121,17 +128,22 @@ def from_zoo(
     envs.is_atari(env_id)  # raises where RL-Zoo would fail with a KeyError
 
     with tempfile.TemporaryDirectory() as folder, _quiet() as caught:
+        # A copy of what was read as YAML: RL-Zoo runs files whose name ends otherwise, and imports what is no file.
+        config = Path(folder) / "config.yml"
+        config.write_text(import_extra("yaml").safe_dump(sections))
 
         def experiment(**replaced: Any) -> Any:
             options = {"n_timesteps": total_timesteps, "eval_freq": -1, "device": device, "verbose": 0}
             return manager.ExperimentManager(
-                argparse.Namespace(), algo, env_id, folder, hyperparams=replaced, config=str(conf_file), **options
+                argparse.Namespace(), algo, env_id, folder, hyperparams=replaced, config=str(config), **options
             )
 
         try:
             hyperparams, _ = experiment().read_hyperparameters()
         except KeyError as error:
             raise ValueError(f"{conf_file} has no section for {env_id}: it needs {env_id!r} or {error}") from error
+        if not trust:
+            refuse_code(hyperparams, conf_file)
         changes = (arguments or Arguments()).onto(hyperparams)
         hyperparams = {**hyperparams, **changes}
         if "n_timesteps" not in hyperparams:
@@ -166,7 +178,8 @@ def from_arguments(
     :raises ValueError: if it cannot be built
     """
     if algo not in ALGORITHMS:
-        raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}; others need a --conf-file")
+        raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {shown(algo)}; others need a --conf-file")
+    device = read_device(device)
     algorithm: Any = algorithm_class(algo)
     kwargs = (arguments or Arguments()).onto({})
     _refuse_bad_counts(kwargs)
@@ -190,7 +203,7 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is no file: write the path of an RL-Zoo YAML such as zoo_configs/dqn.yml")
     try:
         sections = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
         raise ValueError(f"{path} is no configuration of RL-Zoo: it must hold sections of hyperparameters")
@@ -202,7 +215,7 @@ def _refuse_bad_counts(hyperparams: Mapping[str, Any]) -> None:
     for name in ("n_envs", "batch_size", "buffer_size"):
         value = hyperparams.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {value!r}")
+            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {shown(value)}")
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
 

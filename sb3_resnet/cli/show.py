@@ -30,7 +30,7 @@ def show_groups(console: Console, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         counts = (f"{row['parameters']:,}", f"{row['trainable_parameters']:,}")
         style = "" if row["trainable_parameters"] else "dim"
-        table.add_row(row["name"], f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}", *counts, style=style)
+        table.add_row(Text(row["name"]), f"{row['lr']:.3g}", f"{row['weight_decay']:.3g}", *counts, style=style)
     total = [f"{sum(row[key] for row in rows):,}" for key in ("parameters", "trainable_parameters")]
     table.add_row("all", "", "", *total, style="bold")
     console.print(table)
@@ -63,7 +63,7 @@ def pairs_table(title: str, rows: Iterable[tuple[str, str]]) -> Table:
 
 def _table(title: str) -> Table:
     return Table(
-        title=f"[bold]{title}[/bold]", title_justify="left", box=box.ROUNDED, show_header=False, title_style=""
+        title=Text(title, style="bold"), title_justify="left", box=box.ROUNDED, show_header=False, title_style=""
     )
 
 

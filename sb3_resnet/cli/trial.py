@@ -15,7 +15,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 from sb3_resnet.nn.encoder import FrozenEncoder
 
 _REPEATS = 3

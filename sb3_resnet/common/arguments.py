@@ -4,9 +4,37 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+import reprlib
 from collections.abc import Iterable, Sequence
-from numbers import Real
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+
+_LONGEST = 300  # characters of a value in an error
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 6
+
+
+def shown(value: Any) -> str:
+    """
+    A value as errors show it: ``repr``, in one line and not longer than an error can be.
+
+    The ``repr`` of a state dict has hundreds of thousands of characters.
+
+    :param value: what the user passed
+    :return: its ``repr``, with dots in the middle where it is long
+    """
+    try:
+        text = _SHORT.repr(value)
+    except Exception:  # of the value's own __repr__
+        text = f"<{type(value).__name__}>"
+    text = " ".join(text.split()) if "\n" in text else text
+    half = _LONGEST // 2 - 2
+    return text if len(text) <= _LONGEST else f"{text[:half]}...{text[-half:]}"
 
 
 def number(
@@ -29,18 +57,18 @@ def number(
     :raises TypeError: if it is not a number
     :raises ValueError: if it is not finite or out of range
     """
-    if isinstance(value, bool) or not isinstance(value, (Real, str)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (Real, str)):
+        raise TypeError(f"{name} must be a number, got {shown(value)}")
     try:
         result = float(value)
     except ValueError:
-        raise TypeError(f"{name} must be a number, got {value!r}") from None
+        raise TypeError(f"{name} must be a number, got {shown(value)}") from None
     except OverflowError:
         raise ValueError(f"{name} must be finite, got a whole number beyond 1e308") from None
     low = result > minimum if above else result >= minimum
     if not (math.isfinite(result) and low and result <= maximum):
         bounds = f"{'>' if above else '>='} {minimum:g}" + (f" and <= {maximum:g}" if math.isfinite(maximum) else "")
-        raise ValueError(f"{name} must be finite and {bounds}, got {value!r}")
+        raise ValueError(f"{name} must be finite and {bounds}, got {shown(value)}")
     return result
 
 
@@ -56,23 +84,25 @@ def integer(name: str, value: Any, minimum: int = 0) -> int:
     :raises ValueError: if it is not whole or too small
     """
     result = number(name, value, minimum)
+    if isinstance(value, Integral):
+        return int(value)  # a float holds whole numbers up to 2**53 only
     if result != int(result):
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name} must be a whole number, got {shown(value)}")
     return int(result)
 
 
 def flag(name: str, value: Any) -> bool:
     """
-    Read a boolean. Strings are refused, since ``bool("False")`` is true.
+    Read a boolean, also NumPy's. Strings are refused, since ``bool("False")`` is true.
 
     :param name: argument name for the error
     :param value: what the user passed
     :return: the value
     :raises TypeError: if it is not a boolean
     """
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be true or false, got {value!r}")
-    return value
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be true or false, got {shown(value)}")
+    return bool(value)
 
 
 def text(name: str, value: Any) -> str:
@@ -86,10 +116,28 @@ def text(name: str, value: Any) -> str:
     :raises ValueError: if it is empty
     """
     if not isinstance(value, str):
-        raise TypeError(f"{name} must be a string, got {value!r}")
+        raise TypeError(f"{name} must be a string, got {shown(value)}")
     if not value:
         raise ValueError(f"{name} must not be empty")
-    return value
+    return str(value)
+
+
+def path_of(name: str, value: Any) -> Path:
+    """
+    Read the path of a file or folder; ``~`` is the home folder.
+
+    :raises TypeError: if it is neither a string nor a path
+    :raises ValueError: if it is empty
+    """
+    read = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(read, str):
+        raise TypeError(f"{name} must be a string or a path, got {shown(value)}")
+    if not read:
+        raise ValueError(f"{name} must not be empty: write the path of a file or folder")
+    try:
+        return Path(read).expanduser()
+    except RuntimeError as error:  # ~name of a user that does not exist
+        raise ValueError(f"{name}={shown(value)}: {error}") from error
 
 
 def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
@@ -102,9 +150,9 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
     :return: the value
     :raises ValueError: for any other value; the error names the accepted ones and the nearest of them
     """
-    if value not in allowed:
+    if not isinstance(value, str) or value not in allowed:
         raise ValueError(
-            f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}{nearest(value, allowed)}"
+            f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}{nearest(value, allowed)}"
         )
     return str(value)
 
@@ -126,8 +174,8 @@ def no_unknown(
     misplaced = {*elsewhere}
     for name in (name for name in given if name not in names):
         if name in misplaced:
-            raise TypeError(f"{owner} has no argument {name!r}: write it in {place}")
-        raise TypeError(f"{owner} has no argument {name!r}{nearest(name, names)}. It takes: {', '.join(names)}")
+            raise TypeError(f"{owner} has no argument {shown(name)}: write it in {place}")
+        raise TypeError(f"{owner} has no argument {shown(name)}{nearest(name, names)}. It takes: {', '.join(names)}")
 
 
 def nearest(value: Any, allowed: Iterable[str]) -> str:
@@ -136,5 +184,5 @@ def nearest(value: Any, allowed: Iterable[str]) -> str:
     :param allowed: the known names
     :return: ``"; did you mean 'x'?"``; empty if no name is near
     """
-    match = difflib.get_close_matches(str(value), list(allowed), n=1)
+    match = difflib.get_close_matches(shown(value).strip("'\"")[:_LONGEST], list(allowed), n=1)
     return f"; did you mean {match[0]!r}?" if match else ""

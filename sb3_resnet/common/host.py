@@ -178,30 +178,34 @@ def stored_action_dtype(dtype: Any) -> np.dtype[Any]:
     return np.dtype(np.float32) if kept == np.float64 else kept
 
 
-class _PublicHolder:
-    """The tensors of one module, read through its public methods at each call: slower than its dictionaries."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def values(self) -> list[th.Tensor]:
-        return [*self._module.parameters(recurse=False), *self._module.buffers(recurse=False)]
-
-
 def tensor_holders(module: nn.Module) -> list[Any]:
     """
     Where a module keeps its own parameters and buffers, without those of its children.
 
-    Looking there is several times faster than the module's public methods (``benchmarks/results/choices.json``), which
-    take their place if there are no such dictionaries.
-
     :param module: any module
     :return: objects whose ``values()`` are the tensors that the module has at the moment, or ``None``
+    :raises HostPartMissingError: if it has no such dictionaries
     """
     holders = [vars(module).get(name) for name in ("_parameters", "_buffers")]
-    if all(isinstance(holder, dict) for holder in holders):
-        return [holder for holder in holders if holder]
-    return [_PublicHolder(module)]
+    if not all(isinstance(holder, dict) for holder in holders):
+        raise HostPartMissingError("torch", "_parameters and _buffers in its modules")
+    return [holder for holder in holders if holder]
+
+
+def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
+    """
+    Call a function with each state dict that a module makes; PyTorch has a public name for this from 2.5 on.
+
+    :param module: any module
+    :param hook: called with module, state dict, prefix and metadata; changes the state dict in place
+    """
+    register = getattr(module, "register_state_dict_post_hook", None) or module._register_state_dict_hook
+    register(hook)
+
+
+def torch_function_of_plain_results() -> Any:
+    """:return: the ``__torch_function__`` of a tensor subclass whose results are plain tensors, as ``nn.Parameter``'s"""
+    return getattr(th._C, "_disabled_torch_function_impl", th.Tensor.__torch_function__)
 
 
 def tensor_versions(tensors: Iterable[th.Tensor]) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import flag, integer
+from sb3_resnet.common.arguments import flag, integer, shown
 from sb3_resnet.common.checkpoints import random_states_of
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
@@ -40,7 +40,7 @@ def seed_everything(seed: int, deterministic: bool = True) -> int:
     """
     value = integer("seed", seed)
     if value > _LARGEST:
-        raise ValueError(f"seed must be at most {_LARGEST}, NumPy's largest, got {seed!r}")
+        raise ValueError(f"seed must be at most {_LARGEST}, NumPy's largest, got {shown(seed)}")
     deterministic = flag("deterministic", deterministic)
     random.seed(value)
     np.random.seed(value)  # noqa: NPY002  # SB3 samples from the global generator

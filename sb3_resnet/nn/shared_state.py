@@ -9,6 +9,8 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from sb3_resnet.common import host
+
 
 class _Twin(th.Tensor):
     """
@@ -19,7 +21,7 @@ class _Twin(th.Tensor):
     """
 
     # As in nn.Parameter: what is computed from it is a plain tensor.
-    __torch_function__ = th._C._disabled_torch_function_impl  # type: ignore[assignment]  # likewise there
+    __torch_function__ = host.torch_function_of_plain_results()
 
     twin: th.Tensor
 
@@ -29,7 +31,7 @@ class _Twin(th.Tensor):
         same = mine.dtype == self.twin.dtype and mine.device == self.twin.device and th.equal(mine, self.twin)
         return (self.twin if same else mine).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # PyTorch's
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> Any:
         return repr(self.as_subclass(th.Tensor))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> th.Tensor:
@@ -47,9 +49,8 @@ def store_shared_once(policy: nn.Module, network: str) -> None:
     :param policy: a policy with both networks
     :param network: name of the online network; the target's is ``<network>_target``
     """
-    # Not its public sibling, which PyTorch has from 2.5 on. Without a closure, so that the policy can be pickled.
-    hook = partial(_mark_twins, network=network)
-    policy._register_state_dict_hook(hook)  # type: ignore[no-untyped-call]  # PyTorch's
+    # Without a closure, so that the policy can be pickled.
+    host.after_state_dict(policy, partial(_mark_twins, network=network))
 
 
 def _mark_twins(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *, network: str) -> None:

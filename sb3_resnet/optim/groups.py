@@ -11,7 +11,7 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from sb3_resnet.common.arguments import choice, number
+from sb3_resnet.common.arguments import choice, number, shown
 from sb3_resnet.common.step_hooks import before_step
 
 #: Optimizers that YAML can name.
@@ -47,7 +47,8 @@ def optimizer_class_of(value: str | type[th.optim.Optimizer]) -> type[th.optim.O
     if isinstance(value, str):
         return OPTIMIZERS[choice("optimizer_class", value.removeprefix("torch.optim."), [*OPTIMIZERS])]
     if not (isinstance(value, type) and issubclass(value, th.optim.Optimizer)):
-        raise TypeError(f"optimizer_class must be a torch optimizer or one of {', '.join(OPTIMIZERS)}, got {value!r}")
+        known = ", ".join(OPTIMIZERS)
+        raise TypeError(f"optimizer_class must be a torch optimizer or one of {known}, got {shown(value)}")
     return value
 
 
@@ -103,7 +104,8 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
-    kwargs = {**_fused(optimizer_class, groups), **kwargs}
+    if all(kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")):
+        kwargs = {**kwargs, **_fused(optimizer_class, groups)}
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
         raise ValueError(f"{optimizer_class.__name__} knows no weight decay: write weight_decay=0.0")
