@@ -43,7 +43,7 @@ def refuse(*args):
 
 socket.socket.connect = socket.getaddrinfo = refuse
 warnings.simplefilter("ignore")
-import sb3_resnet
+import sb3_resnet, sb3_resnet.envs
 from stable_baselines3 import DQN
 from stable_baselines3.common.envs import FakeImageEnv
 
