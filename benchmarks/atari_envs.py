@@ -3,8 +3,8 @@ Speed of the Atari environments in C++ threads against SB3's own, by random acti
 
     python benchmarks/atari_envs.py -o benchmarks/results/atari_envs.json      # about five minutes on two CPU cores
 
-Arms are interleaved; each figure is the median of the rounds. A ratio is the median of the rounds' own ratios, since both
-arms of a round meet the same load of the machine.
+Arms are interleaved; each figure is the median of the rounds. A ratio is the median of the rounds' own ratios, since
+both arms of a round meet the same load of the machine.
 """
 
 from __future__ import annotations

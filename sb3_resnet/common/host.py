@@ -204,7 +204,7 @@ def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
 
 
 def torch_function_of_plain_results() -> Any:
-    """:return: the ``__torch_function__`` of tensor subclasses whose results are plain tensors, as ``nn.Parameter``'s"""
+    """:return: the ``__torch_function__`` of tensor classes whose results are plain tensors, as ``nn.Parameter`` is"""
     return getattr(th._C, "_disabled_torch_function_impl", th.Tensor.__torch_function__)
 
 
