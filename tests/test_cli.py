@@ -624,6 +624,16 @@ def _evaluations():
     return stream.getvalue()
 
 
+def test_folders_and_logs_cannot_write_to_the_terminal(tmp_path):
+    folder = tmp_path / "run\x1b[2J"
+    folder.mkdir()
+    (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n1,2\n2,3\n")
+    _, text, _ = run("doctor", folder, width=400)
+    assert "\x1b[2J" not in text
+    assert "run\\x1b[2J" in text
+    assert "\x1b[2J" not in error_of("doctor", folder / "none")
+
+
 def test_names_in_a_model_cannot_write_to_the_terminal(dqn_zip, tmp_path):
     with zipfile.ZipFile(dqn_zip) as old, zipfile.ZipFile(tmp_path / "model.zip", "w") as new:
         for name in old.namelist():

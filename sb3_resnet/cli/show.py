@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sb3_resnet.cli.check import Report, gigabytes
+from sb3_resnet.cli.texts import printable
 from sb3_resnet.diagnosis.findings import Finding
 
 _TWO_COLUMNS = 100  # characters
@@ -61,7 +62,7 @@ def _pairs(title: str, rows: Iterable[tuple[str, str]]) -> Table:
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for row in rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     return table
 
 
@@ -77,7 +78,7 @@ def show_findings(console: Console, findings: Sequence[Finding]) -> None:
         parts = [finding.seen, finding.why, finding.change]
         style = _STYLES.get(finding.severity, "")
         text = Text.assemble((f"{finding.severity} ", style), (f"{finding.code}: ", "bold"))
-        text.append(" ".join(part for part in parts if part))
+        text.append(printable(" ".join(part for part in parts if part)))
         console.print(text, soft_wrap=not console.record)
     errors = sum(finding.severity == "error" for finding in findings)
     if not findings:
