@@ -7,6 +7,7 @@ import os
 import pickle
 import sys
 import zipfile
+from operator import attrgetter
 from pathlib import Path
 
 import cloudpickle
@@ -394,3 +395,9 @@ def test_doctor_reads_no_pickles_of_a_folder(tmp_path):
 def test_the_shipped_configurations_need_no_trust(file):
     for section in read_sections(file).values():
         refuse_code(section, file)
+
+
+def test_what_an_allowed_module_merely_imports_is_refused(monkeypatch):
+    monkeypatch.setattr("sb3_resnet.buffers.attrgetter", attrgetter, raising=False)
+    with pytest.raises(UntrustedError, match=r"it wants to call sb3_resnet\.buffers\.attrgetter"):
+        loads(b"csb3_resnet.buffers\nattrgetter\n.", "it")
