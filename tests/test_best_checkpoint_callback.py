@@ -12,8 +12,10 @@ import sys
 import time
 import warnings
 import zipfile
+from types import SimpleNamespace
 
 import pytest
+from rl_zoo3.callbacks import TrialEvalCallback
 from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -433,6 +435,14 @@ class Trial(Rewards):
     def __init__(self, rewards, **kwargs):
         super().__init__(rewards, **kwargs)
         self.trial, self.is_pruned = object(), False
+
+
+def test_rl_zoos_trials_are_known_by_its_callback():
+    trial = SimpleNamespace(report=lambda *args: None, should_prune=lambda: False)
+    evaluations = TrialEvalCallback(DummyVecEnv([TinyGame]), trial, eval_freq=10**9)
+    phases = [{"at_timestep": 1, "unfreeze_from": "layer4", "restore_best": True}]
+    with pytest.raises(RuntimeError, match="ends the search"):
+        make_model(extractor=MINI).learn(4, callback=[UnfreezeCallback(phases), evaluations])
 
 
 def test_a_trial_of_a_search_keeps_nothing_and_still_restores_the_best(tmp_path, capsys):

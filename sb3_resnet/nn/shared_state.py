@@ -31,7 +31,7 @@ class _Twin(th.Tensor):
         same = mine.dtype == self.twin.dtype and mine.device == self.twin.device and th.equal(mine, self.twin)
         return (self.twin if same else mine).__reduce_ex__(protocol)  # type: ignore[no-untyped-call]  # PyTorch's
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # an odd stub of PyTorch's
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped there
         return repr(self.as_subclass(th.Tensor))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> th.Tensor:
