@@ -48,6 +48,9 @@ class PackedConv2d(nn.Module):
         after, convolve = "relu" if relu else "none", th.ops.mkldnn._convolution_pointwise
         if added is None:
             out: th.Tensor = convolve(x, *weights, after, [], "")
+        elif added.shape[-2:] == (1, 1):  # refused by PyTorch 2.6 and 2.8: "could not create a memory"
+            out = convolve(x, *weights, "none", [], "").add_(added)
+            out = out.relu_() if relu else out
         else:
             out = convolve.binary(x, added, *weights, "add", 1.0, after if relu else None, [], "")
         return out
