@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,27 @@ class Column:
         return np.asarray(self._observations.store.pixels(self.obs_ids), dtype=dtype)
 
 
+def resize_replay_arrays(buffer: Any, rows: int, columns: Sequence[str]) -> None:
+    """
+    Give the arrays of an empty replay buffer another number of rows; they are found by their shape, not by name.
+
+    :param buffer: an empty SB3 replay buffer; its ``buffer_size`` is changed too
+    :param rows: the new number of rows
+    :param columns: arrays that are left alone, since other objects take their places
+    :raises HostPartMissingError: if there is no array of such a name
+    """
+    missing = [name for name in columns if not isinstance(getattr(buffer, name, None), np.ndarray)]
+    if missing:
+        raise host.HostPartMissingError(
+            "stable-baselines3", f"array {missing[0]!r} in its replay buffers", "train with SB3's own replay buffer"
+        )
+    shape = (buffer.buffer_size, buffer.n_envs)
+    for name, array in [*vars(buffer).items()]:
+        if name not in columns and isinstance(array, np.ndarray) and array.shape[:2] == shape:
+            setattr(buffer, name, np.zeros((rows, *array.shape[1:]), array.dtype))
+    buffer.buffer_size = rows
+
+
 class _ColumnBuffer(ReplayBuffer):
     """Puts columns in the place of SB3's observation arrays; SB3's own code adds and samples."""
 
@@ -79,7 +101,7 @@ class _ColumnBuffer(ReplayBuffer):
     ) -> None:
         # With its full size SB3 would reserve the memory that the columns save.
         super().__init__(n_envs, observation_space, action_space, device, n_envs, **kwargs)
-        host.resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())
+        resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())
         self.make_columns()
 
     def make_columns(self) -> None:

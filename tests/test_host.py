@@ -16,7 +16,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
 from torch import nn
 
-from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.buffers import FrameReplayBuffer, resize_replay_arrays
+from sb3_resnet.cache.sizes import stored_action_dtype
 from sb3_resnet.callbacks import NanGuardCallback
 from sb3_resnet.common import host
 from tests.helpers import TinyGame, fill, make_model
@@ -37,7 +38,9 @@ for owner, name in (
     if hasattr(owner, name):
         delattr(owner, name)
 import sb3_resnet, sb3_resnet.callbacks, sb3_resnet.buffers
-from sb3_resnet.cache.inference import can_pack
+from sb3_resnet.buffers import resize_replay_arrays
+from sb3_resnet.cache.sizes import stored_action_dtype
+from sb3_resnet.nn.inference import can_pack
 print(can_pack(torch.zeros(1)))
 """
 
@@ -226,42 +229,34 @@ def test_renamed_replay_arrays_are_resized_too_and_renamed_observations_are_name
             self.shape = np.zeros(3)
 
     buffer = Buffer()
-    host.resize_replay_arrays(buffer, 7, ["observations"])
+    resize_replay_arrays(buffer, 7, ["observations"])
     assert (buffer.buffer_size, buffer.payoffs.shape, buffer.payoffs.dtype) == (7, (7, 2), np.float32)
     assert (len(buffer.observations), buffer.shape.shape) == (1, (3,))
     with pytest.raises(host.HostPartMissingError, match="has no array 'next_observations' in its replay buffers"):
-        host.resize_replay_arrays(Buffer(), 7, ["observations", "next_observations"])
+        resize_replay_arrays(Buffer(), 7, ["observations", "next_observations"])
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, np.uint8])
 def test_actions_are_stored_as_sb3_stores_them(dtype):
     from stable_baselines3.common.buffers import ReplayBuffer
 
-    assert host.stored_action_dtype(dtype) == np.dtype(ReplayBuffer._maybe_cast_dtype(dtype))
+    assert stored_action_dtype(dtype) == np.dtype(ReplayBuffer._maybe_cast_dtype(dtype))
 
 
-def test_tensor_holders_follow_the_module_with_and_without_its_dictionaries():
+def test_tensor_holders_follow_the_module():
     layer = nn.BatchNorm2d(2)
-    bare = nn.BatchNorm2d(2)
-    for module, holders in ((layer, host.tensor_holders(layer)), (bare, [host._PublicHolder(bare)])):
-        for _ in range(2):
-            tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-            assert [*map(id, tensors)] == [*map(id, (*module.parameters(), *module.buffers()))]
-            module.weight = nn.Parameter(th.zeros(2))
-            module.running_mean = th.ones(2)
+    holders = host.tensor_holders(layer)
+    for _ in range(2):
+        tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
+        assert [*map(id, tensors)] == [*map(id, (*layer.parameters(), *layer.buffers()))]
+        layer.weight = nn.Parameter(th.zeros(2))
+        layer.running_mean = th.ones(2)
     assert host.tensor_holders(nn.ReLU()) == []
 
 
-def test_a_module_without_dictionaries_is_read_through_its_methods():
-    class Odd:
-        def parameters(self, recurse):
-            return iter([th.zeros(1)])
-
-        def buffers(self, recurse):
-            return iter([th.ones(1)])
-
-    (holder,) = host.tensor_holders(Odd())
-    assert [float(tensor) for tensor in holder.values()] == [0.0, 1.0]
+def test_a_module_without_dictionaries_is_an_error_that_names_the_version():
+    with pytest.raises(host.HostPartMissingError, match=r"torch .* has no _parameters and _buffers"):
+        host.tensor_holders(object.__new__(type("Odd", (), {})))
 
 
 def test_tensor_versions_change_with_the_tensor():

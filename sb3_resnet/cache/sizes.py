@@ -5,12 +5,12 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_resnet.cache.frames import Array, ObservationStore
-from sb3_resnet.common import host
 
 _INDEX = 8  # bytes of the number under which an observation or a frame is found
 _COUNT = 4  # bytes of a reference count
@@ -106,6 +106,15 @@ def growth_bytes(model: Any) -> int:
     return int(needed * (1 - filled / total))
 
 
+def stored_action_dtype(dtype: Any) -> np.dtype[Any]:
+    """
+    :param dtype: type of the actions
+    :return: the type in which replay buffers keep them: float64 takes twice what it needs
+    """
+    kept = np.dtype(dtype)
+    return np.dtype(np.float32) if kept == np.float64 else kept
+
+
 def _rows(model: Any, buffer_size: int) -> int:
     n_envs = int(model.n_envs)
     return max(buffer_size // n_envs, 1) * n_envs
@@ -118,5 +127,5 @@ def _arrays(model: Any) -> int:
 
 def _rest(model: Any) -> int:
     """Bytes of a transition without its observations: action, and reward, done and timeout as float32."""
-    action = host.stored_action_dtype(model.action_space.dtype)
+    action = stored_action_dtype(model.action_space.dtype)
     return int(get_action_dim(model.action_space) * action.itemsize + 3 * 4)

@@ -11,12 +11,18 @@ _PICTURE_WIDTH = 116  # characters
 
 
 def printable(text: str) -> str:
-    """:return: a text whose control characters, with which a file could rewrite a terminal, are written out"""
+    """
+    :param text: any text
+    :return: the same with control characters written out, since a file could rewrite a terminal with them
+    """
     return "".join(char if char.isprintable() or char in "\n\t" else repr(char)[1:-1] for char in text)
 
 
 def one_line(error: object) -> str:
-    """:return: the message of an error without line breaks; its class where there is no message"""
+    """
+    :param error: any error
+    :return: its message without line breaks; the name of its class if it has no message
+    """
     return printable(" ".join(str(error).split())) or type(error).__name__
 
 
@@ -30,7 +36,10 @@ def console_for(svg: Path | None) -> Console:
 
 
 def at_home(value: Any) -> Any:
-    """:return: a value of the command line, ``~`` of paths in it expanded"""
+    """
+    :param value: a value of the command line
+    :return: the same, with ``~`` expanded in paths
+    """
     if isinstance(value, list):
         return [at_home(item) for item in value]
     return value.expanduser() if isinstance(value, Path) else value

@@ -126,6 +126,9 @@ def path_of(name: str, value: Any) -> Path:
     """
     Read the path of a file or folder; ``~`` is the home folder.
 
+    :param name: of the argument, for the error
+    :param value: what was given
+    :return: the path
     :raises TypeError: if it is neither a string nor a path
     :raises ValueError: if it is empty
     """

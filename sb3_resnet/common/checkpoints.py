@@ -53,7 +53,10 @@ def newest_checkpoint(folder: str | Path) -> Path:
 
 
 def buffer_of(checkpoint: Path) -> Path:
-    """:return: where the replay buffer of a checkpoint is, if it was saved"""
+    """
+    :param checkpoint: file of a checkpoint
+    :return: where its replay buffer is, if that was saved
+    """
     return checkpoint.with_name(f"{checkpoint.stem}_replay_buffer.pkl")
 
 
@@ -69,7 +72,10 @@ def add_to_checkpoint(path: Path, run: str, random_states: Mapping[str, Any]) ->
 
 
 def run_of(path: Path) -> str | None:
-    """:return: which run wrote a checkpoint; ``None`` for files of SB3's and RL-Zoo's own callbacks"""
+    """
+    :param path: file of a checkpoint
+    :return: id of the run that wrote it; ``None`` for files of SB3's and RL-Zoo's own callbacks
+    """
     run = _read(path, _RUN)
     return None if run is None else run.decode()
 

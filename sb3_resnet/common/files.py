@@ -63,7 +63,11 @@ def prepare_folder(folder: Path) -> None:
 
 
 def remove_left_overs(folder: Path) -> None:
-    """Remove what :func:`written_whole` left in a folder when a process was killed; that of living ones stays."""
+    """
+    Remove files that :func:`written_whole` left when its process was killed; files of living processes stay.
+
+    :param folder: where to look
+    """
     for left_over in folder.glob(f"{_TEMPORARY}*"):
         writer = left_over.name.removeprefix(_TEMPORARY).split("-")[0]
         if not (writer.isdecimal() and _is_at_work(int(writer))):

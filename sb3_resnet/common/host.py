@@ -15,12 +15,12 @@ from importlib.metadata import PackageNotFoundError, version
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
 _SB3 = "stable_baselines3"
@@ -60,32 +60,50 @@ def updates_done(model: BaseAlgorithm) -> int:
 
 
 def planned_timesteps(model: BaseAlgorithm) -> int | None:
-    """:return: timesteps at which the current ``learn()`` ends; ``None`` before the first one, or if nothing tells"""
+    """
+    :param model: an SB3 model
+    :return: timesteps at which the current ``learn()`` ends; ``None`` before the first one, or if nothing tells
+    """
     return getattr(model, "_total_timesteps", None) or None
 
 
 def has_observation(model: BaseAlgorithm) -> bool:
     """
-    Whether ``learn()`` goes on from the observation that the model has, and does not reset its environment first.
-
     :param model: an SB3 model
-    :return: ``False`` where nothing tells, so that the environment is reset
+    :return: whether ``learn()`` would go on from an observation that the model has, instead of a reset
     """
     return getattr(model, "_last_obs", None) is not None
 
 
+def seeds_of(env: VecEnv) -> list[int | None]:
+    """
+    :param env: an SB3 environment
+    :return: the seeds that its next reset will take, one per environment
+    """
+    return list(getattr(env, "_seeds", [None] * env.num_envs))
+
+
+def frames_skipped(env: VecEnv) -> int:
+    """
+    :param env: environments with SB3's ``MaxAndSkipEnv``
+    :return: frames for which each action is repeated
+    """
+    return int(env.get_attr("_skip", 0)[0])
+
+
 def logger_of(model: BaseAlgorithm) -> Logger | None:
-    """:return: the logger of a model, which it has only from its first ``learn()`` on"""
-    # The property raises AttributeError where there is none yet.
+    """
+    :param model: an SB3 model
+    :return: its logger, which it has only from its first ``learn()`` on
+    """
     return getattr(model, "logger", None)
 
 
 def is_loading() -> bool:
     """
-    Whether this is called from within SB3's ``load`` class methods.
+    Whether this is called from within SB3's ``load`` class methods; ``False`` where SB3 has no such methods.
 
-    They rebuild an object and load its state dict next, but tell neither policy nor extractor so. The stack is the
-    only witness. Found by the running code itself; ``False`` where SB3 has no such methods.
+    They rebuild an object and load its state dict next, but tell neither policy nor extractor so: the stack must tell.
     """
     loaders = [getattr(getattr(owner, "load", None), "__func__", None) for owner in (BaseAlgorithm, BaseModel)]
     codes = {getattr(loader, "__code__", None) for loader in loaders} - {None}
@@ -101,8 +119,9 @@ def is_initializer(function: Callable[..., Any]) -> bool:
     """
     Whether SB3 applies this function to the modules of a new policy in order to initialise them.
 
-    PPO and A2C apply ``partial(BasePolicy.init_weights, gain=...)`` to the features extractor. SB3 applies nothing
-    else to modules, so where the function comes from tells, whatever it is called.
+    It applies nothing else to modules, so where the function comes from tells, whatever it is called.
+
+    :param function: what ``nn.Module.apply`` was given
     """
     while isinstance(function, partial):
         function = function.func
@@ -111,9 +130,8 @@ def is_initializer(function: Callable[..., Any]) -> bool:
 
 def network_arguments(policy: Any) -> dict[str, Any]:
     """
-    What SB3's policies pass to the constructor of one of their networks, with a new features extractor.
-
     :param policy: an SB3 policy under construction
+    :return: what it passes to the constructor of one of its networks, with a new features extractor
     :raises HostPartMissingError: if it keeps no such arguments
     """
     if not hasattr(policy, "net_args"):
@@ -140,6 +158,7 @@ def evaluations_done(callback: EvalCallback) -> int:
     How often an ``EvalCallback`` has evaluated so far. It keeps no such count, but evaluates at each ``eval_freq``-th
     call.
 
+    :param callback: the callback
     :raises HostPartMissingError: if it counts no calls
     """
     try:
@@ -149,58 +168,16 @@ def evaluations_done(callback: EvalCallback) -> int:
     return int(calls // every) if every > 0 else 0
 
 
-def resize_replay_arrays(buffer: Any, rows: int, columns: Sequence[str]) -> None:
-    """
-    Give the arrays of an empty replay buffer another number of rows.
-
-    All arrays with one row per transition are found by their shape, whatever their names are.
-
-    :param buffer: an empty SB3 replay buffer; its ``buffer_size`` is changed too
-    :param rows: the new number of rows
-    :param columns: arrays that are left alone, since other objects take their places
-    :raises HostPartMissingError: if there is no array of such a name
-    """
-    missing = [name for name in columns if not isinstance(getattr(buffer, name, None), np.ndarray)]
-    if missing:
-        raise HostPartMissingError(
-            "stable-baselines3", f"array {missing[0]!r} in its replay buffers", "train with SB3's own replay buffer"
-        )
-    shape = (buffer.buffer_size, buffer.n_envs)
-    for name, array in [*vars(buffer).items()]:
-        if name not in columns and isinstance(array, np.ndarray) and array.shape[:2] == shape:
-            setattr(buffer, name, np.zeros((rows, *array.shape[1:]), array.dtype))
-    buffer.buffer_size = rows
-
-
-def stored_action_dtype(dtype: Any) -> np.dtype[Any]:
-    """:return: the type in which replay buffers keep actions of the given type: float64 takes twice what it needs"""
-    kept = np.dtype(dtype)
-    return np.dtype(np.float32) if kept == np.float64 else kept
-
-
 def tensor_holders(module: nn.Module) -> list[Any]:
     """
-    Where a module keeps its own parameters and buffers, without those of its children.
-
     :param module: any module
-    :return: objects whose ``values()`` are the tensors that the module has at the moment, or ``None``
+    :return: the dictionaries in which it keeps its own parameters and buffers, without those of its children
     :raises HostPartMissingError: if it has no such dictionaries
     """
     holders = [vars(module).get(name) for name in ("_parameters", "_buffers")]
     if not all(isinstance(holder, dict) for holder in holders):
         raise HostPartMissingError("torch", "_parameters and _buffers in its modules")
     return [holder for holder in holders if holder]
-
-
-def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
-    """
-    Call a function with each state dict that a module makes; PyTorch has a public name for this from 2.5 on.
-
-    :param module: any module
-    :param hook: called with module, state dict, prefix and metadata; changes the state dict in place
-    """
-    register = getattr(module, "register_state_dict_post_hook", None) or module._register_state_dict_hook
-    register(hook)
 
 
 def torch_function_of_plain_results() -> Any:
@@ -212,6 +189,7 @@ def tensor_versions(tensors: Iterable[th.Tensor]) -> tuple[int, ...]:
     """
     PyTorch's own counters of in-place changes, one per tensor.
 
+    :param tensors: any tensors
     :raises HostPartMissingError: if it has none; nothing else tells of a change without reading the weights
     """
     try:
@@ -221,18 +199,17 @@ def tensor_versions(tensors: Iterable[th.Tensor]) -> tuple[int, ...]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """:return: whether memory ran out, on any device; PyTorch's CPU allocator raises a plain ``RuntimeError``"""
-    own = getattr(th, "OutOfMemoryError", th.cuda.OutOfMemoryError)  # at the top level from PyTorch 2.5 on
-    if isinstance(error, (MemoryError, own)):
+    """
+    :param error: any error
+    :return: whether memory ran out, on any device; PyTorch's CPU allocator raises a plain ``RuntimeError``
+    """
+    if isinstance(error, (MemoryError, th.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 
 
 def cpu_has_bfloat16() -> bool:
-    """
-    Whether this CPU computes in bfloat16. Emulated, it is several times slower than float32, so PyTorch is asked for
-    the instructions and not for support; ``False`` where it does not tell.
-    """
+    """Whether this CPU has instructions for bfloat16, without which it is several times slower than float32."""
     checks = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     if any(checks):
         return any(check() for check in checks if check is not None)
@@ -242,10 +219,7 @@ def cpu_has_bfloat16() -> bool:
 
 def can_pack_convolutions(dtype: th.dtype) -> bool:
     """
-    Whether :func:`pack_convolution` and :func:`packed_convolution` work here.
-
-    Found by calling them once on small tensors: the functions are PyTorch's own, for its compiler, and a release may
-    change what they take.
+    Whether :func:`pack_convolution` and :func:`packed_convolution` work here, found by calling them on small tensors.
 
     :param dtype: of the weights
     """
@@ -307,6 +281,9 @@ def packed_convolution(
     weights = (packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
     if added is None:
         out: th.Tensor = convolve(x, *weights, "relu" if relu else "none", [], "")
+    elif added.shape[-2:] == (1, 1):  # refused by PyTorch 2.6 and 2.8: "could not create a memory"
+        out = convolve(x, *weights, "none", [], "").add_(added)
+        out = out.relu_() if relu else out
     else:
         out = convolve.binary(x, added, *weights, "add", 1.0, "relu" if relu else None, [], "")
     return out

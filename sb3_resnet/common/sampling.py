@@ -51,7 +51,12 @@ def watch_samples(buffer: Any, key: Hashable, see: Watcher) -> None:
 
 
 def unwatch_samples(buffer: Any, key: Hashable) -> None:
-    """Stop that; the last watcher takes its traces with it. May be called again, and for a buffer of another kind."""
+    """
+    Stop watching. May be called again, and for a buffer that is not watched.
+
+    :param buffer: a replay buffer, or ``None``
+    :param key: as given to :func:`watch_samples`
+    """
     sample = getattr(buffer, "sample", None)
     if not isinstance(sample, WatchedSample):
         return

@@ -62,7 +62,10 @@ class StepHooks:
             self._handle = None
 
     def get(self, key: Hashable) -> Act | None:
-        """:return: what was added with the key, if anything"""
+        """
+        :param key: as given to :meth:`add`
+        :return: the hook, or ``None``
+        """
         return self._acts.get(key)
 
     @property
@@ -83,12 +86,18 @@ _after: _Known = weakref.WeakKeyDictionary()
 
 
 def before_step(optimizer: Optimizer) -> StepHooks:
-    """:return: what runs before each step of the optimizer, when gradients are clipped already"""
+    """
+    :param optimizer: any optimizer
+    :return: its hooks before each step, when gradients are clipped already
+    """
     return _find(_before, optimizer, optimizer.register_step_pre_hook)
 
 
 def after_step(optimizer: Optimizer) -> StepHooks:
-    """:return: what runs after each step of the optimizer"""
+    """
+    :param optimizer: any optimizer
+    :return: its hooks after each step
+    """
     return _find(_after, optimizer, optimizer.register_step_post_hook)
 
 

@@ -10,8 +10,9 @@ from stable_baselines3.common import atari_wrappers
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, VecFrameStack
 
-from sb3_resnet.envs.atari import AtariVecEnv
+from sb3_resnet.common import host
 from sb3_resnet.envs.rules import Rules, game_arguments, import_ale
+from sb3_resnet.envs.vec_env import AtariVecEnv
 
 
 def to_atari_vec_env(venv: VecEnv, frame_stack: int = 1, n_threads: int | None = None) -> VecEnv:
@@ -65,10 +66,10 @@ def to_atari_vec_env(venv: VecEnv, frame_stack: int = 1, n_threads: int | None =
     rules = Rules(**arguments, **_settings(venv))
     log = venv.get_attr("results_writer", 0)[0]
     folder = None if log is None else str(Path(log.file_handler.name).parent)
-    seeds, n_envs = venv._seeds, venv.num_envs
+    seeds, n_envs = host.seeds_of(venv), venv.num_envs
     venv.close()
     env = AtariVecEnv(spec, rules, n_envs, frame_stack=frame_stack, n_threads=n_threads, monitor_dir=folder)
-    env._seeds = list(seeds)  # for the first reset, as SB3 keeps them
+    env.seed_each(seeds)
     return env
 
 
@@ -86,7 +87,7 @@ def _settings(venv: VecEnv) -> dict[str, Any]:
     skips = wrapped(atari_wrappers.MaxAndSkipEnv)
     return {
         "noop_max": venv.get_attr("noop_max", 0)[0] if wrapped(atari_wrappers.NoopResetEnv) else 0,
-        "frame_skip": venv.get_attr("_skip", 0)[0] if skips else 1,
+        "frame_skip": host.frames_skipped(venv) if skips else 1,
         "screen_size": venv.observation_space.shape[0] if venv.observation_space.shape else 84,
         "terminal_on_life_loss": wrapped(atari_wrappers.EpisodicLifeEnv),
         "clip_reward": wrapped(atari_wrappers.ClipRewardEnv),

@@ -50,7 +50,7 @@ def store_shared_once(policy: nn.Module, network: str) -> None:
     :param network: name of the online network; the target's is ``<network>_target``
     """
     # Without a closure, so that the policy can be pickled.
-    host.after_state_dict(policy, partial(_mark_twins, network=network))
+    policy.register_state_dict_post_hook(partial(_mark_twins, network=network))  # type: ignore[no-untyped-call]  # PyTorch
 
 
 def _mark_twins(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, *, network: str) -> None:
