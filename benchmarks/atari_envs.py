@@ -41,10 +41,10 @@ def rates(game: str, n_envs: int, steps: int, rounds: int) -> dict[str, list[flo
     envs = {name: make(game, n_envs) for name, make in ARMS.items()}
     for env in envs.values():
         env.reset()
-    draw = np.random.default_rng(0)
+    draw, n_actions = np.random.default_rng(0), next(iter(envs.values())).action_space.n
     found: dict[str, list[float]] = {name: [] for name in envs}
     for round_ in range(rounds + 1):
-        actions = draw.integers(0, env.action_space.n, (max(steps // n_envs, 1), n_envs))
+        actions = draw.integers(0, n_actions, (max(steps // n_envs, 1), n_envs))
         for name, env in envs.items():
             start = time.perf_counter()
             for chosen in actions:
