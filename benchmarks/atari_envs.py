@@ -25,17 +25,15 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecFrameStack
+from stable_baselines3.common.vec_env import VecEnv, VecFrameStack
 
 import sb3_resnet
 from sb3_resnet.envs import make_atari_vec_env
 
 ARMS: dict[str, Callable[[str, int], VecEnv]] = {
     "DummyVecEnv": lambda game, n: VecFrameStack(make_atari_env(game, n, seed=0), 4),
-    "SubprocVecEnv": lambda game, n: VecFrameStack(make_atari_env(game, n, seed=0, vec_env_cls=SubprocVecEnv), 4),
     "make_atari_vec_env": lambda game, n: make_atari_vec_env(game, n, seed=0),
 }
-OURS = "make_atari_vec_env"
 
 
 def rates(game: str, n_envs: int, steps: int, rounds: int) -> dict[str, list[float]]:
@@ -43,10 +41,10 @@ def rates(game: str, n_envs: int, steps: int, rounds: int) -> dict[str, list[flo
     envs = {name: make(game, n_envs) for name, make in ARMS.items()}
     for env in envs.values():
         env.reset()
-    draw = np.random.default_rng(0)
+    draw, n_actions = np.random.default_rng(0), next(iter(envs.values())).action_space.n
     found: dict[str, list[float]] = {name: [] for name in envs}
     for round_ in range(rounds + 1):
-        actions = draw.integers(0, envs[OURS].action_space.n, (max(steps // n_envs, 1), n_envs))
+        actions = draw.integers(0, n_actions, (max(steps // n_envs, 1), n_envs))
         for name, env in envs.items():
             start = time.perf_counter()
             for chosen in actions:
@@ -58,12 +56,9 @@ def rates(game: str, n_envs: int, steps: int, rounds: int) -> dict[str, list[flo
 
 
 def summary(found: dict[str, list[float]]) -> dict[str, float]:
-    result = {f"{name}, steps per second": round(statistics.median(values), 1) for name, values in found.items()}
-    for name in found:
-        if name != OURS:
-            ratios = [ours / theirs for ours, theirs in zip(found[OURS], found[name], strict=True)]
-            result[f"ratio to {name}"] = round(statistics.median(ratios), 2)
-    return result
+    ratios = [ours / theirs for theirs, ours in zip(*found.values(), strict=True)]
+    speeds = {f"{name}, steps per second": round(statistics.median(values), 1) for name, values in found.items()}
+    return {**speeds, "ratio": round(statistics.median(ratios), 2)}
 
 
 def machine() -> dict[str, Any]:

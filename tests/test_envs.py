@@ -435,6 +435,7 @@ def test_the_id_says_how_actions_stick_and_the_arguments_may_say_otherwise(make)
     assert rules("ALE/Pong-v5").repeat_action_probability == 0.25
     assert rules("ALE/Pong-v5", repeat_action_probability=0.5).repeat_action_probability == 0.5
     assert rules("ALE/Pong-v5").frame_skip == 4
+    assert rules("ALE/Pong-v5", frame_skip=2.0, repeat_action_probability="5e-1").frame_skip == 2
     assert rules("ALE/Pong-v5").max_frames == 108_000
     assert make("ALE/Backgammon-v5", 1, full_action_space=True).action_space.n == 18
     assert make("ALE/Carnival-v5", 1).reset().shape == (1, 84, 84, 4)  # a screen of another height
@@ -531,7 +532,7 @@ def test_zoo_trains_and_plays(tmp_path):
     model = DQN.load(folder / f"{PONG}.zip", device="cpu")
     assert model.observation_space.shape == (4, 84, 84)
     assert model.num_timesteps >= 300
-    assert model._n_updates > 50
+    assert model._n_updates > 30
     assert {"0.monitor.csv", "1.monitor.csv"} <= {path.name for path in folder.iterdir()}
     assert len(np.load(folder / "evaluations.npz")["ep_lengths"]) == 1
     assert "Loading" in zoo("enjoy", "dqn", tmp_path, "-n", 20, "--no-render")

@@ -40,14 +40,17 @@ class Rules:
     max_episode_steps: int | None = None
 
     def __post_init__(self) -> None:
-        number("repeat_action_probability", self.repeat_action_probability, 0, 1)
-        integer("noop_max", self.noop_max)
-        for name in ("frame_skip", "screen_size", "max_frames"):
-            integer(name, getattr(self, name), 1)
+        checked: dict[str, Any] = {
+            "repeat_action_probability": number("repeat_action_probability", self.repeat_action_probability, 0, 1),
+            "noop_max": integer("noop_max", self.noop_max),
+        }
+        for name in ("frame_skip", "screen_size", "max_frames", "max_episode_steps"):
+            if getattr(self, name) is not None or name != "max_episode_steps":
+                checked[name] = integer(name, getattr(self, name), 1)
         for name in ("full_action_space", "terminal_on_life_loss", "clip_reward"):
             flag(name, getattr(self, name))
-        if self.max_episode_steps is not None:
-            integer("max_episode_steps", self.max_episode_steps, 1)
+        for name, value in checked.items():  # strings and 4.0 have become the numbers that they stand for
+            object.__setattr__(self, name, value)
 
 
 def atari_spec(env_id: str) -> EnvSpec:
