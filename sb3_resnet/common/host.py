@@ -203,7 +203,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     :param error: any error
     :return: whether memory ran out, on any device; PyTorch's CPU allocator raises a plain ``RuntimeError``
     """
-    if isinstance(error, (MemoryError, th.OutOfMemoryError)):
+    if isinstance(error, (MemoryError, getattr(th, "OutOfMemoryError", th.cuda.OutOfMemoryError))):
         return True
     return isinstance(error, RuntimeError) and any(text in str(error) for text in _NO_MEMORY)
 

@@ -35,14 +35,7 @@ def make_atari_vec_env(
         env = make_atari_vec_env("PongNoFrameskip-v4", n_envs=8, seed=0)
         model = DQN("ResNetCnnPolicy", env)
 
-    Spaces, pixels, rewards, ends of episodes and ``infos`` are those of SB3's environments: a lost life ends the
-    episode while the game goes on, FIRE is pressed where a game has it, training rewards are clipped, and
-    ``info["episode"]`` has the unclipped return, the length in emulator frames and the time of each finished game. So
-    a model may be trained here and evaluated there. Three things differ:
-
-    * ``reset()`` always begins new games. SB3's goes on with the present one after a lost life.
-    * 0 to ``noop_max`` no-ops begin a game, not 1 to ``noop_max``, and other ones for the same seed.
-    * The last frame of a ``terminal_observation`` at the very end of a game may be an older one.
+    :class:`AtariVecEnv` says what is equal, and the three things that differ.
 
     :param env_id: id in gymnasium's registry. ``"PongNoFrameskip-v4"`` takes each action as it comes; ``"ALE/Pong-v5"``
         repeats the last action with probability 0.25, and skips ``frame_skip`` frames in all, not its own 4 times that
@@ -68,13 +61,9 @@ def make_atari_vec_env(
     :raises ValueError: for arguments out of range, and ids that are not games of ale-py
     """
     spec = atari_spec(env_id)
-    arguments = game_arguments(spec)
-    if repeat_action_probability is not None:
-        arguments["repeat_action_probability"] = repeat_action_probability
-    if full_action_space is not None:
-        arguments["full_action_space"] = full_action_space
+    given = {"repeat_action_probability": repeat_action_probability, "full_action_space": full_action_space}
     rules = Rules(
-        **arguments,
+        **{**game_arguments(spec), **{name: value for name, value in given.items() if value is not None}},
         noop_max=noop_max,
         frame_skip=frame_skip,
         screen_size=screen_size,

@@ -27,6 +27,15 @@ class AtariVecEnv(VecEnv):
     """
     Atari games in C++ threads; made by :func:`make_atari_vec_env`.
 
+    Spaces, pixels, rewards, ends of episodes and ``infos`` are those of SB3's environments: a lost life ends the
+    episode while the game goes on, FIRE is pressed where a game has it, training rewards are clipped, and
+    ``info["episode"]`` has the unclipped return, the length in emulator frames and the time of each finished game. So
+    a model may be trained here and evaluated there. Three things differ:
+
+    * ``reset()`` always begins new games. SB3's goes on with the present one after a lost life.
+    * 0 to ``noop_max`` no-ops begin a game, not 1 to ``noop_max``, and other ones for the same seed.
+    * The last frame of a ``terminal_observation`` at the very end of a game may be an older one.
+
     ``get_attr``, ``set_attr`` and ``env_method`` reach the attributes and methods of
     :class:`~sb3_resnet.envs.game.AtariGame`, one per environment: ``spec``, ``action_space``, ``observation_space``
     (of one frame), ``render_mode``, ``unwrapped``, ``get_action_meanings()``, ``render()``. The emulator itself
