@@ -82,8 +82,8 @@ class _ColumnBuffer(ReplayBuffer):
             setattr(self, name, np.zeros((self.buffer_size, *array.shape[1:]), array.dtype))
         self._make_columns()
 
-    def _make_columns(self) -> None:
-        shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs)
+    def _make_columns(self, frame_channels: int = 1) -> None:
+        shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs, frame_channels)
         for name in self._column_names():
             setattr(self, name, Column(shared, self.buffer_size, self.n_envs))
         self.shared = shared
@@ -93,7 +93,7 @@ class _ColumnBuffer(ReplayBuffer):
 
     def reset(self) -> None:
         super().reset()
-        self._make_columns()
+        self._make_columns(self.shared.store.frame_channels)
 
     def to_torch(self, array: Any, copy: bool = True) -> Any:
         if isinstance(array, EncodedBatch):
@@ -112,20 +112,23 @@ class FrameNStepReplayBuffer(_ColumnBuffer, NStepReplayBuffer):
 _CLASSES: dict[type, type[_ColumnBuffer]] = {ReplayBuffer: FrameReplayBuffer, NStepReplayBuffer: FrameNStepReplayBuffer}
 
 
-def with_columns(buffer: Any) -> _ColumnBuffer:
+def with_columns(buffer: Any, frame_channels: int = 1) -> _ColumnBuffer:
     """
-    :param buffer: a buffer of SB3, possibly filled
+    :param buffer: a buffer of SB3 or of this module, possibly filled
+    :param frame_channels: channels of one frame, which are stored together; 3 for stacks of RGB frames that pass the
+        trunk one by one
     :return: the same content with columns; itself if it has them
     :raises ValueError: for other classes, which may read the arrays in ways of their own
     """
-    if isinstance(buffer, _ColumnBuffer):
+    cls = type(buffer) if isinstance(buffer, _ColumnBuffer) else _CLASSES.get(type(buffer))
+    if isinstance(buffer, _ColumnBuffer) and buffer.shared.store.frame_channels == frame_channels:
         return buffer
-    if type(buffer) not in _CLASSES:
+    if cls is None:
         known = ", ".join(cls.__name__ for cls in _CLASSES)
         raise ValueError(f"{type(buffer).__name__} cannot be cached, only {known} can: leave replay_buffer_class out")
-    new = object.__new__(_CLASSES[type(buffer)])
+    new = object.__new__(cls)
     new.__dict__.update(buffer.__dict__)
-    new._make_columns()
+    new._make_columns(frame_channels)
     filled = buffer.buffer_size if buffer.full else buffer.pos + int(buffer.optimize_memory_usage)
     start = buffer.pos + 1 if buffer.full and buffer.optimize_memory_usage else buffer.pos if buffer.full else 0
     for row in ((start + index) % buffer.buffer_size for index in range(filled)):

@@ -43,7 +43,7 @@ def test_cache_is_exact(boundary):
     extractor = model.policy.online.features_extractor
     cache = model.replay_buffer.shared.cache
     store = model.replay_buffer.shared.store
-    entry = cache.get(np.arange(2), store)
+    entry = cache.get(np.arange(2)[:, None], store)
     observations = store.pixels(np.arange(2))
     expected = 50 * entry[0].numel() * entry.element_size()
     assert sizes.cache_bytes(model, extractor, observations, 50) == expected

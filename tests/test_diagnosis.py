@@ -263,8 +263,8 @@ def test_the_buffers_memory_is_what_it_will_be_when_full(monkeypatch):
     assert buffer_bytes(model) == rows * 4 * plane
     model = trained(make_model(replay_buffer_class=FrameReplayBuffer))
     assert buffer_bytes(model) == rows * plane
-    start(model, FeatureCacheCallback("float32"))
-    assert buffer_bytes(model) == rows * (plane + 2 * 256)
+    start(model, FeatureCacheCallback())
+    assert buffer_bytes(model) == rows * (plane + 4 * 256)
     model.policy.set_freeze_boundary("layer4")
     assert buffer_bytes(model) == rows * plane  # how large entries are is not known before there are some
     monkeypatch.setattr(diagnosis, "_MEASURED", 20)

@@ -20,9 +20,10 @@ from sb3_resnet.cli.setups import Setup
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import Finding
 from sb3_resnet.diagnosis.setup_rules import frame_buffer_arguments, static_findings
-from sb3_resnet.nn.pooling import pooled_features
+from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.optim.groups import param_group_summary
 
+_COMPARED = 64  # observations on which precisions are compared
 _PLAYED = 200  # steps at random: enough to see how frames are stacked, and over in a second
 
 
@@ -88,6 +89,7 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
         report.memory = _memory(setup, extractor, played, available)
         report.findings += memory_findings(setup, dict(report.memory))
     report.shapes = _shapes(model, extractor, played)
+    report.model += _precision(model, extractor, played)
     cache = setup.callback(FeatureCacheCallback)
     speed = trial.measure(model, extractor, played, env_step, cache)
     if cache is not None and speed.cache_refusal is not None:
@@ -186,6 +188,16 @@ def _memory(setup: Setup, extractor: Any, played: Array, available: int | None) 
     return rows if available is None else [*rows, ("available", available)]
 
 
+def _precision(model: Any, extractor: Any, played: Array) -> list[tuple[str, str]]:
+    """The precision of the frozen stages, and by how much it blurs what distinguishes observations."""
+    if not extractor.encoder.can_gain:
+        return []
+    observations = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_COMPARED], device=model.device)
+    share = rounding_error(extractor.encoder, observations)
+    text = f"{extractor.frozen_dtype}, off by {share:.2%} of the spread over {len(observations)} observations"
+    return [("frozen stages", text)]
+
+
 def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[int, ...]]]:
     """A random batch, stage by stage."""
     size = trial.batch_size_of(model)
@@ -198,7 +210,7 @@ def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[
         for stage in extractor.stages:
             x = extractor.run_stages(x, [stage])
             rows.append((stage, tuple(x.shape)))
-        pooled = pooled_features(extractor.pooling, x).reshape(size, -1)
+        pooled = extractor.trunk.pool(x, size)
         rows.append((f"pooled ({extractor.pooling})", tuple(pooled.shape)))
         rows.append(("scores of actions", tuple(ScoreNetwork(model)(batch).shape)))
     return rows

@@ -10,7 +10,6 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.preprocessing import get_action_dim
 
 from sb3_resnet.cache.frames import Array, ObservationStore
-from sb3_resnet.nn.encoder import FrozenEncoder
 
 _NUMBER = 8  # bytes of the number by which a column, a stack or a plane is found
 _COUNT = 4  # bytes of a reference count
@@ -47,19 +46,19 @@ def frame_buffer_bytes(model: Any, buffer_size: int, played: Array) -> int:
     return int(_rows(model, buffer_size) * (planes * plane + stacks * stack + columns + _rest(model)))
 
 
-def cache_bytes(model: Any, extractor: Any, observations: Array, count: int, dtype: str = "auto") -> int | None:
+def cache_bytes(model: Any, extractor: Any, observations: Array, count: int) -> int | None:
     """
     :param model: the model of the extractor
     :param extractor: a ``ResNetExtractor``
     :param observations: some, ``(batch, C, H, W)``; the first is encoded
-    :param count: observations to keep entries of
-    :param dtype: as in ``FeatureCacheCallback``
-    :return: what the entries of so many observations take; ``None`` where no stage is frozen
+    :param count: observations to keep entries of; with ``adapter="per_frame"`` each brings one frame that is new
+    :return: what the entries of so many observations take; ``None`` where no stage of the trunk is frozen
     """
-    if not extractor.boundary.frozen_stages:
+    if not extractor.encoder.can_gain:
         return None
-    entry = FrozenEncoder(extractor.trunk, dtype)(th.as_tensor(observations[:1], device=model.device))
-    return count * entry.numel() * entry.element_size()
+    images = extractor.preprocessing.as_images(th.as_tensor(observations[:1], device=model.device))
+    entry = extractor.encoder(images[:1])
+    return int(count * entry.numel() * entry.element_size())
 
 
 def _rows(model: Any, buffer_size: int) -> int:

@@ -11,7 +11,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 
-_ENTRY_BYTES = 2  # of a cached feature
+_ENTRY_BYTES = 4  # of a cached feature
 _MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
 
 
@@ -106,7 +106,8 @@ def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
 
 def _entry_bytes(extractor: Any, cache: Any) -> float:
     if extractor.freeze_boundary is None:
-        return float(_ENTRY_BYTES * getattr(extractor.projection, "in_features", extractor.features_dim))
+        pooled = getattr(extractor.projection, "in_features", extractor.features_dim)
+        return float(_ENTRY_BYTES * pooled / extractor.preprocessing.n_frames)  # a transition has one frame that is new
     return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
 
 

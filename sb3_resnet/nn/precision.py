@@ -31,7 +31,7 @@ def resolve_dtype(name: str, device: th.device | str) -> th.dtype:
         return DTYPES[name]
     if th.device(device).type == "cuda":
         return th.bfloat16 if th.cuda.get_device_capability(device) >= (8, 0) else th.float16
-    return th.bfloat16 if _cpu_has_bfloat16() else th.float32
+    return th.bfloat16 if cpu_has_bfloat16() else th.float32
 
 
 class LossScaler:
@@ -190,7 +190,7 @@ def _nothing() -> None:
     """What a pickled one comes back as."""
 
 
-def _cpu_has_bfloat16() -> bool:
+def cpu_has_bfloat16() -> bool:
     """Emulated bfloat16 is several times slower than float32, so ask for the instructions and not for support."""
     supported = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
     return any(check() for check in supported if check is not None)

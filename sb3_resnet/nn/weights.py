@@ -101,9 +101,9 @@ def read_url(url: str) -> dict[str, th.Tensor]:
 
 def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str) -> None:
     """
-    Copy weights into the trunk; every key must match by name and shape, ``fc.*`` is ignored.
+    Copy weights into the trunk; every key must match by name and shape. ``fc.*`` and stages above the last are ignored.
 
-    :param resnet: a trunk without ``fc``
+    :param resnet: a trunk, with ``Identity`` in the place of what it lacks
     :param state: keys plain or under one common prefix such as ``module.``; keys outside of that prefix are ignored
     :param source: name of the file, for the errors
     :raises ValueError: with all that is missing, unexpected, of another shape, or not finite
@@ -111,7 +111,8 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str) ->
     wanted = resnet.state_dict()
     prefix = _prefix(state, wanted, source)
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    given = {key: value for key, value in given.items() if not key.startswith("fc.")}
+    absent = tuple(f"{name}." for name, child in resnet.named_children() if isinstance(child, nn.Identity))
+    given = {key: value for key, value in given.items() if not key.startswith(absent)}
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     unexpected = [key for key in given if key not in wanted]
