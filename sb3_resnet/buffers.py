@@ -104,8 +104,8 @@ class _ColumnBuffer(ReplayBuffer):
         resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())
         self.make_columns()
 
-    def make_columns(self) -> None:
-        shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs)
+    def make_columns(self, frame_channels: int = 1) -> None:
+        shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs, frame_channels)
         for name in self.column_names():
             setattr(self, name, Column(shared, self.buffer_size, self.n_envs))
         self.shared = shared
@@ -115,7 +115,7 @@ class _ColumnBuffer(ReplayBuffer):
 
     def reset(self) -> None:
         super().reset()
-        self.make_columns()
+        self.make_columns(self.shared.store.frame_channels)
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
         """As SB3's; refuses rewards that are NaN or infinite, which no gradient need show."""
@@ -140,21 +140,24 @@ class FrameNStepReplayBuffer(_ColumnBuffer, NStepReplayBuffer):
 _CLASSES: dict[type, type[_ColumnBuffer]] = {ReplayBuffer: FrameReplayBuffer, NStepReplayBuffer: FrameNStepReplayBuffer}
 
 
-def with_columns(buffer: Any) -> _ColumnBuffer:
+def with_columns(buffer: Any, frame_channels: int = 1) -> _ColumnBuffer:
     """
-    :param buffer: a buffer of SB3, possibly filled
+    :param buffer: a buffer of SB3 or of this module, possibly filled
+    :param frame_channels: channels of one frame, which are stored together; 3 for stacks of RGB frames that pass the
+        trunk one by one
     :return: the same content with columns; itself if it has them
     :raises ValueError: for other classes, which may read the arrays in ways of their own
     """
-    if isinstance(buffer, _ColumnBuffer):
+    cls = type(buffer) if isinstance(buffer, _ColumnBuffer) else _CLASSES.get(type(buffer))
+    if isinstance(buffer, _ColumnBuffer) and buffer.shared.store.frame_channels == frame_channels:
         return buffer
-    if type(buffer) not in _CLASSES:
+    if cls is None:
         known = ", ".join(cls.__name__ for cls in _CLASSES)
         raise ValueError(f"{type(buffer).__name__} cannot be cached, only {known} can: leave replay_buffer_class out")
-    new = object.__new__(_CLASSES[type(buffer)])
+    new = object.__new__(cls)
     new.__dict__.update(buffer.__dict__)
     vars(new).pop("sample", None)  # somebody watches the batches of the other buffer
-    new.make_columns()
+    new.make_columns(frame_channels)
     filled = buffer.buffer_size if buffer.full else buffer.pos + int(buffer.optimize_memory_usage)
     start = buffer.pos + 1 if buffer.full and buffer.optimize_memory_usage else buffer.pos if buffer.full else 0
     for row in ((start + index) % buffer.buffer_size for index in range(filled)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -17,14 +16,22 @@ from torch import nn
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn import weights as weight_files
 from sb3_resnet.nn.augment import read_augment
-from sb3_resnet.nn.freezing import FreezeBoundary
+from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
+from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
+from sb3_resnet.nn.frozen_dtype import FrozenDtype
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
-from sb3_resnet.nn.pooling import POOLINGS, pooled_dim
+from sb3_resnet.nn.pooling import POOLINGS, Pooling
 from sb3_resnet.nn.precision import MixedPrecision, autocast
-from sb3_resnet.nn.preprocessing import Preprocessing, check_size, information_keeping_adapter, statistics
+from sb3_resnet.nn.preprocessing import (
+    Preprocessing,
+    check_combination,
+    check_size,
+    information_keeping_adapter,
+    statistics,
+)
 from sb3_resnet.nn.trunk import Trunk
+from sb3_resnet.nn.weights import checkpoint_follows, read_into
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -51,8 +58,16 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
         begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
         multiple of three), features concatenated
+    :param last_stage: the highest stage of the trunk, ``"layer4"`` down to ``"stem"``: nothing above it is built. Lower
+        stages cost less, and their maps are larger
+    :param frozen_dtype: precision of the frozen stages, wherever they compute: ``"float32"``, ``"bfloat16"``,
+        ``"float16"``, or ``"auto"``, which takes what the hardware is fast in (bfloat16 where it has it, float16 on
+        older GPUs, else float32). It is decided once and saved with the model. Stages that train compute from their
+        float32 weights
     :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
-        row and column in -1..1 per channel (arXiv 1504.00702)
+        row and column in -1..1 per channel (arXiv 1504.00702); ``"grid"``: means over ``grid_size`` x ``grid_size``
+        parts of the map, of the same length for images of any size
+    :param grid_size: rows and columns of ``pooling="grid"``
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
@@ -74,6 +89,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
     input_mean: th.Tensor
     input_std: th.Tensor
 
+    #: Stages from the input up to the last; ``adapter`` only where there is one.
+    stages: tuple[str, ...]
+
     def __init__(
         self,
         observation_space: spaces.Box,
@@ -84,7 +102,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
         weights_prefix: str | None = None,
         freeze_backbone: bool = True,
         adapter: str = "conv1x1",
+        last_stage: str = "layer4",
+        frozen_dtype: str = "float32",
         pooling: str = "avg",
+        grid_size: int = 4,
         norm: str = "frozen",
         use_imagenet_norm: bool | None = None,
         input_mean: Sequence[float] | None = None,
@@ -96,13 +117,15 @@ class ResNetExtractor(BaseFeaturesExtractor):
         train_adapter: bool = False,
     ) -> None:
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
-        check_size(images.size, choice("pooling", pooling, POOLINGS))
+        pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
         if weights_prefix is not None and weights is None:
             raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
         has_weights = flag("pretrained", pretrained) or weights is not None
-        _check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
-        trunk = backbones.build(backbone, norm)
-        pooled = images.n_frames * pooled_dim(pooling, trunk.out_channels, backbones.map_size(*images.size))
+        check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
+        check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
+        trunk = backbones.build(backbone, norm, last_stage)
+        map_size = backbones.map_size(*images.size, last_stage)
+        pooled = images.n_frames * pool.dim(trunk.out_channels, map_size)
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
@@ -110,34 +133,40 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.precision: MixedPrecision | None = None
         #: Whether images are changed at random: those sampled for training, never those that are acted upon.
         self.augments = False
-        quiet = weight_files.checkpoint_follows()
+        quiet = checkpoint_follows()
         self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet)
         self.preprocessing = images
+        self.image_size, self.pooling = images.image_size, pooling
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
+        self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
         self.norm_name = norm
         self.trains_adapter = train_adapter
         mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std)
         self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
         self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
-        has_adapter = not images.per_frame and images.channels != 3
-        self.adapter = information_keeping_adapter(images.channels) if has_adapter else None
+        self.adapter = information_keeping_adapter(images.channels) if images.needs_adapter else None
         # In this order forward and backward pass of all stages took a sixth less time on a CPU.
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
-        if has_weights and not weight_files.checkpoint_follows():
-            weight_files.read_into(trunk, backbone, weights, weights_prefix)
-        stages = {name: self.stage_modules(name) for name in self.stages}
-        unfrozen = None if flag("freeze_backbone", freeze_backbone) else "all"
-        self.boundary = FreezeBoundary(stages, unfrozen, train_adapter, live_norm=norm in ("batch", "sync"))
-        #: The stages as functions. It shares this module's buffers, whose tensors ``to()`` replaces.
-        self.trunk = Trunk(stages, self.boundary, images, self._buffers, mean is not None, pooling)
-        if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
-            _warn_that_it_learns_little()
+        if has_weights and not checkpoint_follows():
+            read_into(trunk, backbone, weights, weights_prefix)
+        self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
+        refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
+        if freeze_backbone and not has_weights and not checkpoint_follows():
+            warn_that_it_learns_little()
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """Stages from the input up; ``adapter`` only where there is one."""
-        return backbones.STAGES if self.adapter is None else ("adapter", *backbones.STAGES)
+    def _join(self, last_stage: str, freezes: bool, frozen_dtype: FrozenDtype, pool: Pooling, normalizes: bool) -> None:
+        """Make functions of the modules: the stages, and those that are frozen."""
+        names = backbones.stages_up_to(last_stage)
+        self.stages = names if self.adapter is None else ("adapter", *names)
+        stages = {name: self.stage_modules(name) for name in self.stages}
+        follows_batch = self.norm_name in ("batch", "sync")
+        self.boundary = FreezeBoundary(stages, None if freezes else "all", self.trains_adapter, follows_batch)
+        self.frozen_precision = frozen_dtype
+        #: The stages as functions. It shares this module's buffers, whose tensors ``to()`` replaces.
+        self.trunk = Trunk(stages, self.boundary, self.preprocessing, self._buffers, normalizes, pool, frozen_dtype)
+        #: The frozen stages as one fast function; acting, training and the feature cache all use it.
+        self.encoder = FrozenEncoder(self.trunk)
 
     def stage_modules(self, stage: str) -> tuple[nn.Module, ...]:
         """:return: the modules of one stage in the order in which they run"""
@@ -162,14 +191,19 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.boundary.move(stage, at_update)
 
     @property
-    def image_size(self) -> tuple[int, int] | None:
-        """Height and width that images are resized to, or ``None``."""
-        return self.preprocessing.image_size
+    def frozen_dtype(self) -> str:
+        """Precision of the frozen stages: ``"float32"``, ``"bfloat16"`` or ``"float16"``."""
+        return self.frozen_precision.name
 
-    @property
-    def pooling(self) -> str:
-        """How the last map becomes a vector."""
-        return self.trunk.pooling
+    def set_frozen_dtype(self, name: str) -> None:
+        """
+        Convert the model: its frozen stages compute in another precision from here on. The weights stay float32.
+
+        :param name: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what this hardware is fast in
+        :raises ValueError: for another name
+        """
+        refuse_overridden(type(self), ResNetExtractor, name)
+        self.frozen_precision.convert(name)
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
@@ -178,11 +212,35 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :raises ValueError: if SB3 was told not to scale, and for NaN and infinity
         """
         self.preprocessing.check_scaled(observations)
+        if self._can_encode():
+            return self.live_part(self.encode(observations))
         x = self.preprocess(observations)
-        size = None if self.micro_batch_size is None else self.micro_batch_size * self.preprocessing.n_frames
-        with th.no_grad(), autocast(self.precision, x.device):
-            entries = in_slices(self.frozen_part, x, size)
+        if not self.trunk.frozen_stages:
+            return self.live_part(self.frozen_part(x))
+        with th.no_grad():
+            entries = in_slices(self.frozen_part, x, self._images_at_once)
         return self.live_part(entries)
+
+    def encode(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Run what is below the freeze boundary in :attr:`frozen_dtype`, without a gradient.
+
+        :param observations: as for ``forward``
+        :return: pooled features ``(batch, n)`` if all stages are frozen, else the map that the lowest trainable stage
+            takes, ``(batch, frames, c, h, w)``
+        """
+        self.encoder.refresh(by_value=True)
+        raw = self.preprocessing.to_raw(observations, self.augmentation if self.augments else None)
+        return self.trunk.per_observation(in_slices(self.encoder, raw, self._images_at_once))
+
+    def plain_features(self, observations: th.Tensor) -> th.Tensor:
+        """As ``forward`` with the plain float32 modules, so that gradients of the image cross frozen stages too."""
+        return self.live_part(self.frozen_part(self.preprocess(observations)))
+
+    def _can_encode(self) -> bool:
+        """Not where a graph is recorded, a hook wants to see a frozen module, or a subclass has it its own way."""
+        recorded = th.compiler.is_compiling() or th.jit.is_tracing()  # type: ignore[no-untyped-call,attr-defined]  # PyTorch
+        return self.encoder.can_replace_modules and not recorded and not overridden(type(self), ResNetExtractor)
 
     def scale_raw(self, observations: th.Tensor) -> th.Tensor:
         """:return: raw observations of the space as SB3 hands them to ``forward``: uint8 images divided by 255"""
@@ -194,17 +252,16 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
         """
-        Run what is below the freeze boundary, without a gradient.
+        Run what is below the freeze boundary with the plain float32 modules; differentiable.
 
         :param x: preprocessed images
-        :return: pooled features ``(batch, n)`` if all stages are frozen, else the map that the lowest trainable stage
-            takes, ``(batch, frames, c, h, w)``
+        :return: as :meth:`encode`, up to its precision
         """
-        with th.no_grad():
-            return self.trunk.entries_of(self.run_stages(x, self.boundary.frozen_stages))
+        x = self.run_stages(x, self.trunk.frozen_stages)
+        return self.trunk.per_observation(x if self.trunk.live_stages else self.trunk.pooling(x))
 
     def live_part(self, entries: th.Tensor) -> th.Tensor:
-        """Run the rest: ``frozen_part``'s result to features ``(batch, features_dim)``."""
+        """Run the rest: :meth:`encode`'s result to features ``(batch, features_dim)``."""
         if self.trunk.live_stages:
             with autocast(self.precision, entries.device):
                 entries = in_slices(self.live_trunk, entries, self.micro_batch_size)
@@ -245,18 +302,3 @@ class ResNetExtractor(BaseFeaturesExtractor):
 def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
     """:return: the online and the target network's; PPO's may be shared or two"""
     return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]
-
-
-def _check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
-    if norm == "group" and has_weights:
-        raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
-    if train_adapter and (images.per_frame or images.channels == 3):
-        raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
-
-
-def _warn_that_it_learns_little() -> None:
-    warnings.warn(
-        "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
-        "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
-        stacklevel=3,
-    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
-from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
 from sb3_resnet.common.nonfinite import install_gradient_check
@@ -34,16 +34,6 @@ _EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
 
 
-class Encoding(Protocol):
-    """What a policy asks for the frozen stages' part of acting, while a FeatureCacheCallback is at work."""
-
-    def encode(self, observations: th.Tensor) -> EncodedBatch | None:
-        """
-        :param observations: raw, one per environment, ``(n_envs, C, H, W)``
-        :return: what the frozen stages make of them; ``None``: the network computes them itself
-        """
-
-
 class WrongPolicyError(TypeError, AttributeError):
     """A policy that the algorithm cannot train; an ``AttributeError``, so that ``hasattr`` says no."""
 
@@ -60,7 +50,7 @@ class ResNetPolicyMixin:
     :param feature_norm: how features are normalised before the head: ``"standardize"``, ``"layer"`` or ``"none"``
     :param lr_head: the head's learning rate at the start; ``None``: SB3's ``learning_rate``
     :param lr_backbone: the backbone's and adapter's at the start; ``None``: a tenth of the head's
-    :param lr_decay_per_stage: each stage below ``layer4`` learns by this factor more slowly than the one above it
+    :param lr_decay_per_stage: each stage below the last learns by this factor more slowly than the one above it
     :param weight_decay: of weights; norm layers and biases do not decay
     :param optimizer_class: a torch optimizer, or its name: AdamW, Adam, SGD, RMSprop
     :param activation_fn: activation of the head, or its name in ``torch.nn``
@@ -156,6 +146,16 @@ class ResNetPolicyMixin:
         """
         for network in (self.online, self.target):
             network.features_extractor.set_freeze_boundary(stage, at_update)
+
+    def set_frozen_dtype(self, name: str) -> None:
+        """
+        Convert the model: from here on its frozen stages compute in another precision, also after saving and loading.
+
+        :param name: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what this hardware is fast in
+        :raises ValueError: for another name
+        """
+        for network in (self.online, self.target):
+            network.features_extractor.set_frozen_dtype(name)
 
     def set_training_mode(self, mode: bool) -> None:
         """
@@ -267,7 +267,7 @@ class ResNetNetworkMixin:
     def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
         """Features of pixels, or of what the frozen prefix has already made of them."""
         if isinstance(obs, EncodedBatch):
-            features: th.Tensor = features_extractor.live_part(obs.features)
+            features: th.Tensor = features_extractor.live_part(obs.entries)
             return features
         features = super().extract_features(obs, features_extractor)  # type: ignore[misc]  # of SB3's policy
         return features

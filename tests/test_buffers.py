@@ -17,8 +17,8 @@ from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer, with_c
 from sb3_resnet.cache.acting import CachedEncoding
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
+from sb3_resnet.cache.table import EntryTable
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.encoder import FrozenEncoder
 from tests.helpers import TinyGame
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
@@ -37,19 +37,25 @@ KINDS = {
 class Player:
     """Adds the same transitions to several buffers: stacks of frames, episodes that end or are truncated."""
 
-    def __init__(self, n_envs, seed):
+    def __init__(self, n_envs, seed, channels=4, frame_channels=1, copies=False):
         self.rng = np.random.default_rng(seed)
         self.n_envs = n_envs
+        self.channels, self.frame_channels, self.copies = channels, frame_channels, copies
         self.obs = np.stack([self.first() for _ in range(n_envs)])
 
-    def frame(self):
-        return self.rng.integers(0, 256, (1, 32, 32), dtype=np.uint8)
+    def frame(self, event="step"):
+        frame = self.rng.integers(0, 256, (self.frame_channels, 32, 32), dtype=np.uint8)
+        return np.zeros_like(frame) if event == "empty" else frame
 
     def first(self):
-        return np.concatenate([np.zeros((3, 32, 32), np.uint8), self.frame()])
+        frame, count = self.frame(), self.channels // self.frame_channels
+        before = frame if self.copies else np.zeros_like(frame)
+        return np.concatenate([before] * (count - 1) + [frame])
 
     def step(self, event, buffers):
-        following = np.stack([np.concatenate([stack[1:], self.frame()]) for stack in self.obs])
+        newest = self.frame_channels
+        frames = [stack[-newest:] if event == "still" else self.frame(event) for stack in self.obs]
+        following = np.stack([np.concatenate([s[newest:], f]) for s, f in zip(self.obs, frames, strict=True)])
         done = np.full(self.n_envs, event in ("done", "truncated"))
         infos = [{"TimeLimit.truncated": event == "truncated"}] * self.n_envs
         action, reward = self.rng.integers(0, 3, (self.n_envs, 1)), self.rng.normal(size=self.n_envs)
@@ -112,7 +118,7 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
     stock, ours, options = KINDS[kind]
     buffers = [cls(9 * n_envs, SPACE, ACTIONS, "cpu", n_envs=n_envs, **options) for cls in (stock, ours)]
     extractor.set_freeze_boundary(None)
-    encoder = FrozenEncoder(extractor.trunk, "float32")
+    encoder = extractor.encoder
     boundaries = iter(["layer4", "layer2", "adapter", None] * 10)
 
     def encode(pixels):
@@ -132,16 +138,94 @@ def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_mak
             assert buffers[1].shared.cache is None
             buffers[1].shared.encode_with(EntryCache(encoder, "cpu", limit))
         elif operation == "act":
-            CachedEncoding(encoder, buffers[1].shared).encode(th.as_tensor(player.obs))
+            CachedEncoding(buffers[1].shared).encode(th.as_tensor(player.obs))
         else:
             player.step(operation, buffers)
         same_batch(*buffers, seed, encode)
 
 
+FRAMES = {  # channels, channels of a frame, options
+    "grey": (4, 1, {}),
+    "grey, ImageNet statistics": (3 + 1, 1, {"use_imagenet_norm": True}),
+    "RGB": (6, 3, {}),
+    "one grey frame": (1, 1, {}),
+    "one RGB frame": (3, 3, {}),
+    "up to layer2": (4, 1, {"last_stage": "layer2", "pooling": "spatial_softmax"}),
+}
+FRAME_OPERATIONS = st.lists(
+    st.sampled_from(["step"] * 6 + ["still", "empty", "done", "truncated", "boundary", "weights", "save", "act"]),
+    min_size=3,
+    max_size=25,
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("frames", FRAMES)
+@settings(max_examples=6, deadline=None)
+@given(
+    operations=FRAME_OPERATIONS,
+    n_envs=st.integers(1, 2),
+    seed=st.integers(0, 99),
+    limit=st.sampled_from([None, 2500]),
+    copies=st.booleans(),
+)
+def test_invariant_10_holds_frame_by_frame(frames, kind, operations, n_envs, seed, limit, copies):
+    stock, ours, buffer_options = KINDS[kind]
+    channels, frame_channels, options = FRAMES[frames]
+    space = spaces.Box(0, 255, (channels, 32, 32), np.uint8)
+    options = {"pooling": "grid", "grid_size": 2, **options, "adapter": "per_frame", "backbone": "resnet_mini"}
+    extractor = ResNetExtractor(space, **options)
+    buffers = [cls(9 * n_envs, space, ACTIONS, "cpu", n_envs=n_envs, **buffer_options) for cls in (stock, ours)]
+    wanted = frame_channels if extractor.preprocessing.per_frame else 1
+    buffers[1] = with_columns(buffers[1], wanted)
+    boundaries = iter([*reversed(extractor.stages[1:]), None] * 10)
+
+    def encode(pixels):
+        with th.no_grad():
+            return extractor.frozen_part(extractor.preprocess(extractor.scale_raw(pixels)))
+
+    buffers[1].shared.encode_with(EntryCache(extractor.encoder, "cpu", limit, 4))
+    player = Player(n_envs, seed, channels, frame_channels, copies)
+    player.step("step", buffers)
+    for operation in operations:
+        if operation == "boundary":
+            extractor.set_freeze_boundary(next(boundaries))
+        elif operation == "weights":
+            with th.no_grad():
+                extractor.backbone.conv1.weight.mul_(-1.0)
+        elif operation == "save":
+            buffers[1] = pickle.loads(pickle.dumps(buffers[1]))
+            buffers[1].shared.encode_with(EntryCache(extractor.encoder, "cpu", limit, 4))
+        elif operation == "act":
+            encoded = CachedEncoding(buffers[1].shared).encode(th.as_tensor(player.obs))
+            if encoded is not None:
+                assert th.allclose(encoded.features, encode(th.as_tensor(player.obs)), rtol=1e-4, atol=1e-5)
+        else:
+            player.step(operation, buffers)
+        same_batch(*buffers, seed, encode)
+
+
+def test_a_buffer_of_planes_becomes_one_of_rgb_frames():
+    space = spaces.Box(0, 255, (6, 32, 32), np.uint8)
+    plain, planes = ReplayBuffer(10, space, ACTIONS, "cpu"), FrameReplayBuffer(10, space, ACTIONS, "cpu")
+    player = Player(1, 0, 6, 3)
+    for _ in range(14):
+        player.step("step", [plain, planes])
+    extractor = ResNetExtractor(space, backbone="resnet_mini", adapter="per_frame")
+    with pytest.raises(ValueError, match=r"frames of 1 channels.*sees frames of 3: convert it with .*with_columns"):
+        planes.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
+    frames = with_columns(planes, 3)
+    same_batch(plain, frames, 0)
+    assert frames.shared.store.n_planes <= planes.shared.store.n_planes
+    frames.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
+    same_batch(plain, frames, 0, lambda pixels: extractor.encode(extractor.scale_raw(pixels)))
+
+
 def test_each_observation_is_encoded_once(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
+    cache = EntryCache(extractor.encoder, "cpu")
+    cache.encoder.images = 0
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for event in ["step"] * 9 + ["done"] + ["step"] * 10:
@@ -160,7 +244,8 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
     player = Player(1, 0)
     for event in ["step"] * 5:
         player.step(event, [buffer])  # stored before the cache was there
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
+    cache = EntryCache(extractor.encoder, "cpu")
+    cache.encoder.images = 0
     buffer.shared.encode_with(cache)
     for event in ["step"] * 20:
         player.step(event, [buffer])
@@ -168,8 +253,7 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
     features = buffer.observations[first, none].features
     assert cache.encoder.images == len(cache) == 16
     assert (cache.hits, cache.misses) == (0, 1)
-    newest = buffer.next_observations.obs_ids[10:25, 0].tolist()
-    assert all(obs_id in cache for obs_id in newest)
+    assert cache.has(buffer.next_observations.obs_ids[10:25, 0]).all()
     assert th.equal(buffer.observations[first, none].features, features)
     extractor.set_freeze_boundary("layer4")
     buffer.observations[first, none]
@@ -179,25 +263,27 @@ def test_what_exploration_left_is_encoded_along_with_a_missing_observation(extra
 def test_with_a_limit_none_is_pushed_out_by_what_nobody_asked_for(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", 3 * 256 * 4)
+    cache = EntryCache(extractor.encoder, "cpu", 3 * 256 * 4)
+    cache.encoder.images = 0
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for event in ["step"] * 10:
         player.step(event, [buffer])
     for row in (0, 1, 2):
         buffer.observations[np.full(1, row), np.zeros(1, int)]
-        assert buffer.observations.obs_ids[0, 0] in cache
+        assert cache.has(buffer.observations.obs_ids[:1, 0]).all()
     assert len(cache) == 3
 
 
 def test_what_was_acted_upon_is_not_encoded_again(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu", n_envs=2)
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu")
+    cache = EntryCache(extractor.encoder, "cpu")
+    cache.encoder.images = 0
     buffer.shared.encode_with(cache)
     player = Player(2, 0)
     for event in ["step"] * 4 + ["done"] + ["step"] * 5:
-        CachedEncoding(cache.encoder, buffer.shared).encode(th.as_tensor(player.obs))
+        CachedEncoding(buffer.shared).encode(th.as_tensor(player.obs))
         player.step(event, [buffer])
     assert cache.encoder.images == len(cache) == 20
     for seed in range(20):
@@ -210,17 +296,18 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
     extractor.set_freeze_boundary(None)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
     entry = 256 * 4
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", max_bytes=5 * entry + 10)
+    cache = EntryCache(extractor.encoder, "cpu", max_bytes=5 * entry + 10)
+    cache.encoder.images = 0
     buffer.shared.encode_with(cache)
     player = Player(1, 0)
     for _ in range(12):
-        CachedEncoding(cache.encoder, buffer.shared).encode(th.as_tensor(player.obs))
+        CachedEncoding(buffer.shared).encode(th.as_tensor(player.obs))
         player.step("step", [buffer])
         assert cache.nbytes <= 5 * entry + 10
     assert len(cache) == 5
-    assert [int(buffer.observations.obs_ids[row, 0]) in cache for row in range(12)] == [False] * 7 + [True] * 5
+    assert cache.has(buffer.observations.obs_ids[:12, 0]).tolist() == [False] * 7 + [True] * 5
     tiny = EntryCache(cache.encoder, "cpu", max_bytes=10)
-    assert tiny.get(buffer.observations.obs_ids[:3, 0], buffer.shared.store).shape == (3, 256)
+    assert tiny.get(buffer.observations.obs_ids[:3], buffer.shared.store).shape == (3, 256)
     assert len(tiny) == 0
 
 
@@ -228,14 +315,14 @@ def test_a_limit_of_bytes_keeps_the_newest(extractor):
 def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, monkeypatch, error):
     extractor.set_freeze_boundary(None)
     plain, buffer = ReplayBuffer(40, SPACE, ACTIONS, "cpu"), FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
     player = Player(1, 0)
     player.step("step", [plain, buffer])
 
     def fail(*args):
         raise error
 
-    monkeypatch.setattr(EntryCache, "_grow", fail)
+    monkeypatch.setattr(EntryTable, "_grow", fail)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for seed in range(3):
@@ -247,9 +334,9 @@ def test_without_memory_there_is_no_cache_one_warning_and_no_loss(extractor, mon
 
 def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch):
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
     Player(1, 0).step("step", [buffer])
-    monkeypatch.setattr(EntryCache, "_encode", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+    monkeypatch.setattr(EntryCache, "encode", lambda *args: (_ for _ in ()).throw(RuntimeError("shapes differ")))
     with pytest.raises(RuntimeError, match="shapes differ"):
         buffer.sample(4)
 
@@ -257,7 +344,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(extractor, monkeypatch)
 def test_vecnormalize_of_rewards_alone_is_fine(extractor):
     env = VecNormalize(make_vec_env(TinyGame), norm_obs=False)
     buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
-    buffer.shared.encode_with(EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu"))
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
     Player(1, 0).step("step", [buffer])
     assert isinstance(buffer.sample(4, env=env).observations, EncodedBatch)
 
@@ -294,16 +381,6 @@ def test_a_saved_buffer_holds_what_was_written_and_no_more():
     obs_ids = buffer.observations.obs_ids[:20, 0]
     assert np.array_equal(store.pixels(obs_ids), buffer.shared.store.pixels(obs_ids))
     store.refer(store.add(0, player.first())[0])  # and it can be written again
-
-
-@pytest.mark.parametrize("megabytes", [1, 63, 100])
-def test_a_limit_of_bytes_is_used_up(extractor, megabytes):
-    extractor.set_freeze_boundary(None)
-    cache = EntryCache(FrozenEncoder(extractor.trunk, "float32"), "cpu", max_bytes=megabytes * 2**20)
-    entry = th.zeros(256)
-    for obs_id in range(megabytes * 1024 + 100):
-        cache.put(obs_id, entry)
-    assert 0.95 * megabytes * 2**20 < cache.nbytes <= megabytes * 2**20
 
 
 def test_a_column_reads_like_an_array():

@@ -237,7 +237,7 @@ def test_stop_ends_training_at_the_first_finding():
 def test_training_is_the_same_with_a_doctor():
     def train(*callbacks):
         model = trained(make_model(policy_kwargs={"dropout": 0.2}, learning_rate=1e-3))
-        model.learn(60, callback=[FeatureCacheCallback("bfloat16"), *callbacks])
+        model.learn(60, callback=[FeatureCacheCallback(), *callbacks])
         return snapshot(model.policy), np.random.get_state()[1].tolist(), th.get_rng_state().tolist()
 
     (plain, *randomness), (watched_, *expected) = train(), train(DoctorCallback(every=3, verbose=0))

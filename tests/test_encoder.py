@@ -1,17 +1,18 @@
 """The fast encoder computes what the plain frozen part computes."""
 
 import copy
-import warnings
+import pickle
 
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.utils import polyak_update
 
 from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.common import host
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn import encoder as encoder_module
-from sb3_resnet.nn.encoder import FrozenEncoder, fingerprint
+from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.nn.precision import resolve_dtype
 from tests import helpers  # noqa: F401  # registers resnet_tiny
 
@@ -51,170 +52,136 @@ def images(extractor, n=6):
     return th.as_tensor(values.astype(space.dtype))
 
 
-def features(encoder, observations):
-    entries = encoder(observations)  # may choose the centre, so before it is asked for
-    return EncodedBatch(entries, encoder.centre).features
+def encode(extractor, observations):
+    return extractor.encode(extractor.scale_raw(observations))
 
 
+@th.no_grad()
 def plain(extractor, observations):
     return extractor.frozen_part(extractor.preprocess(extractor.scale_raw(observations)))
 
 
-@pytest.mark.parametrize("boundary", [None, "layer4", "layer2", "stem"])
+@pytest.mark.parametrize("boundary", [None, "layer4", "layer2"])
 @pytest.mark.parametrize("case", CASES)
 def test_float32_equals_the_plain_module(case, boundary):
     extractor = make(*CASES[case])
     extractor.set_freeze_boundary(boundary)
     observations = images(extractor)
-    encoded = FrozenEncoder(extractor.trunk, "float32")(observations)
-    expected = plain(extractor, observations)
+    encoded, expected = encode(extractor, observations), plain(extractor, observations)
     assert encoded.dtype == th.float32
     assert encoded.shape == expected.shape
     assert th.allclose(encoded, expected, rtol=1e-3, atol=1e-4)
-    with th.no_grad():
-        assert th.allclose(
-            extractor.live_part(encoded), extractor(extractor.scale_raw(observations)), rtol=1e-3, atol=1e-4
-        )
+    features = extractor(extractor.scale_raw(observations))
+    assert th.allclose(features, extractor.plain_features(extractor.scale_raw(observations)), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "resnext50_32x4d"])
 def test_real_trunks(backbone):
     extractor = make((4, 32, 32), UINT8, {"backbone": backbone})
     observations = images(extractor, 2)
-    assert th.allclose(
-        FrozenEncoder(extractor.trunk, "float32")(observations), plain(extractor, observations), rtol=1e-3, atol=1e-4
-    )
+    assert th.allclose(encode(extractor, observations), plain(extractor, observations), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.1), ("float16", 0.02)])
-def test_reduced_precision_is_small_against_the_spread_over_observations(dtype, limit):
-    extractor = make((4, 32, 32), UINT8, {})
-    observations = images(extractor, 32)
-    encoder = FrozenEncoder(extractor.trunk, dtype)
-    encoded, expected = encoder(observations), plain(extractor, observations)
-    assert encoded.dtype == th.float16
-    assert encoder.dtype == getattr(th, dtype)
-    got = EncodedBatch(encoded, encoder.centre).features
-    assert (got - expected).square().mean().sqrt() < limit * expected.std(dim=0).square().mean().sqrt()
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("boundary", [None, "layer4", "layer1"])
 @pytest.mark.parametrize(
     "case",
     [
+        pytest.param(((4, 32, 32), UINT8, {}), id="four frames"),
         pytest.param(((3, 20, 20), UINT8, {"image_size": 36, "use_imagenet_norm": True}), id="resized"),
         pytest.param(((4, 32, 32), UINT8, {"adapter": "per_frame", "use_imagenet_norm": True}), id="frame by frame"),
         pytest.param(((1, 32, 32), UINT8, {"use_imagenet_norm": True}), id="one grey channel"),
+        pytest.param(((4, 32, 32), UINT8, {"norm": "group"}), id="GroupNorm"),
     ],
 )
-def test_reduced_precision_where_the_input_is_normalised_by_itself(case, boundary, dtype):
-    extractor = make(*case)
+def test_reduced_precision_is_small_against_the_spread_over_observations(case, boundary, dtype, limit):
+    extractor = make(case[0], case[1], {**case[2], "frozen_dtype": dtype})
     extractor.set_freeze_boundary(boundary)
-    encoder, observations = FrozenEncoder(extractor.trunk, dtype), images(extractor, 16)
-    expected = plain(extractor, observations)
-    assert (features(encoder, observations) - expected).square().mean().sqrt() < 0.05 * expected.std()
-
-
-@pytest.fixture
-def few_checked(monkeypatch):
-    monkeypatch.setattr(encoder_module, "_CHECKED", 32)
-
-
-def error(encoder, observations):
-    """Of the entries, relative to the distance of the typical observation from the median one."""
-    expected = encoder._plain(observations).flatten(1)
-    spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
-    return (features(encoder, observations).flatten(1) - expected).square().mean().sqrt() / spread
-
-
-def scale_last_block(stage, factor):
-    for norm in (stage[-1].bn2, *([stage[0].downsample[1]] if stage[0].downsample else [])):
-        with th.no_grad():
-            norm.weight.mul_(factor)
-            norm.bias.mul_(factor)
-
-
-def test_too_low_a_precision_ends_in_float32_with_a_warning(few_checked, monkeypatch):
-    monkeypatch.setattr(encoder_module, "MAX_ERROR", 0.008)  # bfloat16 errs by more, float16 entries by much less
-    extractor = make((4, 32, 32), UINT8, {})
     observations = images(extractor, 32)
-    encoder = FrozenEncoder(extractor.trunk, "bfloat16")
-    assert encoder(observations[:10]).dtype == th.float16  # too few to judge
-    version = encoder.version
-    with pytest.warns(UserWarning, match=r"Encoding in bfloat16 errs by .* of the spread .* going on in float32"):
-        encoded = encoder(observations[10:])
-    assert encoder.version > version
-    assert encoder.dtype == th.float32
-    assert encoded.dtype == th.float16
-    assert error(encoder, observations[10:]) < 0.001
+    encoded, expected = encode(extractor, observations), plain(extractor, observations)
+    assert encoded.dtype == (th.float32 if boundary is None else getattr(th, dtype))
+    error = (encoded - expected).square().mean().sqrt()
+    assert 0 < error < limit * expected.std(dim=0).square().mean().sqrt()
+    assert 0 < rounding_error(extractor.encoder, observations) < limit
 
 
-@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16"])
-@pytest.mark.parametrize("factor", [1e-8, 1e6])
-def test_entries_that_float16_cannot_hold_end_in_float32(few_checked, dtype, factor):
-    extractor = make((4, 32, 32), UINT8, {})
-    scale_last_block(extractor.backbone.layer4, factor)
-    encoder, observations = FrozenEncoder(extractor.trunk, dtype), images(extractor, 32)
-    with pytest.warns(UserWarning, match="Keeping entries in float16 errs by .* keeping them in float32"):
-        encoder(observations)
-    assert encoder.entry_dtype == th.float32
-    assert error(encoder, observations) < 1e-3
-
-
-def test_entries_of_two_bytes_are_rounded_relative_to_what_distinguishes_observations(few_checked):
-    extractor = make((4, 32, 32), UINT8, {})
-    observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
-    observations[:, :, 8:16, 3] += th.arange(32, dtype=th.uint8)[:, None, None]
-    encoder = FrozenEncoder(extractor.trunk, "auto")
-    expected = plain(extractor, observations)
-    spread = (expected - expected.median(dim=0).values).square().mean(dim=1).sqrt().median()
-    assert (expected.half().float() - expected).square().mean().sqrt() > 0.005 * spread, "else this proves nothing"
-    assert error(encoder, observations) < 0.001
-    assert encoder(observations).dtype == th.float16
-
-
-def test_the_typical_observation_decides_and_not_odd_ones(few_checked):
-    extractor = make((4, 32, 32), UINT8, {})
+def test_the_rounding_error_is_that_of_the_typical_observation():
+    extractor = make((4, 32, 32), UINT8, {"frozen_dtype": "bfloat16"})
     observations = th.full((32, 4, 32, 32), 100, dtype=th.uint8)
     observations[:, :, 3, 3] += th.arange(32, dtype=th.uint8)[:, None]  # hardly anything distinguishes them,
+    alike = rounding_error(extractor.encoder, observations)
     observations[:4] = images(extractor, 4)  # but for a few
-    encoder = FrozenEncoder(extractor.trunk, "bfloat16")
-    with pytest.warns(UserWarning, match="bfloat16 errs"):
-        encoder(observations)
-    assert error(encoder, observations[4:]) < encoder_module.MAX_ERROR
+    assert rounding_error(extractor.encoder, observations) > 0.3 * alike
+    extractor.set_frozen_dtype("float32")
+    assert rounding_error(extractor.encoder, observations) < 1e-3
 
 
-def test_repeated_observations_judge_nothing(few_checked):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("boundary", [None, "layer3"])
+def test_an_image_alone_is_encoded_as_in_a_batch_up_to_the_order_of_sums(dtype, boundary):
+    extractor = make((4, 48, 48), UINT8, {"frozen_dtype": dtype, "adapter": "per_frame"})
+    extractor.set_freeze_boundary(boundary)
+    observations = images(extractor, 8)
+    together = encode(extractor, observations).float()
+    alone = th.cat([encode(extractor, one[None]) for one in observations]).float()
+    limit = 1e-5 if dtype == "float32" else 0.01
+    assert (alone - together).abs().max() <= limit * together.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_without_instructions_the_same_is_computed_with_one_warning(monkeypatch, dtype):
+    extractor = make((4, 32, 32), UINT8, {"frozen_dtype": dtype})
+    observations = images(extractor, 8)
+    expected = encode(extractor, observations)
+    other = copy.deepcopy(extractor)
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: False)
+    with pytest.warns(UserWarning, match=f"no instructions for {dtype}.*set_frozen_dtype") as caught:
+        got = [encode(other, observations) for _ in range(3)][-1]
+    assert len(caught) == 1
+    error = (got - expected).square().mean().sqrt()
+    assert error < 0.3 * (expected - plain(extractor, observations)).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("boundary", [None, "layer4"])
+def test_what_float16_cannot_hold_is_refused_with_a_way_out(boundary):
+    extractor = make((4, 32, 32), UINT8, {"frozen_dtype": "float16"})
+    extractor.set_freeze_boundary(boundary)
+    observations = images(extractor)
+    assert encode(extractor, observations).isfinite().all()
+    with th.no_grad():
+        extractor.backbone.layer3[0].bn2.weight.mul_(1e6)
+    with pytest.raises(ValueError, match=r"exceed 65504.*frozen_dtype='bfloat16'.*set_frozen_dtype"):
+        encode(extractor, observations)
+    extractor.set_frozen_dtype("bfloat16")
+    assert encode(extractor, observations).isfinite().all()
+
+
+def test_hooks_of_frozen_modules_are_called():
     extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor.trunk, "float16")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(3):
-            encoder(images(extractor, 1).expand(40, -1, -1, -1))
-        encoder(images(extractor, 40))
-    assert encoder.dtype == th.float16
+    observations, seen = images(extractor), []
+    expected = extractor(extractor.scale_raw(observations))
+    handle = extractor.backbone.layer2.register_forward_hook(lambda module, given, out: seen.append(out.shape))
+    assert th.allclose(extractor(extractor.scale_raw(observations)), expected, rtol=1e-3, atol=1e-4)
+    handle.remove()
+    extractor(extractor.scale_raw(observations))
+    assert seen == [(6, 64, 4, 4)]
 
 
-def test_another_boundary_and_other_weights_are_judged_too(few_checked):
-    extractor = make((4, 32, 32), UINT8, {})
-    observations = images(extractor, 40)
-    encoder = FrozenEncoder(extractor.trunk, "float16")
-    encoder(observations[:10])
-    extractor.set_freeze_boundary("layer4")  # before the first judgement
-    assert encoder.refresh()
-    encoder(observations[10:])
-    scale_last_block(extractor.backbone.layer3, 1e6)
-    assert encoder.refresh()
-    with pytest.warns(UserWarning, match="keeping them in float32"):
-        encoder(observations[:1])
-    assert error(encoder, observations) < 1e-3
+def test_gradients_of_the_image_cross_frozen_stages_in_plain_features_and_reach_it_where_none_is_frozen():
+    extractor = make((4, 32, 32), UINT8, {"frozen_dtype": "bfloat16"})
+    observations = extractor.scale_raw(images(extractor)).requires_grad_()
+    extractor.plain_features(observations).sum().backward()
+    assert observations.grad.abs().sum() > 0
+    observations.grad = None
+    extractor.set_freeze_boundary("all")
+    extractor(observations).sum().backward()
+    assert observations.grad.abs().sum() > 0
 
 
 def test_it_draws_no_random_numbers():
     extractor = make((4, 32, 32), UINT8, {})
     state = th.random.get_rng_state()
-    FrozenEncoder(extractor.trunk)(images(extractor))
+    encode(extractor, images(extractor))
     assert th.equal(th.random.get_rng_state(), state)
 
 
@@ -224,58 +191,91 @@ def test_a_trunk_in_training_mode_is_encoded_as_frozen():
     expected = plain(extractor, observations)
     for module in extractor.backbone.modules():
         module.training = True  # as a host's own walk over the modules leaves it
-    assert th.allclose(FrozenEncoder(extractor.trunk, "float32")(observations), expected, rtol=1e-3, atol=1e-4)
+    assert th.allclose(encode(extractor, observations), expected, rtol=1e-3, atol=1e-4)
 
 
 def test_weights_written_without_a_trace_are_found_by_value():
     extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor.trunk)
-    assert encoder.holds()
-    extractor.backbone.layer1[0].conv1.weight.data.mul_(-1.0)
-    assert not encoder.refresh()  # PyTorch counts no such change
-    assert not encoder.holds()
+    observations = images(extractor)
+    encode(extractor, observations)
+    for tensor in (extractor.backbone.layer1[0].conv1.weight, extractor.backbone.bn1.running_mean):
+        tensor.data.mul_(-1.0)  # as SB3's polyak_update writes
+        assert not extractor.encoder.refresh()  # PyTorch counts no such change
+        assert th.allclose(encode(extractor, observations), plain(extractor, observations), rtol=1e-3, atol=1e-4)
 
 
-def test_entries_are_shared_only_below_equal_weights():
-    extractor, twin = make((4, 32, 32), UINT8, {}), make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor.trunk, shared_by=[twin.trunk])
-    with th.no_grad():
-        extractor.backbone.layer4[0].conv1.weight.mul_(2.0)
-    with pytest.raises(ValueError, match="Online and target network differ below the freeze boundary"):
-        encoder.refresh()
-    for each in (extractor, twin):
-        each.set_freeze_boundary("layer4")
-    assert encoder.refresh()
+def test_a_target_network_that_is_rounded_anew_at_each_update_stays_encoded():
+    extractor = make((4, 32, 32), UINT8, {})
+    online = [tensor.detach().clone() for tensor in extractor.parameters()]
+    encode(extractor, images(extractor))
+    version = extractor.encoder.version
+    for _ in range(50):
+        polyak_update(online, extractor.parameters(), 0.01)
+        encode(extractor, images(extractor))
+    assert extractor.encoder.version == version
 
 
-def test_the_fingerprint_notices_what_the_entries_depend_on_and_nothing_else():
+def test_it_is_built_anew_for_what_the_entries_depend_on_and_nothing_else():
     extractor = make((4, 32, 32), UINT8, {"features_dim": 5})
     extractor.set_freeze_boundary("layer4")
-    before = fingerprint(extractor.trunk)
+    observations = images(extractor)
+    encode(extractor, observations)
     with th.no_grad():
         extractor.projection.weight.mul_(2.0)
         extractor.backbone.layer4[0].conv1.weight.mul_(2.0)
-    assert fingerprint(extractor.trunk) == before
+    assert not extractor.encoder.refresh()
     for change in (
         lambda: extractor.load_state_dict(extractor.state_dict()),
         lambda: extractor.backbone.bn1.running_mean.add_(1.0),
         lambda: extractor.input_mean.add_(1.0),
+        lambda: extractor.adapter.weight.mul_(0.5),
         lambda: extractor.set_freeze_boundary("layer3"),
+        lambda: extractor.set_frozen_dtype("bfloat16"),
+        lambda: extractor.set_frozen_dtype("float32"),
     ):
-        before = fingerprint(extractor.trunk)
-        change()
-        assert fingerprint(extractor.trunk) != before
+        version = extractor.encoder.version
+        with th.no_grad():
+            change()
+        assert extractor.encoder.refresh()
+        assert extractor.encoder.version == version + 1
+        if extractor.frozen_dtype == "float32":
+            assert th.allclose(encode(extractor, observations), plain(extractor, observations), rtol=1e-4, atol=1e-4)
 
 
-def test_a_stale_encoder_is_built_anew():
-    extractor = make((4, 32, 32), UINT8, {})
-    encoder = FrozenEncoder(extractor.trunk, "float32")
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda extractor: pickle.loads(pickle.dumps(extractor))])
+def test_a_copy_has_an_encoder_of_its_own_weights(clone):
+    extractor = make((4, 32, 32), UINT8, {"use_imagenet_norm": True})
     observations = images(extractor)
-    assert not encoder.refresh()
+    expected = encode(extractor, observations)
+    twin = clone(extractor)
+    assert th.equal(encode(twin, observations), expected)
     with th.no_grad():
-        extractor.backbone.layer1[0].conv1.weight.mul_(2.0)
-    assert encoder.refresh()
-    assert th.allclose(encoder(observations), plain(extractor, observations), rtol=1e-4, atol=1e-5)
+        twin.backbone.conv1.weight.mul_(2.0)
+        twin.input_mean.add_(0.1)
+    assert th.allclose(encode(twin, observations), plain(twin, observations), rtol=1e-3, atol=1e-4)
+    assert th.equal(encode(extractor, observations), expected)
+    assert twin.trunk.boundary is twin.boundary
+
+
+def test_an_extractor_that_computes_the_stages_its_own_way_is_not_passed_over():
+    class Doubled(ResNetExtractor):
+        def run_stages(self, x, stages):
+            return 2.0 * super().run_stages(x, stages)
+
+    space = spaces.Box(shape=(4, 32, 32), **UINT8)
+    th.manual_seed(0)
+    extractor = Doubled(space, backbone="resnet_tiny")
+    observations = images(extractor)
+    doubled = extractor(extractor.scale_raw(observations))
+    th.manual_seed(0)
+    usual = ResNetExtractor(space, backbone="resnet_tiny")
+    assert th.allclose(doubled, 2.0 * usual(usual.scale_raw(observations)), rtol=1e-3, atol=1e-4)
+    for attempt in (
+        lambda: Doubled(space, backbone="resnet_tiny", frozen_dtype="bfloat16"),
+        lambda: extractor.set_frozen_dtype("bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=r"Doubled overrides run_stages.*write frozen_dtype='float32'"):
+            attempt()
 
 
 def test_encoded_batches_have_a_length_and_are_not_copied():

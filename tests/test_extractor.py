@@ -462,7 +462,11 @@ def test_wrong_statistics_say_what_to_write(kwargs, error, says):
         ),
         ({"freeze": True}, TypeError, "unexpected keyword argument 'freeze'"),
         ({"backbone": "resnet81"}, ValueError, "did you mean 'resnet18'"),
-        ({"pooling": "mean"}, ValueError, "pooling must be one of 'avg', 'flatten', 'spatial_softmax', got 'mean'"),
+        (
+            {"pooling": "mean"},
+            ValueError,
+            "pooling must be one of 'avg', 'flatten', 'spatial_softmax', 'grid', got 'mean'",
+        ),
         ({"adapter": "conv"}, ValueError, "adapter must be one of 'conv1x1', 'per_frame'"),
         ({"norm": "layer"}, ValueError, "norm must be one of 'frozen', 'batch', 'group', 'sync'"),
         ({"norm": "group", "pretrained": True}, ValueError, "norm='group' has no pretrained weights: write norm="),

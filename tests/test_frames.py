@@ -63,7 +63,7 @@ def test_any_sequence_of_observations_comes_back_exactly(seed, depth, channels, 
     kept = []
     obs = stack.reset()
     for end in ends:
-        obs_id, _ = store.add(0, obs)
+        obs_id, _, _ = store.add(0, obs)
         store.refer(obs_id)
         kept.append((obs_id, obs))
         if len(kept) > keep:
@@ -92,7 +92,7 @@ def test_stacks_share_their_planes_and_others_do_not():
     assert store.n_planes == 51  # one a step, and the zeros
     whole = ObservationStore((4, 8, 8), np.uint8, 1)
     for _ in range(10):
-        obs_id, _ = whole.add(0, rng.integers(0, 256, (4, 8, 8), dtype=np.uint8))
+        obs_id, _, _ = whole.add(0, rng.integers(0, 256, (4, 8, 8), dtype=np.uint8))
         whole.refer(obs_id)
     assert whole.n_planes == 40
 
@@ -100,5 +100,5 @@ def test_stacks_share_their_planes_and_others_do_not():
 def test_unknown_observations_are_zeros():
     store = ObservationStore((2, 3, 3), np.uint8, 1)
     assert not store.pixels(np.array([-1, -1])).any()
-    obs_id, _ = store.add(0, np.ones((2, 3, 3), np.uint8))
+    obs_id, _, _ = store.add(0, np.ones((2, 3, 3), np.uint8))
     assert store.pixels(np.array([[obs_id, -1]])).sum(axis=(2, 3, 4)).tolist() == [[18, 0]]

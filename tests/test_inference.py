@@ -5,6 +5,7 @@ import torch as th
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
+from sb3_resnet.common import host
 from sb3_resnet.nn.inference import PackedBlock, PackedConv2d, can_pack, fold_norms, from_raw_input, pack
 
 GREY = th.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]])
@@ -29,10 +30,29 @@ def test_the_first_convolution_takes_raw_pixels_up_to_the_border(bias, matrix, o
     assert th.allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_it_is_left_alone_where_no_raw_value_becomes_zero():
-    mean, std = IMAGENET
-    assert from_raw_input(conv(), th.ones(3, 1) / 255, th.zeros(3), mean, std) is None
-    assert from_raw_input(conv(), th.ones(3, 1) / 255, th.zeros(3), th.zeros(3), th.ones(3)) is not None
+@pytest.mark.parametrize("statistics", [IMAGENET, (th.zeros(3), th.ones(3))], ids=["imagenet", "none"])
+def test_one_grey_channel_is_taken_raw_too(statistics):
+    """Three different means have no raw grey value that becomes zero: one more channel says where the image is."""
+    mean, std = statistics
+    pixels = th.randint(0, 256, (2, 1, 21, 18), dtype=th.uint8)
+    expected = conv()(((pixels / 255).expand(-1, 3, -1, -1) - mean[:, None, None]) / std[:, None, None])
+    got = from_raw_input(conv(), th.ones(3, 1) / 255, th.zeros(3), mean, std)(pixels)
+    assert th.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [th.bfloat16, th.float16])
+@pytest.mark.parametrize("added", [False, True])
+def test_float32_arithmetic_takes_the_place_of_missing_instructions(monkeypatch, dtype, added):
+    plain = nn.Conv2d(16, 32, 3, padding=1).requires_grad_(False)
+    x, other = (th.rand(2, n, 9, 9).to(dtype).to(memory_format=th.channels_last) for n in (16, 32))
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: False)
+    got = PackedConv2d(plain, dtype)(x, True, other if added else None)
+    bias = plain.bias.to(dtype).float() if added else plain.bias
+    exact = nn.functional.conv2d(x.float(), plain.weight.to(dtype).float(), bias, padding=1)
+    expected = (exact + other.float() if added else exact).relu().to(dtype)
+    assert got.dtype == dtype
+    assert (got != expected).float().mean() < 0.02  # the order of a sum decides where a value lies between two
+    assert th.allclose(got.float(), expected.float(), rtol=2**-7 if dtype == th.bfloat16 else 2**-10)
 
 
 @pytest.mark.parametrize("batches", [(1, 32), (32, 1), (8, 3)])
@@ -105,10 +125,10 @@ def test_blocks_with_another_norm_or_another_class_keep_their_own_forward():
         assert th.allclose(net(x), expected, rtol=1e-4, atol=1e-6)
 
 
-def test_what_cannot_be_packed_stays(monkeypatch):
-    half = nn.Sequential(nn.Conv2d(3, 8, 3)).half()
-    pack(half)
-    assert type(half[0]) is nn.Conv2d
+def test_where_onednn_is_missing_pytorch_computes_the_same(monkeypatch):
+    plain = nn.Conv2d(16, 16, 3, padding=1).requires_grad_(False)
+    x = th.rand(2, 16, 9, 9).to(memory_format=th.channels_last)
+    expected = PackedConv2d(plain)(x, True, x)
     assert can_pack(th.zeros(1))
     monkeypatch.setattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
     assert not can_pack(th.zeros(1, dtype=th.bfloat16))
@@ -116,3 +136,4 @@ def test_what_cannot_be_packed_stays(monkeypatch):
     assert not can_pack(th.zeros(1))
     monkeypatch.setattr(th.backends.mkldnn, "is_available", lambda: False)
     assert not can_pack(th.zeros(1))
+    assert th.allclose(PackedConv2d(plain)(x, True, x), expected, rtol=1e-4, atol=1e-5)

@@ -133,7 +133,7 @@ def test_with_amp_recomputation_is_reduced_as_well(dtype):
 def test_with_a_cache_the_live_part_is_sliced():
     model = fill(make_model(extractor={"micro_batch_size": 3}))
     model.policy.set_freeze_boundary("layer4")
-    start(model, FeatureCacheCallback("float32"))
+    start(model, FeatureCacheCallback())
     seen = []
     layer4 = model.q_net.features_extractor.backbone.layer4
     layer4.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))  # recomputing stops early inside

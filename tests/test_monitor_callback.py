@@ -64,7 +64,7 @@ def test_training_is_the_same_bit_for_bit(algorithm, cached, n_envs, frozen):
         model = make_model(
             algorithm, env, {"dropout": 0.2}, extractor, learning_rate=1e-3, gradient_steps=2, exploration_fraction=0.5
         )
-        cache = [FeatureCacheCallback("bfloat16")] if cached else []
+        cache = [FeatureCacheCallback()] if cached else []
         model.learn(28 * n_envs, callback=[*cache, *callbacks])
         return model, np.random.get_state()[1].tolist(), th.get_rng_state().tolist(), env.action_space.sample()
 

@@ -57,7 +57,7 @@ def test_any_non_finite(tensors, expected):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_float_observations_are_named(value, cached):
     model = make_model(env=FloatGame(value, at=30), learning_starts=4)
-    callback = FeatureCacheCallback("float32") if cached else None
+    callback = FeatureCacheCallback() if cached else None
     with pytest.raises(ValueError, match=r"The observations hold NaN or inf. SB3's VecCheckNan"):
         model.learn(200, callback=callback)
     assert model.num_timesteps < 200

@@ -117,6 +117,7 @@ def test_a_callback_imports_no_other_callback(path):
 
 #: Methods that SB3 and PyTorch document for subclasses to override, so that ``super()._x()`` belongs to it.
 PROTECTED_HOOKS = {
+    "_apply",
     "_build",
     "_build_mlp_extractor",
     "_get_constructor_parameters",

@@ -93,7 +93,7 @@ def callbacks(folder, cached=False, **saving):
         LRScheduleCallback(4, "cosine", decay_steps=60),
         GradientClipCallback(1.0),
         Evaluation(),
-        *([FeatureCacheCallback(dtype="float32")] if cached else []),
+        *([FeatureCacheCallback()] if cached else []),
     ]
 
 

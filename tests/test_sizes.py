@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -12,7 +13,7 @@ from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache import sizes
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli import trial
-from tests.helpers import TinyGame, fill, make_model
+from tests.helpers import TinyGame, fill, make_model, observations
 from tests.test_doctor_callback import trained
 from tests.test_feature_cache_callback import start
 
@@ -40,23 +41,23 @@ def test_frame_buffer_is_close(length):
 
 
 @pytest.mark.parametrize("boundary", [None, "layer4", "layer2"])
-@pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_cache_is_exact(boundary, dtype):
-    model = make_model(batch_size=64)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("adapter", ["conv1x1", "per_frame"])
+def test_cache_is_exact(boundary, adapter, dtype):
+    model = make_model(batch_size=64, extractor={"frozen_dtype": dtype, "adapter": adapter})
     model.policy.set_freeze_boundary(boundary)
     fill(model, 64)
-    start(model, FeatureCacheCallback(dtype))
-    cache = model.replay_buffer.shared.cache
-    entry = cache.get(np.arange(2), model.replay_buffer.shared.store)[0]
     extractor = model.policy.online.features_extractor
-    assert sizes.entry_bytes(extractor, model.observation_space, dtype) == entry.numel() * entry.element_size()
+    images = extractor.preprocessing.as_images(th.as_tensor(observations(model, 1)))
+    entry = extractor.encoder(images)[0]
+    assert sizes.entry_bytes(extractor) == entry.numel() * entry.element_size()
 
 
 @pytest.mark.parametrize("stage", ["all", "stem"])
 def test_nothing_of_the_trunk_frozen_means_nothing_cached(stage):
     model = make_model()
     model.policy.set_freeze_boundary(stage)
-    assert sizes.entry_bytes(model.policy.online.features_extractor, model.observation_space) == 0
+    assert sizes.entry_bytes(model.policy.online.features_extractor) == 0
 
 
 def test_growth_is_what_is_missing_until_the_buffer_is_full(monkeypatch):
@@ -69,15 +70,13 @@ def test_growth_is_what_is_missing_until_the_buffer_is_full(monkeypatch):
     model = trained(make_model(replay_buffer_class=FrameReplayBuffer))
     frames = rows * (plane + 4 + 4 * 8 + 4 + number)
     assert sizes.growth_bytes(model) == frames
-    start(model, FeatureCacheCallback("float32"))
+    start(model, FeatureCacheCallback())
     assert sizes.growth_bytes(model) == frames + rows * 4 * 256
-    start(model, FeatureCacheCallback("auto"))
-    assert sizes.growth_bytes(model) == frames + rows * 2 * 256
-    start(model, FeatureCacheCallback("auto", max_bytes=1000))
+    start(model, FeatureCacheCallback(max_bytes=1000))
     assert sizes.growth_bytes(model) == frames + 1000
     model.policy.set_freeze_boundary("layer4")
     model.replay_buffer.shared.cache.max_bytes = None
-    assert sizes.growth_bytes(model) == frames + rows * 2 * 128 * 2 * 2
+    assert sizes.growth_bytes(model) == frames + rows * 4 * 128 * 2 * 2
 
 
 def test_growth_follows_what_the_buffer_has_seen(monkeypatch):

@@ -1,48 +1,78 @@
-"""Acting with the fast encoder, so that what is acted upon is encoded once."""
+"""Acting with the entries of the replay buffer, so that what is acted upon is encoded once."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch as th
 
 from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.cache.entries import EntryCache
+from sb3_resnet.cache.frames import Array
 from sb3_resnet.cache.observations import Acted, Observations
-from sb3_resnet.nn.encoder import FrozenEncoder
 
 
 class CachedEncoding:
     """
     Encodes the observations that are acted upon, and shares the entries with the replay buffer.
 
-    :param encoder: encodes them
     :param shared: the observations of the buffer, which stored them as the last ones, or is about to
     """
 
-    def __init__(self, encoder: FrozenEncoder, shared: Observations) -> None:
-        self._encoder = encoder
+    def __init__(self, shared: Observations) -> None:
         self._shared = shared
 
     def encode(self, observations: th.Tensor) -> EncodedBatch | None:
         """
         :param observations: raw, one per environment, ``(n_envs, C, H, W)``
-        :return: what the frozen stages make of them, from the buffer's entries where it has them: a sampled batch may
-            have needed them before; ``None`` where no stage of the trunk is frozen
+        :return: what the frozen stages make of them, from the buffer's entries where it has them; ``None`` where no
+            entries are kept: no stage of the trunk is frozen, or there was no memory
         """
-        if not self._encoder.can_gain:
+        return self._shared.guard(self._encode, observations)
+
+    def _encode(self, observations: th.Tensor) -> EncodedBatch | None:
+        shared, cache = self._shared, self._shared.active
+        if cache is None:
             return None
-        self._encoder.refresh()
-        version = self._encoder.version
+        cache.refresh(shared.store)
         pixels = observations.cpu().numpy().copy()
-        obs_ids = [self._shared.store.last(env, image) for env, image in enumerate(pixels)]
-        found = [self._shared.entry(obs_id) for obs_id in obs_ids]
-        missing = [env for env, entry in enumerate(found) if entry is None]
-        fresh = self._encoder(observations[missing]) if missing else th.empty(0)
-        if self._encoder.version != version:
-            return self.encode(observations)  # its precision fell back: the others are of the wrong one
-        for env, entry in zip(missing, fresh, strict=True):
-            found[env] = entry
-        # Copied before any is kept, which may take the place of another where memory is limited.
-        entries = th.stack([entry.to(observations.device) for entry in found if entry is not None])
-        for env in missing:
-            self._shared.keep(obs_ids[env], entries[env])
-        self._shared.acted = Acted(pixels, entries, version)
-        return EncodedBatch(entries, self._encoder.centre)
+        image_ids = shared.image_ids(shared.latest(pixels))
+        has_entry = cache.has(image_ids)
+        if has_entry.all():
+            entries = cache.find(image_ids.ravel())
+        else:
+            entries = self._with_absent(cache, pixels, image_ids, has_entry)
+        shared.acted = Acted(pixels, entries.reshape(*image_ids.shape, *entries.shape[1:]), cache.encoder.version)
+        return EncodedBatch(cache.encoder.trunk.per_observation(entries.to(observations.device)))
+
+    def _with_absent(self, cache: EntryCache, pixels: Array, image_ids: Array, has_entry: Array) -> th.Tensor:
+        """Encode what has no entry, in one batch and each image once."""
+        images = pixels.reshape(image_ids.size, -1, *pixels.shape[2:])
+        flat, absent = image_ids.ravel(), np.flatnonzero(~has_entry)
+        firsts, places = _different(flat, absent, images)
+        fresh = cache.encode(images[firsts])
+        # Read before any is kept, which may take the place of another where memory is limited.
+        entries = fresh.new_empty((len(flat), *fresh.shape[1:]))
+        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
+        if has_entry.any():
+            entries[th.as_tensor(has_entry.ravel())] = cache.find(flat[has_entry.ravel()])
+        stored = flat[firsts] >= 0
+        cache.put(flat[firsts][stored], fresh[th.as_tensor(stored)])
+        return entries
+
+
+def _different(image_ids: Array, absent: Array, images: Array) -> tuple[Array, Array]:
+    """:return: positions of the different images among the absent ones, and for each of these its place among them"""
+    seen: dict[int, int] = {}
+    firsts: list[int] = []
+    places: list[int] = []
+    for position in absent.tolist():
+        image_id = int(image_ids[position])
+        if image_id >= 0:
+            place = seen.setdefault(image_id, len(firsts))
+        else:  # not stored: the same frame, or empty ones, may follow each other in a stack
+            same = bool(firsts) and np.array_equal(images[firsts[-1]], images[position])
+            place = len(firsts) - 1 if same else len(firsts)
+        if place == len(firsts):
+            firsts.append(position)
+        places.append(place)
+    return np.array(firsts), np.array(places)

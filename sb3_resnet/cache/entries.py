@@ -1,181 +1,215 @@
-"""Encoded observations, each encoded once."""
+"""Encoded frames and observations, each encoded once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch as th
 
 from sb3_resnet.cache.frames import Array, ObservationStore
-from sb3_resnet.common.memory import available_bytes
-from sb3_resnet.nn.encoder import FrozenEncoder
+from sb3_resnet.cache.table import EntryTable
+from sb3_resnet.nn.encoder import FrozenEncoder, frozen_tensors
+from sb3_resnet.nn.trunk import Trunk
 
-_ENCODE_BATCH = 64  # observations encoded at once; more gains nothing on a CPU
+_ENCODE_BATCH = 64  # images encoded at once; more gains nothing on a CPU
 _TOGETHER = 16  # one by one they take twice as long (benchmarks/results/choices.json)
-_CHUNK_BYTES = 32 * 2**20  # memory grows in steps of this size
-_RESERVE = 256 * 2**20  # left to others: Linux promises more memory than there is, and kills who uses it
 
 
 class EntryCache:
     """
-    Keeps what a :class:`~sb3_resnet.nn.encoder.FrozenEncoder` made of observations, by their id.
+    Keeps what an extractor's encoder made of images: of frames where each passes the trunk alone, else of observations.
 
     :param encoder: encodes what is missing
     :param device: where entries live
     :param max_bytes: limit of their memory, beyond which the oldest go; ``None``: none
+    :param expected: images that will be kept at once, most likely
+    :param twins: trunks for which the entries are meant too, such as the target network's
     """
 
-    def __init__(self, encoder: FrozenEncoder, device: th.device | str, max_bytes: int | None = None) -> None:
+    def __init__(
+        self,
+        encoder: FrozenEncoder,
+        device: th.device | str,
+        max_bytes: int | None = None,
+        expected: int = 2**16,
+        twins: Sequence[Trunk] = (),
+    ) -> None:
         self.encoder = encoder
         self.device = th.device(device)
         self.max_bytes = max_bytes
+        self.expected = expected
         self.hits = 0
         self.misses = 0
-        self._slots: dict[int, int] = {}  # by observation, in the order of encoding
-        self._pending: dict[int, None] = {}  # stored and not encoded, in the order of storing
-        self.clear()
+        self._twins = twins
+        self._slot_of: Array = np.full(1024, -1, np.int64)  # by image id; -1: no entry
+        self._waiting: dict[int, None] = {}  # ids of images that are stored and not encoded, in the order of storing
+        self._clear()
 
-    def suits(self, trunk: Any, dtype: str, device: th.device, max_bytes: int | None) -> bool:
-        """:return: whether a new cache with these settings would be the same"""
-        mine = (self.encoder.trunk, self.encoder.requested, self.device, self.max_bytes)
-        return mine[0] is trunk and mine[1:] == (dtype, device, max_bytes) and self.encoder.holds()
+    @property
+    def per_frame(self) -> bool:
+        """Whether an entry belongs to a frame, or to an observation."""
+        return self.encoder.trunk.preprocessing.per_frame
 
-    def clear(self) -> None:
-        """Forget all entries."""
-        self._pending |= dict.fromkeys(self._slots)
-        self._slots.clear()
-        self._chunks: list[th.Tensor] = []
-        self._free: list[int] = []
-        self._rows = 1
-        self._version = self.encoder.version
-
-    def get(self, obs_ids: Array, store: ObservationStore) -> th.Tensor:
+    def get(self, image_ids: Array, store: ObservationStore) -> th.Tensor:
         """
-        :param obs_ids: of observations, ``(batch,)``
+        :param image_ids: of frames or observations, ``(batch, images)``
         :param store: has their pixels
-        :return: their entries, encoded now where they are missing, ``(batch, ...)`` on :attr:`device`
+        :return: their entries, encoded now where they are missing, for each observation side by side; on :attr:`device`
+        :raises ValueError: if a twin differs below the freeze boundary
+        """
+        self.refresh(store)
+        wanted = image_ids.ravel()
+        slots = self._slots(wanted)
+        absent = slots < 0
+        entries = self._fill(wanted, slots, absent, store) if absent.any() else self._table.read(slots)
+        self.hits += int(wanted.size - np.count_nonzero(absent))
+        return self.encoder.trunk.per_observation(entries)
+
+    def refresh(self, store: ObservationStore) -> None:
+        """
+        Forget all entries if weights, boundary or precision have changed since.
+
+        :raises ValueError: if a twin differs below the freeze boundary
         """
         self.encoder.refresh()
-        self._drop_stale()
-        wanted = obs_ids.tolist()
-        missing = [obs_id for obs_id in dict.fromkeys(wanted) if obs_id not in self._slots]
-        fresh: dict[int, th.Tensor] = {}
-        together = self._with_others(missing, store) if missing else []
-        for start in range(0, len(together), _ENCODE_BATCH):
-            some = together[start : start + _ENCODE_BATCH]
-            fresh.update(zip(some, self._encode(store.pixels(np.array(some))), strict=True))
-        if self.encoder.version != self._version:
-            return self.get(obs_ids, store)  # its precision fell back: the others are of the wrong one
-        self.hits += len(wanted) - len(missing)
-        self.misses += len(missing)
-        entries = th.stack([fresh[n] if n in fresh else self._row(self._slots[n]) for n in wanted]) if fresh else None
-        for obs_id, entry in fresh.items():
-            self.put(obs_id, entry)
-        return self._gather(wanted) if entries is None else entries
+        if self._version != self.encoder.version:
+            self.refuse_different_twins()
+            self.clear(store)
 
-    def expect(self, obs_ids: Iterable[int]) -> None:
-        """Observations were stored; those that are not encoded will be when they, or others, are needed."""
-        self._pending |= {obs_id: None for obs_id in obs_ids if obs_id not in self._slots}
+    def clear(self, store: ObservationStore) -> None:
+        """Forget all entries; everything stored waits for one again."""
+        self._clear()
+        self._waiting = dict.fromkeys((store.frame_ids() if self.per_frame else store.obs_ids()).tolist())
 
-    def put(self, obs_id: int, entry: th.Tensor) -> None:
-        """Keep the entry of an observation, made by the encoder as it is now."""
-        self._drop_stale()
-        self._pending.pop(obs_id, None)
-        if not self._free and not self._grow(entry):
-            oldest = next(iter(self._slots), None)
-            if oldest is None:
-                return  # not even one entry fits
-            self._free.append(self._slots.pop(oldest))
-        slot = self._free.pop()
-        self._row(slot).copy_(entry)
-        self._slots[obs_id] = slot
+    def refuse_different_twins(self) -> None:
+        """:raises ValueError: if a network that shares the entries has other weights below the boundary"""
+        mine = frozen_tensors(self.encoder.trunk)
+        for twin in self._twins:
+            # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
+            same = (th.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(mine, frozen_tensors(twin), strict=True))
+            if not all(same):
+                raise ValueError(
+                    "Online and target network differ below the freeze boundary, so one entry cannot serve both: load "
+                    "both, or write model.q_net_target.load_state_dict(model.q_net.state_dict()) after freezing again"
+                )
 
-    def forget(self, obs_id: int) -> None:
-        """The observation is gone, and its id will be another's."""
-        self._pending.pop(obs_id, None)
-        slot = self._slots.pop(obs_id, None)
-        if slot is not None:
-            self._free.append(slot)
+    def suits(self, encoder: FrozenEncoder, device: th.device, max_bytes: int | None) -> bool:
+        """:return: whether a new cache with these settings would be the same"""
+        return self.encoder is encoder and (self.device, self.max_bytes) == (device, max_bytes)
 
-    def find(self, obs_id: int) -> th.Tensor | None:
-        """:return: the entry of an observation, if there is a valid one"""
-        slot = self._slots.get(obs_id) if self._version == self.encoder.version else None
-        return None if slot is None else self._row(slot)
+    def has(self, image_ids: Array) -> Array:
+        """:return: which images have a valid entry; those with id -1 have none"""
+        if self._version != self.encoder.version:
+            return np.zeros(image_ids.shape, bool)
+        return (self._slots(image_ids) >= 0) & (image_ids >= 0)
 
-    def __contains__(self, obs_id: int) -> bool:
-        return self.find(obs_id) is not None
+    def find(self, image_ids: Array) -> th.Tensor:
+        """:return: entries of images that have one, ``(n, ...)`` on :attr:`device`"""
+        return self._table.read(self._slots(image_ids))
+
+    def put(self, image_ids: Array, entries: th.Tensor) -> None:
+        """Keep the entries of different images that have none; call :meth:`refresh` before they are made."""
+        if not len(image_ids):
+            return
+        for image_id in image_ids.tolist():
+            self._waiting.pop(image_id, None)
+        self._reach(int(image_ids.max(initial=-1)))
+        slots = self._free_slots(len(image_ids), entries)
+        # Where memory is limited to less than these, the first of them find none.
+        image_ids, entries = image_ids[len(image_ids) - len(slots) :], entries[len(entries) - len(slots) :]
+        if len(slots):
+            self._table.write(slots, entries)
+            self._slot_of[image_ids], self._id_at[slots] = slots, image_ids
+
+    def expect(self, image_ids: Array) -> None:
+        """Images were stored; they will be encoded when they, or others, are needed."""
+        self._waiting |= dict.fromkeys(image_ids.tolist())
+
+    def forget(self, image_ids: Sequence[int]) -> None:
+        """The images are gone, and their ids will be those of others."""
+        for image_id in image_ids:
+            self._waiting.pop(image_id, None)
+            if image_id < len(self._slot_of) and self._slot_of[image_id] >= 0:
+                slot = int(self._slot_of[image_id])
+                self._slot_of[image_id], self._id_at[slot] = -1, -1
+                self._free.append(slot)
 
     def __len__(self) -> int:
-        return len(self._slots)
+        return self._table.used - len(self._free)
 
     @property
     def nbytes(self) -> int:
-        """Memory reserved for entries."""
-        return sum(chunk.element_size() * chunk.numel() for chunk in self._chunks)
+        """Memory taken by entries."""
+        return self._table.nbytes
 
-    def _drop_stale(self) -> None:
-        if self._version != self.encoder.version:
-            self.clear()
+    def encode(self, images: Array | th.Tensor) -> th.Tensor:
+        """:return: entries of raw images ``(n, c, H, W)``, on :attr:`device`"""
+        parts = [
+            self.encoder(th.as_tensor(images[start : start + _ENCODE_BATCH], device=self.encoder.device))
+            for start in range(0, len(images), _ENCODE_BATCH)
+        ]
+        return (parts[0] if len(parts) == 1 else th.cat(parts)).to(self.device)
 
-    def _grow(self, entry: th.Tensor) -> bool:
-        """:return: whether there was room for more entries"""
-        size = entry.element_size() * entry.numel()
-        if not self._chunks:
-            self._rows = _rows_of(size, self.max_bytes)
-        chunk = self._rows * size
-        if self.max_bytes is not None and self.nbytes + chunk > self.max_bytes:
-            return False
-        left = available_bytes() if self.device.type == "cpu" else None  # a GPU says so itself
-        if left is not None and left < chunk + _RESERVE:
-            raise MemoryError(f"only {left / 1e6:.0f} MB are left")
-        start = len(self._chunks) * self._rows
-        self._chunks.append(th.empty((self._rows, *entry.shape), dtype=entry.dtype, device=self.device))
-        self._free = [*range(start + self._rows - 1, start - 1, -1)]
-        return True
+    def _clear(self) -> None:
+        self._table = EntryTable(self.device, self.expected, self.max_bytes)
+        self._slot_of.fill(-1)
+        self._id_at: Array = np.zeros(0, np.int64)  # by slot; -1: free
+        self._free: list[int] = []
+        self._oldest = 0  # slot whose turn it is where memory is limited
+        self._version = self.encoder.version
 
-    def _with_others(self, missing: list[int], store: ObservationStore) -> list[int]:
+    def _slots(self, image_ids: Array) -> Array:
+        self._reach(int(image_ids.max(initial=-1)))
+        return self._slot_of[image_ids]
+
+    def _reach(self, image_id: int) -> None:
+        if image_id >= len(self._slot_of):
+            more = np.full(max(image_id, len(self._slot_of)), -1, np.int64)
+            self._slot_of = np.concatenate([self._slot_of, more])
+
+    def _fill(self, wanted: Array, slots: Array, absent: Array, store: ObservationStore) -> th.Tensor:
+        """:return: all wanted entries, after the absent ones were encoded"""
+        missing, places = np.unique(wanted[absent], return_inverse=True)
+        self.misses += len(missing)
+        together = np.concatenate([missing, self._others(missing)])
+        fresh = self.encode(store.frames(together) if self.per_frame else store.pixels(together))
+        # Read before any is kept, which may take the place of another where memory is limited.
+        entries = fresh.new_empty((len(wanted), *fresh.shape[1:]))
+        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
+        if not absent.all():
+            entries[th.as_tensor(~absent)] = self._table.read(slots[~absent])
+        self.put(together, fresh)
+        return entries
+
+    def _others(self, missing: Array) -> Array:
         """
         Some more that will be needed, as a batch takes less time than one after the other.
 
-        If one of the environments' last observations is missing, all of them: they are acted upon next. Then what was
-        acted upon without the encoder, by chance of exploration, the newest first, unless memory is limited.
+        Those that are acted upon next, or were acted upon by chance of exploration: the newest first, unless memory is
+        limited.
         """
-        together = dict.fromkeys(missing)
-        latest = store.latest()
-        if not latest.isdisjoint(missing):
-            together |= {obs_id: None for obs_id in latest if obs_id not in self._slots}
-        newest = reversed(self._pending) if self.max_bytes is None else ()
-        for obs_id in islice(newest, _TOGETHER):
-            if len(together) < _TOGETHER:
-                together[obs_id] = None
-        return [*together]
+        count = max(0, _TOGETHER - len(missing)) if self.max_bytes is None else 0
+        known = {*missing.tolist()}
+        newest = (image_id for image_id in reversed(self._waiting) if image_id not in known)
+        return np.fromiter(islice(newest, count), np.int64)
 
-    def _gather(self, wanted: list[int]) -> th.Tensor:
-        """:return: entries that are all there"""
-        places = [divmod(self._slots[obs_id], self._rows) for obs_id in wanted]
-        if self.device.type == "cpu":  # picking rows takes PyTorch half as long again (choices.json)
-            arrays = [chunk.numpy() for chunk in self._chunks]
-            return th.from_numpy(np.stack([arrays[chunk][row] for chunk, row in places]))
-        chunks, rows = th.tensor(places, device=self.device).T
-        out = th.empty((len(wanted), *self._chunks[0].shape[1:]), dtype=self._chunks[0].dtype, device=self.device)
-        for chunk in {chunk for chunk, _ in places}:
-            here = chunks == chunk
-            out[here] = self._chunks[chunk][rows[here]]
-        return out
+    def _free_slots(self, count: int, entries: th.Tensor) -> Array:
+        """:return: slots for so many entries; fewer where the limit allows no more at once"""
+        slots = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        slots += self._table.new_slots(count - len(slots), entries[0]).tolist()
+        if self._table.used > len(self._id_at):
+            self._id_at = np.concatenate([self._id_at, np.full(max(1024, self._table.used), -1, np.int64)])
+        in_use = self._table.used - len(slots)
+        slots += [self._evict() for _ in range(min(count - len(slots), in_use))]
+        return np.array(slots, np.int64)
 
-    def _row(self, slot: int) -> th.Tensor:
-        return self._chunks[slot // self._rows][slot % self._rows]
-
-    def _encode(self, pixels: Array) -> th.Tensor:
-        return self.encoder(th.as_tensor(pixels, device=self.encoder.device)).to(self.device)
-
-
-def _rows_of(size: int, max_bytes: int | None) -> int:
-    """:return: entries a chunk, so that whole chunks fill the limit"""
-    if max_bytes is None:
-        return max(1, _CHUNK_BYTES // size)
-    chunks = -(-max_bytes // _CHUNK_BYTES)
-    return max(1, max_bytes // size // chunks)
+    def _evict(self) -> int:
+        """:return: the slot of the oldest entry, which is gone; slots are given out in turn"""
+        while self._id_at[self._oldest] < 0:
+            self._oldest = (self._oldest + 1) % self._table.used
+        slot = self._oldest
+        self._oldest = (slot + 1) % self._table.used
+        self._slot_of[self._id_at[slot]], self._id_at[slot] = -1, -1
+        return slot

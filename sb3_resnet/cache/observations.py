@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch as th
 
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
-from sb3_resnet.cache.frames import Array, ObservationStore, same_pixels
+from sb3_resnet.cache.frames import Array, Gone, ObservationStore, same_pixels
 from sb3_resnet.common import host
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,7 @@ class Acted:
     The observations that were acted upon last.
 
     :param pixels: one per environment
-    :param entries: what the encoder made of them
+    :param entries: of their images, ``(n_envs, images, ...)``
     :param version: of the encoder
     """
 
@@ -36,41 +40,60 @@ class Observations:
     :param shape: of an observation
     :param dtype: of its pixels
     :param n_envs: number of environments
+    :param frame_channels: channels of one frame, which are stored together
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: Any, n_envs: int) -> None:
-        self.store = ObservationStore(shape, dtype, n_envs)
+    def __init__(self, shape: tuple[int, ...], dtype: Any, n_envs: int, frame_channels: int = 1) -> None:
+        self.store = ObservationStore(shape, dtype, n_envs, frame_channels)
         self.cache: EntryCache | None = None
         self.encodes = False  # whether batches come encoded; entries are kept meanwhile
         self.acted: Acted | None = None
 
     def encode_with(self, cache: EntryCache) -> None:
-        """Give out encoded batches from now on."""
+        """
+        Give out encoded batches from now on.
+
+        :raises ValueError: if single frames are to be encoded, and the store keeps others
+        """
+        images = cache.encoder.trunk.preprocessing
+        if images.per_frame and images.frame_channels != self.store.frame_channels:
+            raise ValueError(
+                f"The buffer stores frames of {self.store.frame_channels} channels, the extractor sees frames of "
+                f"{images.frame_channels}: convert it with sb3_resnet.buffers.with_columns(buffer, frame_channels)"
+            )
+        if cache is not self.cache:
+            cache.clear(self.store)
         self.cache = cache
         self.encodes = True
         self.acted = None
-        cache.expect(self.store.obs_ids())
 
     def add(self, env: int, pixels: Array) -> int:
         """:return: the id of an observation, stored and, if it was just acted upon, already encoded"""
-        obs_id, gone = self.store.add(env, pixels)
+        obs_id, is_new, gone = self.store.add(env, pixels)
         self._forget(gone)
-        if self.entry(obs_id) is None:
-            entry = self._recall(env, pixels)
-            self.keep(obs_id, entry)
-            if entry is None and self._active is not None:
-                self._active.expect((obs_id,))
+        cache = self.active
+        if is_new and cache is not None:
+            image_ids = np.unique(self.image_ids(np.array([obs_id])))
+            lacking = image_ids[~cache.has(image_ids)]
+            if not self._recall(cache, env, pixels, obs_id, lacking):
+                cache.expect(lacking)
         return obs_id
 
-    def entry(self, obs_id: int | None) -> th.Tensor | None:
-        """:return: the entry of an observation, if it was encoded before"""
-        return None if obs_id is None or self._active is None else self._active.find(obs_id)
+    def latest(self, pixels: Array) -> Array:
+        """:return: ids of observations ``(n_envs,)`` that are the last ones of their environments; -1 of others"""
+        found = [self.store.last(env, image) for env, image in enumerate(pixels)]
+        return np.array([-1 if obs_id is None else obs_id for obs_id in found])
 
-    def keep(self, obs_id: int | None, entry: th.Tensor | None) -> None:
-        """Keep the entry of an observation that was acted upon, once it has an id."""
-        cache = self._active
-        if obs_id is not None and entry is not None and cache is not None:
-            self._guard(cache.put, obs_id, entry.to(cache.device))
+    def image_ids(self, obs_ids: Array) -> Array:
+        """:return: ids of what is encoded at once, ``(*obs_ids.shape, images)``; -1 where an observation's id is"""
+        cache = self.cache
+        if cache is None or not cache.per_frame:
+            return obs_ids[..., None]
+        if not self.store.capacity:
+            return np.full((*obs_ids.shape, cache.encoder.trunk.preprocessing.n_frames), -1)
+        frame_ids = self.store.frame_ids(np.maximum(obs_ids, 0))
+        frame_ids[obs_ids < 0] = -1
+        return frame_ids
 
     def release(self, obs_id: int) -> None:
         """One row less has the observation."""
@@ -78,31 +101,22 @@ class Observations:
 
     def batch(self, obs_ids: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or their pixels where nothing encodes"""
-        cache = self._active
-        if cache is not None:
-            entries = self._guard(cache.get, obs_ids, self.store)
+        cache = self.active
+        if cache is not None and obs_ids.min(initial=0) >= 0:
+            entries = self.guard(cache.get, self.image_ids(obs_ids), self.store)
             if entries is not None:
-                return EncodedBatch(entries, cache.encoder.centre)
-        elif self.cache is not None and self.encodes:
-            self.cache.clear()  # of entries from before the whole trunk was unfrozen
+                return EncodedBatch(entries)
+        elif self.cache is not None and self.encodes and len(self.cache):
+            self.cache.clear(self.store)  # of entries from before the whole trunk was unfrozen
         return self.store.pixels(obs_ids)
 
     @property
-    def _active(self) -> EntryCache | None:
+    def active(self) -> EntryCache | None:
+        """The cache, while there is something to encode."""
         cache = self.cache if self.encodes else None
         return cache if cache is not None and cache.encoder.can_gain else None
 
-    def _recall(self, env: int, pixels: Array) -> th.Tensor | None:
-        acted, cache = self.acted, self.cache
-        if acted is None or cache is None or acted.version != cache.encoder.version or env >= len(acted.pixels):
-            return None
-        return acted.entries[env] if same_pixels(acted.pixels[env], pixels) else None
-
-    def _forget(self, gone: int | None) -> None:
-        if gone is not None and self.cache is not None:
-            self.cache.forget(gone)
-
-    def _guard(self, act: Any, *args: Any) -> Any:
+    def guard(self, act: Callable[..., T], *args: Any) -> T | None:
         """Out of memory ends the cache, not the training: the pixels are all there."""
         try:
             return act(*args)
@@ -116,6 +130,23 @@ class Observations:
             )
             self.cache = None
             return None
+
+    def _recall(self, cache: EntryCache, env: int, pixels: Array, obs_id: int, lacking: Array) -> bool:
+        """:return: whether what was acted upon had the entries of this observation"""
+        acted = self.acted
+        if acted is None or acted.version != cache.encoder.version or env >= len(acted.pixels):
+            return False
+        if not same_pixels(acted.pixels[env], pixels):
+            return False
+        _, firsts = np.unique(self.image_ids(np.array([obs_id])), return_index=True)
+        image_ids = self.image_ids(np.array([obs_id])).ravel()[firsts]
+        wanted = np.isin(image_ids, lacking)
+        self.guard(cache.put, image_ids[wanted], acted.entries[env][th.as_tensor(firsts[wanted])])
+        return True
+
+    def _forget(self, gone: Gone) -> None:
+        if self.cache is not None:
+            self.cache.forget(gone.frame_ids if self.cache.per_frame else gone.obs_ids)
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries are cheap to make anew, and stale in another model.

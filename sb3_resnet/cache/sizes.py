@@ -65,21 +65,20 @@ def store_of(played: Array) -> ObservationStore:
     return store
 
 
-def entry_bytes(extractor: Any, space: spaces.Box, dtype: str = "auto") -> int:
+def entry_bytes(extractor: Any) -> int:
     """
-    Memory of one cached observation.
+    Memory that a transition takes in the feature cache.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
-    :param space: its observation space, ``(C, H, W)``
-    :param dtype: as in :class:`~sb3_resnet.callbacks.FeatureCacheCallback`
-    :return: size in bytes; 0 where no stage of the trunk is frozen, so that nothing is cached
+    :return: size in bytes: of one entry, since with ``adapter="per_frame"`` a transition brings one frame that is new;
+        0 if no stage of the trunk is frozen, so that nothing is cached
     """
-    if not any(stage != "adapter" for stage in extractor.boundary.frozen_stages):
+    if not extractor.encoder.can_gain:
         return 0
-    blank = th.zeros((1, *space.shape), device=extractor.input_mean.device)
-    with th.no_grad():
-        numbers = extractor.frozen_part(extractor.preprocess(blank)).numel()
-    return int(numbers * (4 if dtype == "float32" else 2))
+    images = extractor.preprocessing
+    blank = th.zeros((1, images.channels, *images.observed_size), device=extractor.encoder.device)
+    entry = extractor.encoder(images.as_images(blank)[:1])
+    return int(entry.numel() * entry.element_size())
 
 
 def growth_bytes(model: Any) -> int:
@@ -98,10 +97,8 @@ def growth_bytes(model: Any) -> int:
     else:
         needed = frame_buffer_bytes(model, total, shared.store if filled >= _MEASURED else None, filled)
         if shared.cache is not None and shared.cache.device.type == "cpu":
-            encoder, limit = shared.cache.encoder, shared.cache.max_bytes
-            extractor = model.policy.online.features_extractor
-            dtype = str(encoder.entry_dtype).removeprefix("torch.")
-            entries = total * entry_bytes(extractor, model.observation_space, dtype)
+            limit = shared.cache.max_bytes
+            entries = total * entry_bytes(model.policy.online.features_extractor)
             needed += entries if limit is None else min(entries, limit)
     return int(needed * (1 - filled / total))
 

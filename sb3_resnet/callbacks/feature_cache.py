@@ -14,32 +14,29 @@ from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.common.arguments import choice, integer, shown
+from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.encoder import FrozenEncoder
-from sb3_resnet.nn.precision import DTYPES
+from sb3_resnet.nn.encoder import overridden
 
-#: Methods in whose place the encoder computes the frozen part.
-_PASSED_OVER = ("forward", "preprocess", "scale_raw", "frozen_part", "run_stages")
+_SLACK = 1.25  # entries per transition for which memory is reserved: episodes have one observation more than steps
 
 
 class FeatureCacheCallback(BaseCallback):
     """
     Encode each observation once, keep the result beside its pixels, and train on that.
 
-    Stores in replay what the frozen part of the network makes of an observation, as SEER does (arXiv 2103.02886), and
-    the pixels too, so that the boundary can move: then the entries are made anew from them, when they are sampled. It
-    works for any boundary; with ``layer4`` trainable, ``layer3``'s output is kept. Acting uses the fast encoder as
-    well. The replay buffer is replaced by one that also stores each frame once. Example::
+    Stores in replay what the frozen part of the network makes of an observation, as SEER does (arXiv 2103.02886),
+    and the pixels too, so that the boundary can move: then the entries are made anew from them, when they are
+    sampled. It works for any boundary; with ``layer4`` trainable, ``layer3``'s output is kept. Acting uses the same
+    entries. With ``adapter="per_frame"`` an entry belongs to one frame, so a step of an environment encodes one
+    frame, not a stack. The replay buffer is replaced by one that also stores each frame once. Example::
 
         model.learn(1_000_000, callback=FeatureCacheCallback())
 
-    Entries take two bytes a number, and four with ``dtype="float32"`` or where two are too coarse. They are dropped on
-    saving.
+    Entries are what the network computes without this callback, in the model's own ``frozen_dtype``. Pooled features
+    take four bytes per number, maps as many as a number of ``frozen_dtype``. Entries are dropped on saving.
 
-    :param dtype: precision of the encoder; ``"auto"``: bfloat16 where the hardware has it, float16 on older GPUs,
-        float32 elsewhere. Falls back to float32, with a warning, where the error hides what distinguishes observations
     :param device: where entries live: ``"auto"`` (that of the model), ``"cpu"`` or ``"cuda"``
     :param max_bytes: limit of the entries' memory, beyond which the oldest go; ``None``: none
     :param verbose: 1 to print a summary at the end
@@ -48,11 +45,8 @@ class FeatureCacheCallback(BaseCallback):
     :raises TypeError: for wrong types
     """
 
-    def __init__(
-        self, dtype: str = "auto", device: str = "auto", max_bytes: int | None = None, verbose: int = 0
-    ) -> None:
+    def __init__(self, device: str = "auto", max_bytes: int | None = None, verbose: int = 0) -> None:
         super().__init__(verbose)
-        self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
         self.device = _read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
         self._rewards = RewardCheck()
@@ -61,8 +55,7 @@ class FeatureCacheCallback(BaseCallback):
     def _init_callback(self) -> None:
         """Refuse before any other callback has begun to change the model."""
         self._refuse_what_is_not_exact(self._extractor())
-        model: Any = self.model
-        model.replay_buffer = with_columns(model.replay_buffer)
+        self._replace_buffer()
 
     @refusals_end_the_search
     def _on_training_start(self) -> None:
@@ -72,14 +65,16 @@ class FeatureCacheCallback(BaseCallback):
         """Let buffer and acting of the model use one cache."""
         model: Any = self.model
         extractor, target = self._extractor(), model.policy.target.features_extractor
-        model.replay_buffer = buffer = with_columns(model.replay_buffer)
+        buffer = self._replace_buffer()
+        extractor.encoder.refresh(by_value=True)
         device = model.device if self.device == "auto" else th.device(self.device)
         cache = buffer.shared.cache
-        if cache is None or not cache.suits(extractor.trunk, self.dtype, device, self.max_bytes):
-            cache = EntryCache(FrozenEncoder(extractor.trunk, self.dtype, [target.trunk]), device, self.max_bytes)
-        cache.encoder.refuse_different_twins()
+        if cache is None or not cache.suits(extractor.encoder, device, self.max_bytes):
+            expected = int(_SLACK * buffer.buffer_size * buffer.n_envs)
+            cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, [target.trunk])
+        cache.refuse_different_twins()
         buffer.shared.encode_with(cache)
-        model.policy.encoding = CachedEncoding(cache.encoder, buffer.shared)
+        model.policy.encoding = CachedEncoding(buffer.shared)
         self._shared = buffer.shared
 
     def _on_step(self) -> bool:
@@ -120,9 +115,15 @@ class FeatureCacheCallback(BaseCallback):
             )
         return policy.online.features_extractor
 
+    def _replace_buffer(self) -> Any:
+        model: Any = self.model
+        images = self._extractor().preprocessing
+        model.replay_buffer = with_columns(model.replay_buffer, images.frame_channels if images.per_frame else 1)
+        return model.replay_buffer
+
     def _refuse_what_is_not_exact(self, extractor: Any) -> None:
         cls = type(extractor)
-        changed = [name for name in _PASSED_OVER if getattr(cls, name) is not getattr(ResNetExtractor, name)]
+        changed = overridden(cls, ResNetExtractor) + ["forward"] * (cls.forward is not ResNetExtractor.forward)
         if changed:
             raise ValueError(
                 f"{cls.__name__} overrides {', '.join(changed)}, which the encoder would pass over: train without "

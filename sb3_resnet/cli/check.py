@@ -28,7 +28,7 @@ from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import integer, number, shown
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis import Finding
-from sb3_resnet.nn.pooling import pooled_features
+from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.optim.summary import param_group_summary
 
 Param = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the algorithm; repeat")]
@@ -39,6 +39,7 @@ ExtractorKwarg = Annotated[
 ConfFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="RL-Zoo's YAML; without one, the options below and defaults")
 ]
+_COMPARED = 64  # observations on which precisions are compared
 _PLAYED = 200  # random steps: enough to see how frames are stacked, and done within a second
 _TWO_COLUMNS = 100  # characters
 
@@ -183,6 +184,7 @@ def _inspect(report: Report, setup: setups.Setup, available: int | None) -> None
         report.memory = _memory(setup, extractor, played, available)
         report.findings += memory_findings(setup, dict(report.memory))
     report.shapes = _shapes(model, extractor, played)
+    report.model += _precision(model, extractor, played)
     cache = setup.callback(FeatureCacheCallback)
     speed = trial.measure(model, extractor, played, env_step, cache)
     if cache is not None and speed.cache_refusal is not None:
@@ -220,10 +222,20 @@ def _memory(setup: setups.Setup, extractor: Any, played: Array, available: int |
         ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
         ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat))),
     ]
-    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor, model.observation_space)
+    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor)
     if entries:
         rows.append(("feature cache", entries))
     return rows if available is None else [*rows, ("available", available)]
+
+
+def _precision(model: Any, extractor: Any, played: Array) -> list[tuple[str, str]]:
+    """The precision of the frozen stages, and by how much it blurs what distinguishes observations."""
+    if not extractor.encoder.can_gain:
+        return []
+    observations = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_COMPARED], device=model.device)
+    share = rounding_error(extractor.encoder, observations)
+    text = f"{extractor.frozen_dtype}, off by {share:.2%} of the spread over {len(observations)} observations"
+    return [("frozen stages", text)]
 
 
 def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[int, ...]]]:
@@ -238,7 +250,7 @@ def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[
         for stage in extractor.stages:
             x = extractor.run_stages(x, [stage])
             rows.append((stage, tuple(x.shape)))
-        pooled = pooled_features(extractor.pooling, x).reshape(size, -1)
+        pooled = extractor.trunk.pool(x, size)
         rows.append((f"pooled ({extractor.pooling})", tuple(pooled.shape)))
         rows.append(("scores of actions", tuple(ScoreNetwork(model)(batch).shape)))
     return rows

@@ -121,7 +121,7 @@ def heat_maps(
     choice("method", method, METHODS)
     network = ScoreNetwork(model).eval()
     layer = layer or default_layer(model)
-    choice("layer", layer, STAGES)
+    choice("layer", layer, network.extractor.stages)
     maps = []
     for start in range(0, len(observations), _BATCH):
         part = slice(start, start + _BATCH)
@@ -140,11 +140,12 @@ def default_layer(model: Any) -> str:
     :return: the highest stage whose map is at least :data:`SMALLEST_MAP` pixels high and wide, else the lowest stage
     """
     extractor = extractor_of(model)
-    height, width = extractor.image_size or model.observation_space.shape[1:]
-    # The stem halves the map twice, and each layer after layer1 once.
-    sizes = {stage: min(height, width) / 2 ** (2 + max(0, index - 1)) for index, stage in enumerate(STAGES)}
-    large = [stage for stage in STAGES if sizes[stage] >= SMALLEST_MAP]
-    return large[-1] if large else STAGES[0]
+    stages = [stage for stage in extractor.stages if stage in STAGES]
+    # The map is halved twice by the stem, and once by each layer after layer1.
+    side = min(extractor.preprocessing.size)
+    sizes = {stage: side / 2 ** (2 + max(0, index - 1)) for index, stage in enumerate(stages)}
+    large = [stage for stage in stages if sizes[stage] >= SMALLEST_MAP]
+    return large[-1] if large else stages[0]
 
 
 def gradcam(network: ScoreNetwork, images: th.Tensor, targets: th.Tensor, layer: str, relu: bool = True) -> th.Tensor:

@@ -10,7 +10,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet.cli.loading import extractor_of
-from sb3_resnet.nn.pooling import pooled_features
 
 
 class ScoreNetwork(nn.Module):
@@ -42,8 +41,8 @@ class ScoreNetwork(nn.Module):
         """
         extractor = self.extractor
         x = extractor.preprocess(self.resize(extractor.scale_raw(observations)))
-        pooled = pooled_features(extractor.pooling, extractor.run_stages(x, extractor.stages))
-        features = extractor.projection(pooled.reshape(observations.shape[0], -1))
+        pooled = extractor.trunk.pool(extractor.run_stages(x, extractor.stages), observations.shape[0])
+        features = extractor.projection(pooled)
         # QR-DQN's outputs are (quantiles, actions); all others' have a single row.
         scores: th.Tensor = self.head(features).reshape(observations.shape[0], -1, self.n_actions).mean(dim=1)
         return scores

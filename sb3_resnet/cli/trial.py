@@ -16,7 +16,6 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli.texts import one_line
-from sb3_resnet.nn.encoder import FrozenEncoder
 
 _REPEATS = 3
 _LONG = 3.0  # seconds; what takes longer is timed once
@@ -33,7 +32,8 @@ class Speed:
     :param update: seconds per gradient update
     :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` if the callback refuses the model
     :param cache_refusal: why it refuses; ``None`` if it does not
-    :param encode: seconds per image in the frozen stages of the fast encoder; ``None`` if no stage is frozen
+    :param encode: seconds per image (with ``adapter="per_frame"`` per frame) in the frozen stages; ``None`` if no stage
+        is frozen
     :param updates: gradient updates per step of all environments; ``None`` if it depends on the episodes
     :param n_envs: number of environments
     """
@@ -109,10 +109,10 @@ def measure(
     cached = refusal = encode = None
     act = _timed(model, lambda: model.predict(played[0], deterministic=True))
     plain = _timed(model, update)
-    if extractor.boundary.frozen_stages:
+    if extractor.encoder.can_gain:
         flat = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_ENCODED], device=model.device)
-        encoder = FrozenEncoder(extractor.trunk)
-        encode = _timed(model, lambda: encoder(flat)) / len(flat)
+        images = extractor.preprocessing.as_images(flat)[:_ENCODED]
+        encode = _timed(model, lambda: extractor.encoder(images)) / len(images)
     callback = callback or FeatureCacheCallback()
     try:
         callback.init_callback(model)

@@ -27,6 +27,7 @@ _SB3 = "stable_baselines3"
 #: What PyTorch writes when memory runs out, on a GPU and on a CPU; a CPU's error has no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _VERSION = attrgetter("_version")
+Geometry = tuple[Any, ...]  # padding, stride, dilation and groups of a convolution
 _INSTALL = "install a version that the dependencies of sb3_resnet allow"
 
 
@@ -185,6 +186,14 @@ def torch_function_of_plain_results() -> Any:
     return getattr(th._C, "_disabled_torch_function_impl", th.Tensor.__torch_function__)
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """
+    :param module: any module
+    :return: whether somebody waits for it to be called; ``False`` where nothing tells
+    """
+    return any(getattr(module, name, None) for name in ("_forward_hooks", "_forward_pre_hooks"))
+
+
 def tensor_versions(tensors: Iterable[th.Tensor]) -> tuple[int, ...]:
     """
     PyTorch's own counters of in-place changes, one per tensor.
@@ -236,17 +245,14 @@ def can_pack_convolutions(dtype: th.dtype) -> bool:
 @cache
 def _packing_works(dtype: th.dtype, parts: tuple[Any, ...]) -> bool:
     """Once for each type and for these parts of PyTorch."""
-    conv = nn.utils.skip_init(nn.Conv2d, 16, 16, 3, padding=1).to(dtype)  # type: ignore[no-untyped-call]  # PyTorch
-    shape = (2, 16, 6, 6)
+    # No random numbers: they would be taken from a training that is to be reproducible.
+    weight = th.linspace(-0.1, 0.1, 2304).reshape(16, 16, 3, 3).to(dtype, memory_format=th.channels_last)
+    bias, geometry = th.linspace(-1, 1, 16).to(dtype), ((1, 1), (1, 1), (1, 1), 1)
+    x = th.linspace(-1, 1, 1152).reshape(2, 16, 6, 6).to(dtype, memory_format=th.channels_last)
     try:
-        with th.no_grad():
-            # No random numbers: they would be taken from a training that is to be reproducible.
-            conv.weight.copy_(th.linspace(-0.1, 0.1, conv.weight.numel()).reshape(conv.weight.shape))
-            conv.bias.copy_(th.linspace(-1, 1, 16))
-            x = th.linspace(-1, 1, 1152).reshape(shape).to(dtype, memory_format=th.channels_last)
-            packed, expected = pack_convolution(conv, shape), conv(x)
-            plain = packed_convolution(x, packed, conv, relu=True)
-            added = packed_convolution(x, packed, conv, relu=True, added=x)
+        packed, expected = pack_convolution(weight, geometry, x.shape), nn.functional.conv2d(x, weight, bias, padding=1)
+        plain = packed_convolution(x, packed, bias, geometry, relu=True)
+        added = packed_convolution(x, packed, bias, geometry, relu=True, added=x)
         pairs = ((plain, expected.relu()), (added, (expected + x).relu()))
         # To the precision of bfloat16; a wrong result is off by more.
         return all(th.allclose(one, other, rtol=0.05, atol=0.05) for one, other in pairs)
@@ -254,31 +260,37 @@ def _packing_works(dtype: th.dtype, parts: tuple[Any, ...]) -> bool:
         return False
 
 
-def pack_convolution(conv: nn.Conv2d, shape: Sequence[int]) -> th.Tensor:
+def pack_convolution(weight: th.Tensor, geometry: Geometry, shape: Sequence[int]) -> th.Tensor:
     """
-    :param conv: a convolution on the CPU, where :func:`can_pack_convolutions`
+    :param weight: of a convolution on the CPU, where :func:`can_pack_convolutions`
+    :param geometry: its padding, stride, dilation and groups
     :param shape: of the inputs for which the order of the weights is chosen; others work too
     :return: its weights in oneDNN's own order
     """
     arrange: Any = th._C._nn.mkldnn_reorder_conv2d_weight
-    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
-    packed: th.Tensor = arrange(conv.weight.detach().to_mkldnn(), *geometry, [*shape])
+    packed: th.Tensor = arrange(weight.to_mkldnn(), *geometry, [*shape])
     return packed
 
 
 def packed_convolution(
-    x: th.Tensor, packed: th.Tensor, conv: nn.Conv2d, relu: bool = False, added: th.Tensor | None = None
+    x: th.Tensor,
+    packed: th.Tensor,
+    bias: th.Tensor | None,
+    geometry: Geometry,
+    relu: bool = False,
+    added: th.Tensor | None = None,
 ) -> th.Tensor:
     """
     :param x: the input, channels last
     :param packed: weights of :func:`pack_convolution`
-    :param conv: the convolution that they are of
+    :param bias: of the convolution; with ``added`` in the type of the input
+    :param geometry: as in :func:`pack_convolution`
     :param relu: apply ReLU to the result
     :param added: added to the result before that
     :return: the result, channels last
     """
     convolve: Any = th.ops.mkldnn._convolution_pointwise
-    weights = (packed, conv.bias, conv.padding, conv.stride, conv.dilation, conv.groups)
+    weights = (packed, bias, *geometry)
     if added is None:
         out: th.Tensor = convolve(x, *weights, "relu" if relu else "none", [], "")
     elif added.shape[-2:] == (1, 1):  # refused by PyTorch 2.6 and 2.8: "could not create a memory"

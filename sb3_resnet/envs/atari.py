@@ -43,8 +43,8 @@ def make_atari_vec_env(
     :param seed: of the first environment; the others have the following numbers. ``None``: a random one
     :param monitor_dir: folder for SB3's ``<index>.monitor.csv``; ``None``: no files
     :param frame_stack: frames of an observation, the newest last; zeros stand for those before the episode's first
-    :param n_threads: the most environments that work at the same time. Each has a C++ thread, which sleeps while it has
-        nothing to do. ``None``, and at most: as many as there are CPUs that this process may use
+    :param n_threads: the most environments that work at the same time; ``None``, and at most: as many as there are CPUs
+        that this process may use
     :param repeat_action_probability: probability with which the last action is repeated; ``None``: that of ``env_id``
     :param full_action_space: all 18 actions instead of those that the game knows; ``None``: as ``env_id`` has it
     :param noop_max: the most no-ops, one frame each, at the begin of a game
@@ -52,10 +52,8 @@ def make_atari_vec_env(
     :param screen_size: height and width of an observation in pixels
     :param terminal_on_life_loss: whether a lost life ends the episode
     :param clip_reward: whether rewards are replaced by their sign
-    :param max_episode_steps: agent's steps after which a game is truncated. Without it, and at most, the limit of
-        ``env_id``: 108,000 emulator frames
-    :return: environments with observations of shape ``(screen_size, screen_size, frame_stack)``, uint8. In memory
-        frames come one after the other, so that what SB3's ``VecTransposeImage`` gives is contiguous
+    :param max_episode_steps: agent's steps after which a game is truncated, at most the 108,000 frames of ``env_id``
+    :return: environments with observations of shape ``(screen_size, screen_size, frame_stack)``, uint8
     :raises ImportError: where ale-py or OpenCV is missing
     :raises TypeError: for arguments of the wrong type
     :raises ValueError: for arguments out of range, and ids that are not games of ale-py

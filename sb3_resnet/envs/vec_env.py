@@ -42,6 +42,9 @@ class AtariVecEnv(VecEnv):
     (``ale``), its memory and its saved states cannot be reached. The render mode is ``"rgb_array"``, so SB3's
     ``VecVideoRecorder`` works; ``render("human")`` opens a window where OpenCV can.
 
+    Each environment has a C++ thread, which sleeps while it has nothing to do. In memory the frames of an observation
+    come one after the other, so what SB3's ``VecTransposeImage`` gives is contiguous.
+
     :param spec: the game in gymnasium's registry
     :param rules: how it is played
     :param n_envs: number of environments

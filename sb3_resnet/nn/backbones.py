@@ -19,8 +19,13 @@ STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 NORMS = ("frozen", "batch", "group", "sync")
 #: Residual blocks of all of them.
 BLOCKS: tuple[type[nn.Module], ...] = (tvm.resnet.BasicBlock, tvm.resnet.Bottleneck)
-#: Smallest height and width, in pixels: at 17 ``layer4`` still gets a 2x2 map, below it only a pixel and padding.
-MIN_SIZE = 17
+_HALVINGS = {
+    "stem": 2,
+    "layer1": 2,
+    "layer2": 3,
+    "layer3": 4,
+    "layer4": 5,
+}  # of height and width, up to a stage's output
 
 
 class FreezableNorm(nn.Module):
@@ -73,21 +78,38 @@ def available() -> list[str]:
     )
 
 
-def build(name: str, norm: str = "frozen") -> tvm.ResNet:
+def build(name: str, norm: str = "frozen", last_stage: str = "layer4") -> tvm.ResNet:
     """
     Build a randomly initialised trunk in eval mode; its ``state_dict`` keys are torchvision's, without ``fc``.
 
+    ``fc`` and the stages above the last are replaced by ``Identity``, which has no parameters, no state and no cost.
+
     :param name: a torchvision ResNet such as ``"resnet18"``
     :param norm: one of :data:`NORMS`
-    :return: the ResNet, ``fc`` replaced by ``Identity``
-    :raises ValueError: for an unknown name or norm
+    :param last_stage: the highest stage, one of :data:`STAGES`
+    :return: the ResNet; its ``out_channels`` are those of the last stage
+    :raises ValueError: for an unknown name, norm or stage
     """
     choice("backbone", name, available())
     choice("norm", norm, NORMS)
+    kept = stages_up_to(last_stage)
     resnet: tvm.ResNet = getattr(tvm, name)(norm_layer=_NORM_LAYERS[norm])
-    resnet.out_channels = resnet.fc.in_features
-    resnet.fc = nn.Identity()
+    for part in (*STAGES[len(kept) :], "fc"):
+        setattr(resnet, part, nn.Identity())
+    last = resnet if last_stage == "stem" else getattr(resnet, last_stage)[-1]
+    # A block ends with conv3 (Bottleneck) or conv2 (BasicBlock), the stem has conv1 alone.
+    convs = [getattr(last, name) for name in ("conv1", "conv2", "conv3") if hasattr(last, name)]
+    resnet.out_channels = convs[-1].out_channels
     return resnet.eval()
+
+
+def stages_up_to(last_stage: str) -> tuple[str, ...]:
+    """
+    :param last_stage: the highest stage
+    :return: it and those below it, from the input up
+    :raises ValueError: for an unknown stage
+    """
+    return STAGES[: STAGES.index(choice("last_stage", last_stage, STAGES)) + 1]
 
 
 def stage_modules(resnet: tvm.ResNet, stage: str) -> tuple[nn.Module, ...]:
@@ -97,9 +119,20 @@ def stage_modules(resnet: tvm.ResNet, stage: str) -> tuple[nn.Module, ...]:
     return (getattr(resnet, stage),)
 
 
-def map_size(height: int, width: int) -> tuple[int, int]:
-    """:return: height and width of the last feature map: five times halved, rounded up"""
-    return math.ceil(height / 32), math.ceil(width / 32)
+def map_size(height: int, width: int, stage: str = "layer4") -> tuple[int, int]:
+    """:return: height and width of a stage's feature map: halved by the stem twice, by each of layer2 to layer4 once"""
+    factor = 1 << _HALVINGS[stage]
+    return math.ceil(height / factor), math.ceil(width / factor)
+
+
+def smallest_size(last_stage: str, needs_map: bool) -> int:
+    """
+    :param last_stage: the highest stage
+    :param needs_map: whether its map must be larger than a pixel
+    :return: smallest height and width in pixels: else the last stage gets one pixel and padding, or returns one
+    """
+    factor = 1 << _HALVINGS[last_stage]
+    return factor + 1 if needs_map else max(factor // 2, 4) + 1
 
 
 def pretrained_source(name: str, weights: str | None = None) -> str | None:

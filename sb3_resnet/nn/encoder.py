@@ -1,10 +1,9 @@
-"""The frozen prefix of the trunk as a fast inference function."""
+"""The frozen stages as one fast function: what everybody gets from them, with or without a cache."""
 
 from __future__ import annotations
 
 import copy
 import warnings
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,231 +14,227 @@ from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
-from sb3_resnet.nn.inference import fold_norms, from_raw_input, pack
-from sb3_resnet.nn.precision import resolve_dtype
+from sb3_resnet.nn.inference import fold_norms, from_raw_input, is_native, pack
 from sb3_resnet.nn.trunk import Trunk
 
-#: Largest tolerated error of reduced precision, relative to the spread of the features over observations, which
-#: Q-values inherit. ``benchmarks/results/precision.json`` has what it is on Pong.
-MAX_ERROR = 0.02
-_CHECKED = 64  # different observations that the check compares
+_PASSED_OVER = ("preprocess", "scale_raw", "frozen_part", "run_stages")  # methods that it takes the place of
+_JUDGED = 64  # images after each build that are searched for overflow
+_SAMPLED = 16  # numbers of each tensor that are compared by value
 
 
 class FrozenEncoder:
     """
-    Encodes raw observations with the stages below the freeze boundary (and the pooling, if all are frozen).
+    Encodes images with the stages below the freeze boundary, and pools them if all stages are frozen.
 
-    BatchNorm is folded into the convolutions, memory is channels last, precision reduced where the hardware gains by
-    it; on a GPU it runs as captured graphs. It is a copy: in no state dict, and stale as soon as :attr:`fingerprint`
-    differs from that of the trunk.
-
-    From entries of two bytes a number the median of the first batch is subtracted, so that rounding is relative to what
-    distinguishes observations. The first different observations are also encoded by the plain module: if the error
-    exceeds :data:`MAX_ERROR`, it goes on in the next better precision, with a warning.
+    BatchNorm is folded into the convolutions, memory is channels last, and weights and activations are in the model's
+    ``frozen_dtype``; sums and pooling are float32. It is a copy: in no state dict, and built anew when the weights, the
+    boundary, the precision or the device of the trunk have changed.
 
     :param trunk: of a :class:`~sb3_resnet.extractor.ResNetExtractor`
-    :param dtype: as in :func:`~sb3_resnet.nn.precision.resolve_dtype`
-    :param shared_by: trunks for which the entries are meant too, such as the target network's
-    :raises ValueError: if these differ below the boundary, now or when weights or boundary have changed
     """
 
-    def __init__(self, trunk: Trunk, dtype: str = "auto", shared_by: Sequence[Trunk] = ()) -> None:
+    def __init__(self, trunk: Trunk) -> None:
         self.trunk = trunk
-        self.device = trunk.device
-        self.requested = dtype
-        self._shared = shared_by
+        #: Whether a GPU runs captured graphs; off until measured there.
+        self.uses_graphs = False
         #: Images encoded so far.
         self.images = 0
         #: Changes whenever entries made before are of no use any more.
         self.version = 0
-        self._sample: dict[bytes, th.Tensor] = {}
-        self._build()
-
-    def refresh(self) -> bool:
-        """:return: whether weights or boundary had changed, so that the encoder was built anew"""
-        if self.fingerprint == _fingerprint(self.trunk, self._holders):
-            return False
-        self._build()
-        return True
-
-    def __call__(self, observations: th.Tensor) -> th.Tensor:
-        """
-        :param observations: as the space describes them, ``(batch, C, H, W)``, on the trunk's device
-        :return: entries: without :attr:`centre`, what the extractor's ``frozen_part`` returns, up to precision
-        """
-        with th.inference_mode():
-            if not self._is_checked:
-                self._check(observations)
-            entries = self._encode(observations)
-        self.images += len(observations)
-        return entries
+        self._forget()
 
     @property
     def can_gain(self) -> bool:
         """Whether a stage of the trunk is frozen; the adapter's output is larger than the pixels."""
         return any(name != "adapter" for name in self.trunk.frozen_stages)
 
-    def holds(self) -> bool:
-        """:return: whether frozen weights are those of the last build by value; writes to ``.data`` leave no trace"""
-        return self._digest == _digest(self.trunk)
+    @property
+    def can_replace_modules(self) -> bool:
+        """Whether it gains, and no hook waits for a frozen module to be called."""
+        layers = self._layers if self._frozen == self.trunk.frozen_stages else _layers(self.trunk)
+        return self.can_gain and not any(map(host.has_forward_hooks, layers))
+
+    @property
+    def device(self) -> th.device:
+        """Where it computes."""
+        return self.trunk.device
+
+    def __call__(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: raw values of the space, any type, on :attr:`device`: whole observations ``(n, C, H, W)``, or
+            single frames ``(n, 1 or 3, H, W)`` with ``adapter="per_frame"``; resized here if they are not
+        :return: entries: pooled features ``(n, dim)`` in float32, or the map that the lowest trainable stage takes,
+            ``(n, c, h, w)`` in the model's ``frozen_dtype``
+        """
+        self.refresh()
+        if images.is_floating_point():
+            check_observations(images)
+        with th.no_grad(), th.autocast(images.device.type, enabled=False):
+            resized = self.trunk.preprocessing.resize(images)
+            entries = self._run(resized) if self.uses_graphs else self._run_stages(resized)
+        if self._judged < _JUDGED and self.trunk.frozen_dtype.dtype == th.float16:
+            self._judged += len(images)
+            _refuse_overflow(entries)
+        self.images += len(images)
+        return entries
+
+    def refresh(self, by_value: bool = False) -> bool:
+        """
+        Build the copy anew where it is stale.
+
+        :param by_value: notice also weights that were written through ``.data``, as SB3 does with a target network,
+            which leaves no trace: some numbers of each tensor are compared
+        :return: whether it was stale
+        """
+        if self._fingerprint == _fingerprint(self.trunk, self._holders) and not (by_value and self._has_drifted()):
+            return False
+        self._build()
+        return True
+
+    def _forget(self) -> None:
+        self._fingerprint: tuple[Any, ...] | None = None
+        self._frozen: tuple[str, ...] | None = None
+        self._layers: list[nn.Module] = []
+        self._holders: list[Any] = []
+        self._probe: list[th.Tensor] = []
+        self._probed: th.Tensor | None = None
+        self._stages: list[nn.Module] = []
+        self._run: Any = None
+        self._judged = 0  # images of which it is known that float16 can hold what becomes of them
 
     def _build(self) -> None:
-        """For the extractor as it is now, in the precision that was asked for."""
-        self.refuse_different_twins()
-        self.dtype = resolve_dtype(self.requested, self.device)
-        #: The type of the entries: two bytes, unless float32 was asked for.
-        self.entry_dtype = th.float32 if self.requested == "float32" else th.float16
-        #: What is subtracted from entries; ``None``: nothing.
-        self.centre: th.Tensor | None = None
-        self._is_checked = self.dtype == self.entry_dtype == th.float32
-        self._holders = _holders(self.trunk)
-        self.fingerprint = fingerprint(self.trunk)
-        self._digest = _digest(self.trunk)
-        self._arrange()
-
-    def _arrange(self) -> None:
         trunk = self.trunk
+        trunk.frozen_dtype.settle()
+        self._frozen, self._layers = trunk.frozen_stages, _layers(trunk)
+        self._holders = _holders(trunk, self._layers)
+        self._fingerprint = _fingerprint(trunk, self._holders)
+        # Views of the weights themselves, so that they show what is written there later.
+        self._probe = [_some(tensor) for tensor in frozen_tensors(trunk) if tensor.is_floating_point()]
+        self._probed = th.cat(self._probe) if self._probe else None
+        if not is_native(trunk.frozen_dtype.dtype, self.device):
+            _warn_that_it_is_slow(trunk.frozen_dtype.name)
         with th.no_grad():
-            stages = folded_stages(trunk, trunk.frozen_stages)
-            first: Any = None if trunk.preprocessing.resizes else stages.get("stem", [None])[0]
-            stem = None if first is None else from_raw_input(first, *trunk.input_map())
-            self._reads_raw = stem is not None
-            if stem is not None:
-                stages.pop("adapter", None)
-                stages["stem"][0] = stem
-            arrange_for_inference(stages, self.dtype)
-        self._stages = stages
+            self._stages = _arranged(trunk) if self.can_gain else []
         self._run = GraphedFunction(self._run_stages)
+        self._judged = 0
         self.version += 1
 
-    def refuse_different_twins(self) -> None:
-        """
-        :raises ValueError: if a trunk that shares the entries has other weights below the boundary
-        """
-        mine = frozen_tensors(self.trunk)
-        for twin in self._shared:
-            # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
-            if not all(map(_close, mine, frozen_tensors(twin))):
-                raise ValueError(
-                    "Online and target network differ below the freeze boundary, so one entry cannot serve both: load "
-                    "both, or write model.q_net_target.load_state_dict(model.q_net.state_dict()) after freezing again"
-                )
-
-    def _encode(self, observations: th.Tensor) -> th.Tensor:
-        images = self.trunk.preprocessing
-        if not self._reads_raw:
-            return self._run(images(images.scale_raw(observations)))
-        if observations.is_floating_point():
-            check_observations(observations)
-        return self._run(images.as_images(observations))
+    def _has_drifted(self) -> bool:
+        """A target network that follows slowly is rounded anew at each update, which is no change."""
+        return self._probed is not None and not th.allclose(th.cat(self._probe), self._probed, rtol=1e-5, atol=1e-7)
 
     def _run_stages(self, x: th.Tensor) -> th.Tensor:
-        for name, stage in self._stages.items():
-            if not self._reads_raw:
-                x = self.trunk.normalize(x) if name == "stem" else x
-                x = x.to(self.dtype, memory_format=th.channels_last)
+        for stage in self._stages:
             x = stage(x)
-        x = self.trunk.entries_of(x)
-        if self.entry_dtype == th.float32:
-            return x.float()
-        if self.centre is None:
-            self.centre = x.float().median(dim=0).values
-        return (x.float() - self.centre).to(self.entry_dtype)
+        return x if self.trunk.live_stages else self.trunk.pooling(x)
 
-    def _check(self, observations: th.Tensor) -> None:
-        """Choose the precision as soon as enough different observations came by; they also judge later weights."""
-        for image in observations:
-            if len(self._sample) < _CHECKED:
-                self._sample.setdefault(image.cpu().numpy().tobytes(), image.clone())
-        if len(self._sample) < _CHECKED:
-            return
-        sample = th.stack([*self._sample.values()])
-        exact = self._plain(sample)
-        # Of the typical observation: a few odd ones, as the empty stacks after a reset, would hide what errors hide.
-        spread = float((exact - exact.median(dim=0).values).flatten(1).square().mean(dim=1).sqrt().median())
-        while self.dtype != th.float32 or self.entry_dtype != th.float32:
-            encoded = self._encode(sample).float()
-            rounded = encoded if self.centre is None else encoded + self.centre
-            error = float((rounded - exact).square().mean().sqrt())
-            if error <= MAX_ERROR * spread:
-                break
-            self._step_up(error / max(spread, 1e-12))
-        self._is_checked = True
+    def __getstate__(self) -> dict[str, Any]:
+        # A copied or loaded extractor builds its own.
+        bare = FrozenEncoder(self.trunk)
+        return {**bare.__dict__, "uses_graphs": self.uses_graphs}
 
-    def _plain(self, observations: th.Tensor) -> th.Tensor:
-        """:return: what the modules themselves compute, in float32"""
-        images = self.trunk.preprocessing
-        x = images(images.scale_raw(observations))
-        return self.trunk.entries_of(self.trunk.run(x, self.trunk.frozen_stages)).float()
 
-    def _step_up(self, error: float) -> None:
-        """Go on in the next better precision."""
-        if self.dtype == th.float32:
-            what, self.entry_dtype = "Keeping entries in float16", th.float32
-            then = "keeping them in float32, in twice the memory"
-        else:
-            what = f"Encoding in {str(self.dtype).removeprefix('torch.')}"
-            # On a GPU float16 is as fast as bfloat16, with an eighth of its error.
-            by_half = self.dtype == th.bfloat16 and self.device.type == "cuda"
-            self.dtype = th.float16 if by_half else th.float32
-            then = f"going on in {str(self.dtype).removeprefix('torch.')}"
-        warnings.warn(
-            f"{what} errs by {error:.2g} of the spread of the features over observations (limit {MAX_ERROR}): {then}.",
-            stacklevel=5,
+def rounding_error(encoder: FrozenEncoder, observations: th.Tensor) -> float:
+    """
+    How much the precision of the frozen stages blurs what distinguishes observations.
+
+    :param encoder: of an extractor
+    :param observations: raw, as different as those of the game, ``(batch, C, H, W)`` on the encoder's device
+    :return: root mean square difference from the plain float32 modules, as a share of the distance of the typical
+        observation from the median one
+    """
+    trunk = encoder.trunk
+    images = trunk.preprocessing
+    with th.no_grad():
+        plain = trunk.run(images(images.scale_raw(observations)), trunk.frozen_stages)
+        exact = (plain if trunk.live_stages else trunk.pooling(plain)).float()
+    error = (encoder(images.as_images(observations)).float() - exact).square().mean().sqrt()
+    # Of the typical observation: a few odd ones, as the empty stacks after a reset, would hide what errors hide.
+    exact = exact.reshape(len(observations), -1)
+    spread = (exact - exact.median(dim=0).values).square().mean(dim=1).sqrt().median()
+    return float(error / spread.clamp(min=1e-12))
+
+
+def overridden(cls: type, base: type) -> list[str]:
+    """
+    :param cls: class of an extractor
+    :param base: ``ResNetExtractor``
+    :return: methods of the class in whose place the encoder would compute something else
+    """
+    return [name for name in _PASSED_OVER if getattr(cls, name) is not getattr(base, name)]
+
+
+def refuse_overridden(cls: type, base: type, frozen_dtype: str) -> None:
+    """:raises ValueError: if a class computes the frozen stages its own way, and not in float32"""
+    methods = overridden(cls, base)
+    if frozen_dtype != "float32" and methods:
+        raise ValueError(
+            f"{cls.__name__} overrides {', '.join(methods)}, which the encoder would pass over: write "
+            "frozen_dtype='float32'"
         )
-        self.centre = None  # it was computed in the worse precision, perhaps as infinity
-        self._arrange()
-
-
-def folded_stages(trunk: Trunk, names: Sequence[str]) -> dict[str, nn.Sequential]:
-    """:return: copies of stages, BatchNorm folded into their convolutions"""
-    stages = {name: nn.Sequential(*copy.deepcopy(trunk.stages[name])) for name in names}
-    for stage in stages.values():
-        fold_norms(stage.eval())
-    return stages
-
-
-def arrange_for_inference(stages: dict[str, nn.Sequential], dtype: th.dtype) -> None:
-    """Bring such copies into the type, the memory order and, on a CPU, the packing in which they run fastest."""
-    for stage in stages.values():
-        stage.requires_grad_(False).to(dtype=dtype, memory_format=th.channels_last)  # type: ignore[call-overload]  # PyTorch
-        pack(stage, BLOCKS)
-
-
-def fingerprint(trunk: Trunk) -> tuple[Any, ...]:
-    """
-    What an encoder and its entries depend on: the boundary, and the identity and version of each frozen tensor.
-
-    PyTorch counts in-place changes of a tensor, so this notices a loaded state dict or an optimizer step without
-    reading a weight.
-
-    :param trunk: its frozen stages are encoded
-    :return: a value that differs after any such change
-    """
-    return _fingerprint(trunk, _holders(trunk))
-
-
-def _fingerprint(trunk: Trunk, holders: Sequence[Any]) -> tuple[Any, ...]:
-    tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    return (trunk.boundary.stage, *map(th.Tensor.data_ptr, tensors), *host.tensor_versions(tensors))
-
-
-def _holders(trunk: Trunk) -> list[Any]:
-    """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
-    layers = [layer for module in trunk.modules(trunk.frozen_stages) for layer in module.modules()]
-    holders = [trunk.statistics, *(holder for layer in layers for holder in host.tensor_holders(layer))]
-    return [holder for holder in holders if holder]
 
 
 def frozen_tensors(trunk: Trunk) -> list[th.Tensor]:
     """:return: parameters and buffers below the freeze boundary"""
     modules = trunk.modules(trunk.frozen_stages)
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+    return [tensor.detach() for module in modules for tensor in (*module.parameters(), *module.buffers())]
 
 
-def _close(one: th.Tensor, other: th.Tensor) -> bool:
-    return th.allclose(one, other, rtol=1e-4, atol=1e-5)
+def _arranged(trunk: Trunk) -> list[nn.Module]:
+    """:return: copies of the frozen stages in the form in which they run fastest, the adapter inside of the stem"""
+    stages = {name: nn.Sequential(*copy.deepcopy(trunk.stages[name])) for name in trunk.frozen_stages}
+    for stage in stages.values():
+        fold_norms(stage.eval())
+    stages.pop("adapter", None)
+    stem: Any = stages["stem"]
+    stem[0] = from_raw_input(stem[0], *trunk.input_map())
+    if isinstance(stem[1], nn.Identity):  # the norm is folded, so ReLU can move into the convolution
+        stem[0].has_relu, stem[2] = True, nn.Identity()
+    for stage in stages.values():
+        pack(stage.requires_grad_(False), BLOCKS, trunk.frozen_dtype.dtype)
+    return [*stages.values()]
 
 
-def _digest(trunk: Trunk) -> list[int]:
-    return [zlib.crc32(tensor.detach().float().cpu().numpy().tobytes()) for tensor in frozen_tensors(trunk)]
+def _fingerprint(trunk: Trunk, holders: Sequence[Any]) -> tuple[Any, ...]:
+    """
+    What an encoder and its entries depend on: boundary, precision, and identity and version of each frozen tensor.
+
+    PyTorch counts in-place changes of a tensor, so this notices a loaded state dict or an optimizer step without
+    reading a weight.
+    """
+    tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
+    addresses, versions = map(th.Tensor.data_ptr, tensors), host.tensor_versions(tensors)
+    return (trunk.boundary.stage, trunk.frozen_dtype.name, *addresses, *versions)
+
+
+def _layers(trunk: Trunk) -> list[nn.Module]:
+    """:return: the frozen modules and all inside of them; walking to them takes longer than looking at them"""
+    return [layer for module in trunk.modules(trunk.frozen_stages) for layer in module.modules()]
+
+
+def _holders(trunk: Trunk, layers: Sequence[nn.Module]) -> list[Any]:
+    """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
+    holders = [trunk.statistics, *(holder for layer in layers for holder in host.tensor_holders(layer))]
+    return [holder for holder in holders if holder]
+
+
+def _some(tensor: th.Tensor) -> th.Tensor:
+    """:return: some numbers of a tensor, in its own memory whatever their order there"""
+    count = min(_SAMPLED, tensor.numel())
+    return tensor.as_strided((count,), (tensor.numel() // count,))
+
+
+def _refuse_overflow(entries: th.Tensor) -> None:
+    if not entries.isfinite().all():
+        raise ValueError(
+            "Activations of the frozen stages exceed 65504, the largest number of float16: write "
+            "frozen_dtype='bfloat16' or 'float32' in features_extractor_kwargs, or call policy.set_frozen_dtype"
+        )
+
+
+def _warn_that_it_is_slow(name: str) -> None:
+    warnings.warn(
+        f"This processor has no instructions for {name}: the frozen stages compute the same in float32 arithmetic, "
+        "more slowly. To convert the model for good: model.policy.set_frozen_dtype('float32').",
+        stacklevel=2,
+    )

@@ -2,38 +2,56 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch as th
+from torch.nn import functional as F
 
-#: ``avg`` throws position away (at 84 pixels the map is 3x3); the other two keep it.
-POOLINGS = ("avg", "flatten", "spatial_softmax")
-
-
-def pooled_dim(pooling: str, channels: int, size: tuple[int, int]) -> int:
-    """:return: length of the pooled vector of a ``(channels, *size)`` map"""
-    if pooling == "flatten":
-        return channels * size[0] * size[1]
-    return 2 * channels if pooling == "spatial_softmax" else channels
+#: ``avg`` throws position away (at 84 pixels ``layer4``'s map is 3x3); the others keep it.
+POOLINGS = ("avg", "flatten", "spatial_softmax", "grid")
 
 
-def pooled_features(pooling: str, x: th.Tensor) -> th.Tensor:
+@dataclass(frozen=True)
+class Pooling:
     """
-    :param pooling: one of :data:`POOLINGS`
-    :param x: feature maps ``(batch, channels, h, w)``
-    :return: ``(batch, pooled_dim)`` in float32: rounding a mean to bfloat16 errs more than the values it is made of
+    Turns maps into vectors, in float32: rounding a mean to bfloat16 errs more than the values it is made of.
+
+    :param name: one of :data:`POOLINGS`
+    :param grid_size: rows and columns of ``"grid"``
     """
-    x = x.float()
-    if pooling == "avg":
-        return x.mean(dim=(2, 3))
-    if pooling == "flatten":
+
+    name: str
+    grid_size: int = 4
+
+    def __call__(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: feature maps ``(batch, channels, h, w)``, of any type and memory order
+        :return: ``(batch, dim)`` in float32
+        """
+        if self.name == "spatial_softmax":
+            return _spatial_softmax(x)
+        x = x.float()
+        if self.name == "avg":
+            return x.mean(dim=(2, 3))
+        if self.name == "grid":
+            x = F.adaptive_avg_pool2d(x, self.grid_size)
         return x.flatten(1)
-    return _spatial_softmax(x)
+
+    def dim(self, channels: int, size: tuple[int, int]) -> int:
+        """:return: length of the vector of a ``(channels, *size)`` map"""
+        per_channel = {"flatten": size[0] * size[1], "spatial_softmax": 2, "grid": self.grid_size**2}
+        return channels * per_channel.get(self.name, 1)
 
 
 def _spatial_softmax(x: th.Tensor) -> th.Tensor:
     """Expected row and column of each channel's activation, in -1..1 (arXiv 1504.00702, temperature 1)."""
     height, width = x.shape[-2:]
-    probability = x.flatten(2).softmax(dim=-1).reshape(x.shape)
+    x = x.float()
+    # One temporary of the map's size, in its memory order; the softmax is divided by its sum only at the end.
+    weights = (x - x.amax(dim=(2, 3), keepdim=True)).exp_()
+    by_row, by_column = weights.sum(3), weights.sum(2)
     rows = th.linspace(-1.0, 1.0, height, device=x.device)
     columns = th.linspace(-1.0, 1.0, width, device=x.device)
     # Not a matrix product, which autocast would compute in half precision.
-    return th.cat([(probability.sum(3) * rows).sum(2), (probability.sum(2) * columns).sum(2)], dim=1)
+    positions = th.cat([(by_row * rows).sum(2), (by_column * columns).sum(2)], dim=1)
+    return positions / by_row.sum(2).repeat(1, 2)

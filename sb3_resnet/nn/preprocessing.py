@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.augment import Augmentation
-from sb3_resnet.nn.backbones import MIN_SIZE
+from sb3_resnet.nn.backbones import smallest_size
 
 #: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -46,6 +46,8 @@ class Preprocessing:
         #: Channels of one frame.
         self.frame_channels = 3 if self.channels % 3 == 0 else 1
         self.per_frame = per_frame and self.channels != 3
+        #: Whether an adapter makes three channels of all.
+        self.needs_adapter = not self.per_frame and self.channels != 3
         #: Images that one observation becomes.
         self.n_frames = self.channels // self.frame_channels if self.per_frame else 1
         self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
@@ -56,16 +58,36 @@ class Preprocessing:
         :param augmentation: changes the images, at the size of the observation
         :return: float32 images in 0..1, resized; in ``per_frame`` mode ``(batch * frames, 3, H, W)``
         """
+        x = self._to_unit(observations)
+        if augmentation is not None:
+            x = augmentation(x)
+        x = self.as_images(self.resize(x))
+        return x.expand(-1, 3, -1, -1) if self.per_frame else x
+
+    def to_raw(self, observations: th.Tensor, augmentation: Augmentation | None = None) -> th.Tensor:
+        """
+        Undo SB3's scaling: the encoder takes raw values, and multiplying the 255 of uint8 back is exact.
+
+        :param observations: as SB3 hands them over, ``(batch, C, H, W)``
+        :param augmentation: changes the images, at the size of the observation
+        :return: images for :class:`~sb3_resnet.nn.encoder.FrozenEncoder`, which resizes them
+        """
+        x = observations.float()
+        if augmentation is not None:
+            x = augmentation(self._to_unit(observations)) / self.scale
+        return self.as_images(x * 255.0 if self.is_uint8 else x)
+
+    def resize(self, x: th.Tensor) -> th.Tensor:
+        """:return: images ``(n, c, H, W)`` at the size that the trunk sees; as they are if they have it"""
+        if not self.resizes or x.shape[-2:] == self.size:
+            return x
+        return F.interpolate(x.float(), self.size, mode="bilinear", antialias=True, align_corners=False)
+
+    def _to_unit(self, observations: th.Tensor) -> th.Tensor:
         x = observations.float()
         if not self.is_uint8:
             check_observations(x)
-        if self.scale != 1.0:
-            x = x * self.scale
-        if augmentation is not None:
-            x = augmentation(x)
-        if self.image_size is not None and x.shape[-2:] != self.image_size:
-            x = F.interpolate(x, self.image_size, mode="bilinear", antialias=True, align_corners=False)
-        return self.as_images(x).expand(-1, 3, -1, -1) if self.per_frame else x
+        return x * self.scale if self.scale != 1.0 else x
 
     def as_images(self, x: th.Tensor) -> th.Tensor:
         """:return: what passes the trunk at once: in ``per_frame`` mode ``(batch * frames, 1 or 3, H, W)``"""
@@ -150,20 +172,37 @@ def read_image_size(value: Any) -> tuple[int, int] | None:
     return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
 
 
-def check_size(size: tuple[int, int], pooling: str) -> None:
+def check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
+    """
+    :param has_weights: whether the trunk is pretrained
+    :param norm: its norm layers
+    :param train_adapter: whether the adapter is to train
+    :param images: how observations become images
+    :raises ValueError: for what cannot go together
+    """
+    if norm == "group" and has_weights:
+        raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
+    if train_adapter and not images.needs_adapter:
+        raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
+
+
+def check_size(size: tuple[int, int], pooling: str, last_stage: str = "layer4") -> None:
     """
     Refuse images of which the trunk leaves nothing.
 
     :param size: height and width in pixels
     :param pooling: one of :data:`~sb3_resnet.nn.pooling.POOLINGS`
+    :param last_stage: the highest stage of the trunk
     :raises ValueError: with the smallest size that works
     """
-    smallest = 33 if pooling == "spatial_softmax" else MIN_SIZE
+    needs_map = pooling == "spatial_softmax"
+    smallest = smallest_size(last_stage, needs_map)
     if min(size) < smallest:
-        why = "its last map is a single pixel" if pooling == "spatial_softmax" else "the trunk sees little but padding"
+        why = "its last map is a single pixel" if needs_map else "the trunk sees little but padding"
         raise ValueError(
-            f"Images of {size[0]}x{size[1]} are too small for a ResNet with pooling={pooling!r}: {why}. "
-            f"The smallest size that works is {smallest}x{smallest}: write image_size={smallest} or more."
+            f"Images of {size[0]}x{size[1]} are too small for a ResNet up to {last_stage} with pooling={pooling!r}: "
+            f"{why}. The smallest size that works is {smallest}x{smallest}: write image_size={smallest} or more, or a "
+            "lower last_stage."
         )
 
 

@@ -9,7 +9,8 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.nn.freezing import FreezeBoundary
-from sb3_resnet.nn.pooling import pooled_features
+from sb3_resnet.nn.frozen_dtype import FrozenDtype
+from sb3_resnet.nn.pooling import Pooling
 from sb3_resnet.nn.preprocessing import Preprocessing
 
 
@@ -22,7 +23,8 @@ class Trunk:
     :param preprocessing: how observations become images
     :param statistics: the extractor's buffers by name, among them ``input_mean`` and ``input_std``
     :param normalizes: whether images are normalised with these
-    :param pooling: one of :data:`~sb3_resnet.nn.pooling.POOLINGS`
+    :param pooling: how the last map becomes a vector
+    :param frozen_dtype: precision of the frozen stages
     """
 
     def __init__(
@@ -32,7 +34,8 @@ class Trunk:
         preprocessing: Preprocessing,
         statistics: Mapping[str, th.Tensor | None],
         normalizes: bool,
-        pooling: str,
+        pooling: Pooling,
+        frozen_dtype: FrozenDtype,
     ) -> None:
         self.stages = stages
         self.boundary = boundary
@@ -40,6 +43,7 @@ class Trunk:
         self.statistics = statistics
         self.normalizes = normalizes
         self.pooling = pooling
+        self.frozen_dtype = frozen_dtype
 
     @property
     def device(self) -> th.device:
@@ -75,18 +79,19 @@ class Trunk:
 
     def pool(self, x: th.Tensor, batch: int) -> th.Tensor:
         """:return: pooled features ``(batch, n)`` of the last map; those of several frames side by side"""
-        return pooled_features(self.pooling, x).reshape(batch, -1)
+        return self.pooling(x).reshape(batch, -1)
 
-    def entries_of(self, x: th.Tensor) -> th.Tensor:
+    def per_observation(self, entries: th.Tensor) -> th.Tensor:
         """
-        :param x: what the last frozen stage returned
-        :return: pooled features ``(batch, n)`` if all stages are frozen, else the map that the lowest trainable stage
-            takes, ``(batch, frames, c, h, w)``
+        Put the entries of an observation's frames side by side.
+
+        :param entries: one per image: pooled features ``(batch * frames, n)`` or maps ``(batch * frames, c, h, w)``
+        :return: ``(batch, frames * n)``, or ``(batch, frames, c, h, w)``
         """
         frames = self.preprocessing.n_frames
-        if len(self.frozen_stages) == len(self.stages):
-            return self.pool(x, len(x) // frames)
-        return x.reshape(-1, frames, *x.shape[1:])
+        if entries.ndim == 2:
+            return entries.reshape(-1, frames * entries.shape[1])
+        return entries.reshape(-1, frames, *entries.shape[1:])
 
     def input_map(self) -> tuple[th.Tensor, th.Tensor, th.Tensor, th.Tensor]:
         """
@@ -97,6 +102,8 @@ class Trunk:
         images = self.preprocessing
         scale = 1.0 / 255.0 if images.is_uint8 else images.scale
         mean, std = (self._statistic(name).flatten() for name in ("input_mean", "input_std"))
+        if not self.normalizes:
+            mean, std = th.zeros_like(mean), th.ones_like(std)
         if "adapter" in self.stages:
             adapter: Any = self.stages["adapter"][0]
             return adapter.weight[:, :, 0, 0] * scale, adapter.bias, mean, std

@@ -147,9 +147,9 @@ def read_url(url: str) -> dict[str, th.Tensor]:
 
 def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, prefix: str | None = None) -> None:
     """
-    Copy weights into the trunk; every key must match by name and shape, ``fc.*`` is ignored.
+    Copy weights into the trunk; every key must match by name and shape. ``fc.*`` and stages above the last are ignored.
 
-    :param resnet: a trunk without ``fc``
+    :param resnet: a trunk, with ``Identity`` in the place of what it lacks
     :param state: keys plain, under one common prefix such as ``module.``, or numbered by ``nn.Sequential``; keys
         outside of the prefix are ignored
     :param source: name of the file, for the errors
@@ -157,7 +157,9 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, pr
     :raises ValueError: with all that is missing, unexpected, of another shape or kind, or not finite
     """
     wanted = resnet.state_dict()
-    given = {key: value for key, value in choose(state, wanted, source, prefix).items() if not key.startswith("fc.")}
+    absent = tuple(f"{name}." for name, child in resnet.named_children() if isinstance(child, nn.Identity))
+    chosen = choose(state, wanted, source, prefix)
+    given = {key: value for key, value in chosen.items() if not key.startswith(absent)}
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     known = {key: (value, wanted[key]) for key, value in given.items() if key in wanted}
