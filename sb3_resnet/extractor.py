@@ -54,7 +54,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
         row and column in -1..1 per channel (arXiv 1504.00702)
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
-        the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
+        the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm with 32 groups,
+        ``"layer"``: LayerNorm over channels and space (GroupNorm with one group), both from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
     :param input_mean: own mean of three channels, on the 0..1 scale; goes before ``use_imagenet_norm``
     :param input_std: own standard deviation, likewise
@@ -248,8 +249,8 @@ def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
 
 
 def _check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
-    if norm == "group" and has_weights:
-        raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
+    if norm in backbones.FROM_SCRATCH and has_weights:
+        raise ValueError(f"norm={norm!r} has no pretrained weights: write norm='frozen', or pretrained=False")
     if train_adapter and (images.per_frame or images.channels == 3):
         raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
 

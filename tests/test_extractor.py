@@ -467,6 +467,7 @@ def test_wrong_statistics_say_what_to_write(kwargs, error, says):
         ({"norm": "layer"}, ValueError, "norm must be one of 'frozen', 'batch', 'group', 'sync'"),
         ({"norm": "group", "pretrained": True}, ValueError, "norm='group' has no pretrained weights: write norm="),
         ({"norm": "group", "weights": "x.pth"}, ValueError, "norm='group' has no pretrained weights"),
+        ({"norm": "layer", "pretrained": True}, ValueError, "norm='layer' has no pretrained weights: write norm="),
         ({"pretrained": "False"}, TypeError, "pretrained must be true or false, got 'False'"),
         ({"freeze_backbone": 1}, TypeError, "freeze_backbone must be true or false, got 1"),
         ({"train_adapter": "no"}, TypeError, "train_adapter must be true or false"),
