@@ -464,7 +464,7 @@ def test_wrong_statistics_say_what_to_write(kwargs, error, says):
         ({"backbone": "resnet81"}, ValueError, "did you mean 'resnet18'"),
         ({"pooling": "mean"}, ValueError, "pooling must be one of 'avg', 'flatten', 'spatial_softmax', got 'mean'"),
         ({"adapter": "conv"}, ValueError, "adapter must be one of 'conv1x1', 'per_frame'"),
-        ({"norm": "layer"}, ValueError, "norm must be one of 'frozen', 'batch', 'group', 'sync'"),
+        ({"norm": "instance"}, ValueError, "norm must be one of 'frozen', 'batch', 'group', 'sync'"),
         ({"norm": "group", "pretrained": True}, ValueError, "norm='group' has no pretrained weights: write norm="),
         ({"norm": "group", "weights": "x.pth"}, ValueError, "norm='group' has no pretrained weights"),
         ({"norm": "layer", "pretrained": True}, ValueError, "norm='layer' has no pretrained weights: write norm="),
