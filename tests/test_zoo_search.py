@@ -97,6 +97,6 @@ def test_a_refusal_of_policy_or_extractor_ends_the_search_in_its_own_words(searc
 
 def test_a_refusal_of_a_callback_ends_the_search_in_its_own_words(search):
     phases = [{"at_timestep": 1, "unfreeze_from": "layer4", "restore_best": True}]
-    with pytest.raises(RefusedSetUpError, match="UnfreezeCallback ends the search: .*restore_best"):
+    with pytest.raises(RefusedSetUpError, match=r"UnfreezeCallback ends the search: .*restore_best"):
         search({}, callback=[{"sb3_resnet.callbacks.UnfreezeCallback": {"phases": phases}}])
     assert [trial.state.name for trial in search.studies[-1].trials] == ["FAIL"]
