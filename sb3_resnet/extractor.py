@@ -16,17 +16,18 @@ from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
+from sb3_resnet.common.vec_normalize import check_vec_normalize
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn import weights as weight_files
+from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics, information_keeping_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.freezing import FreezeBoundary
+from sb3_resnet.nn.image_spaces import warn_if_channels_may_be_last
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.nn.pooling import POOLINGS, pooled_dim
 from sb3_resnet.nn.precision import MixedPrecision, autocast
-from sb3_resnet.nn.preprocessing import Preprocessing, check_size, information_keeping_adapter, statistics
+from sb3_resnet.nn.preprocessing import Preprocessing, check_size, statistics
 from sb3_resnet.nn.trunk import Trunk
-
-ADAPTERS = ("conv1x1", "per_frame")
 
 SelfExtractor = TypeVar("SelfExtractor", bound="ResNetExtractor")
 
@@ -49,14 +50,17 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
         an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
-        begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
-        multiple of three), features concatenated
+        begins as the newest frame, the mean of those between, and the oldest. All channels have a weight above zero.
+        ``"per_frame"``: each frame alone, features concatenated. ``"inflate"``: ``conv1`` of the trunk takes all
+        channels; it begins with the mean of the pretrained weights over their three channels, repeated and scaled by
+        ``3 / C``, as in timm. For channels that are not frames, such as depth or spectral bands
     :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
         row and column in -1..1 per channel (arXiv 1504.00702)
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
-    :param input_mean: own mean of three channels, on the 0..1 scale; goes before ``use_imagenet_norm``
+    :param input_mean: own mean of three channels, on the 0..1 scale (divide statistics of 0..255 by 255); with
+        ``adapter="inflate"`` also of all channels. In place of ``use_imagenet_norm``
     :param input_std: own standard deviation, likewise
     :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
@@ -66,6 +70,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :func:`~sb3_resnet.nn.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in
         0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
+    :param frame_channels: channels of one frame: 3 (RGB) or 1 (grey, or no frames); ``None``: 3 where ``C`` is a
+        multiple of three. Write 1 for three stacked grey frames. With ``adapter="inflate"``, 3 lets each channel begin
+        with the weights of its own colour
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for wrong types
     :raises FileNotFoundError: if the weights are not there
@@ -94,14 +101,16 @@ class ResNetExtractor(BaseFeaturesExtractor):
         micro_batch_size: int | None = None,
         augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
+        frame_channels: int | None = None,
     ) -> None:
-        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
+        _check_wrappers()
+        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
         check_size(images.size, choice("pooling", pooling, POOLINGS))
         if weights_prefix is not None and weights is None:
             raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
         has_weights = flag("pretrained", pretrained) or weights is not None
         _check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
-        trunk = backbones.build(backbone, norm)
+        trunk = backbones.build(backbone, norm, images.trunk_channels, images.keeps_colours)
         pooled = images.n_frames * pooled_dim(pooling, trunk.out_channels, backbones.map_size(*images.size))
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
@@ -116,11 +125,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self.norm_name = norm
         self.trains_adapter = train_adapter
-        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std)
-        self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
-        self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
-        has_adapter = not images.per_frame and images.channels != 3
-        self.adapter = information_keeping_adapter(images.channels) if has_adapter else None
+        normalizes = self._register_statistics(has_weights, use_imagenet_norm, input_mean, input_std)
+        channels = images.channels, images.frame_channels
+        self.adapter = information_keeping_adapter(*channels) if images.has_adapter else None
         # In this order forward and backward pass of all stages took a sixth less time on a CPU.
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
@@ -130,9 +137,19 @@ class ResNetExtractor(BaseFeaturesExtractor):
         unfrozen = None if flag("freeze_backbone", freeze_backbone) else "all"
         self.boundary = FreezeBoundary(stages, unfrozen, train_adapter, live_norm=norm in ("batch", "sync"))
         #: The stages as functions. It shares this module's buffers, whose tensors ``to()`` replaces.
-        self.trunk = Trunk(stages, self.boundary, images, self._buffers, mean is not None, pooling)
-        if freeze_backbone and not has_weights and not weight_files.checkpoint_follows():
-            _warn_that_it_learns_little()
+        self.trunk = Trunk(stages, self.boundary, images, self._buffers, normalizes, pooling)
+        if not quiet:
+            _warn_at_construction(observation_space, learns_little=freeze_backbone and not has_weights)
+
+    def _register_statistics(self, has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any) -> bool:
+        """:return: whether images are normalised, with the buffers ``input_mean`` and ``input_std``"""
+        channels, keeps_colours = self.preprocessing.trunk_channels, self.preprocessing.keeps_colours
+        mean, std = statistics(has_weights, use_imagenet_norm, mean, std, channels)
+        for name, values in (("input_mean", mean or (0.0,) * 3), ("input_std", std or (1.0,) * 3)):
+            self.register_buffer(
+                name, th.tensor(inflated_statistics(values, channels, keeps_colours)).reshape(-1, 1, 1)
+            )
+        return mean is not None
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -175,7 +192,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
-        :raises ValueError: if SB3 was told not to scale, and for NaN and infinity
+        :raises ValueError: if SB3 was told not to scale, and for NaN, infinity and floats outside of their space
         """
         self.preprocessing.check_scaled(observations)
         x = self.preprocess(observations)
@@ -250,11 +267,20 @@ def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
 def _check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
     if norm == "group" and has_weights:
         raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
-    if train_adapter and (images.per_frame or images.channels == 3):
+    if train_adapter and not images.has_adapter:
         raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
 
 
-def _warn_that_it_learns_little() -> None:
+def _check_wrappers() -> None:
+    model = host.model_in_setup()
+    if model is not None:
+        check_vec_normalize(model)
+
+
+def _warn_at_construction(space: Any, learns_little: bool) -> None:
+    warn_if_channels_may_be_last(space)
+    if not learns_little:
+        return
     warnings.warn(
         "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
         "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",

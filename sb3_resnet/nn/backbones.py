@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sb3_resnet.common.arguments import choice, nearest, shown
+from sb3_resnet.nn.adapters import InflatedConv2d
 
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -73,12 +74,15 @@ def available() -> list[str]:
     )
 
 
-def build(name: str, norm: str = "frozen") -> tvm.ResNet:
+def build(name: str, norm: str = "frozen", channels: int = 3, keeps_colours: bool = False) -> tvm.ResNet:
     """
     Build a randomly initialised trunk in eval mode; its ``state_dict`` keys are torchvision's, without ``fc``.
 
     :param name: a torchvision ResNet such as ``"resnet18"``
     :param norm: one of :data:`NORMS`
+    :param channels: that the first convolution takes
+    :param keeps_colours: how weights for three channels become weights for more, see
+        :class:`~sb3_resnet.nn.adapters.InflatedConv2d`
     :return: the ResNet, ``fc`` replaced by ``Identity``
     :raises ValueError: for an unknown name or norm
     """
@@ -87,6 +91,8 @@ def build(name: str, norm: str = "frozen") -> tvm.ResNet:
     resnet: tvm.ResNet = getattr(tvm, name)(norm_layer=_NORM_LAYERS[norm])
     resnet.out_channels = resnet.fc.in_features
     resnet.fc = nn.Identity()
+    if channels != 3:
+        resnet.conv1 = InflatedConv2d(resnet.conv1, channels, keeps_colours)
     return resnet.eval()
 
 

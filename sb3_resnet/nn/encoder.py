@@ -12,7 +12,6 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.common import host
-from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
 from sb3_resnet.nn.inference import fold_norms, from_raw_input, pack
@@ -129,8 +128,7 @@ class FrozenEncoder:
         images = self.trunk.preprocessing
         if not self._reads_raw:
             return self._run(images(images.scale_raw(observations)))
-        if observations.is_floating_point():
-            check_observations(observations)
+        images.check_range(observations)
         return self._run(images.as_images(observations))
 
     def _run_stages(self, x: th.Tensor) -> th.Tensor:
