@@ -44,9 +44,11 @@ def rgb_file(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("channels", "frame_channels"),
-    [*((channels, None) for channels in range(1, 22) if channels != 3)]
-    + [*((channels, 1) for channels in range(1, 22))]
-    + [*((channels, 3) for channels in range(6, 22, 3))],
+    [
+        *((channels, None) for channels in range(1, 22) if channels != 3),
+        *((channels, 1) for channels in range(1, 22)),
+        *((channels, 3) for channels in range(6, 22, 3)),
+    ],
 )
 def test_no_channel_starts_unseen(channels, frame_channels):
     extractor = build(channels, frame_channels=frame_channels)

@@ -189,7 +189,7 @@ def test_the_space_of_normalised_images_names_vecnormalize_without_a_model(shape
 def test_vecnormalize_below_the_transposition_is_refused_before_the_first_step(callback):
     name, options = policy(DQN)
     env = VecNormalize(vec_env(box(32, 40, 4, high=255, dtype=np.uint8)), norm_obs=False)
-    with pytest.raises(ValueError, match=rf"below VecTransposeImage.*\(32, 40, 4\).*\(4, 32, 40\).*{INSTEAD}"):
+    with pytest.raises(ValueError, match=rf"VecNormalize is below a wrapper.*\(32, 40, 4\).*\(4, 32, 40\).*{INSTEAD}"):
         DQN(name, env, **options)
 
     # The model may get that environment later.

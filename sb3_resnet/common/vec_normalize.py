@@ -34,6 +34,7 @@ def check_vec_normalize(model: BaseAlgorithm) -> None:
     stored = normalizer.observation_space.shape
     if isinstance(model, OffPolicyAlgorithm) and stored != model.observation_space.shape:
         raise ValueError(
-            f"VecNormalize is below VecTransposeImage, so the replay buffer would get images of shape {stored}, and "
-            f"the network takes {model.observation_space.shape}. Put it on top: {INSTEAD}"
+            "VecNormalize is below a wrapper that changes the shape of images, such as VecTransposeImage or "
+            f"VecFrameStack. The replay buffer would get shape {stored}, and the network takes "
+            f"{model.observation_space.shape}. Put VecNormalize on top and {INSTEAD}. In RL-Zoo leave normalize out"
         )
