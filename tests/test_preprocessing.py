@@ -9,11 +9,14 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecNormalize, VecTransposeImage
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.common import host
+from sb3_resnet.common.vec_normalize import check_vec_normalize
 from sb3_resnet.nn.encoder import FrozenEncoder
 from tests.helpers import make_model
 
@@ -217,6 +220,28 @@ def test_on_policy_algorithms_may_have_vecnormalize_below_the_transposition(algo
     name, options = policy(algorithm)
     env = VecNormalize(vec_env(box(32, 40, 4, high=255, dtype=np.uint8)), norm_obs=False)
     assert algorithm(name, env, **options).learn(4).num_timesteps == 4
+
+
+def test_vectors_beside_images_may_be_normalised():
+    env = VecNormalize(make_vec_env(SimpleMultiObsEnv), norm_obs_keys=["vec"])
+    model = PPO("MultiInputPolicy", env, n_steps=4, batch_size=4)
+    assert model.get_vec_normalize_env().norm_obs
+    check_vec_normalize(model)
+
+
+def test_the_model_in_setup_is_found_from_its_policy_alone():
+    found = []
+
+    class Watching(ResNetExtractor):
+        def __init__(self, *args, **kwargs):
+            found.append(host.model_in_setup())
+            super().__init__(*args, **kwargs)
+
+    _, options = policy(PPO)
+    options["policy_kwargs"]["features_extractor_class"] = Watching
+    model = PPO("CnnPolicy", vec_env(box(4, 32, 32, high=255, dtype=np.uint8)), **options)
+    Watching(model.observation_space, backbone="resnet_tiny")
+    assert found == [model, None]
 
 
 def test_rewards_alone_may_be_normalised():

@@ -74,7 +74,7 @@ def warn_if_channels_may_be_last(space: Any) -> None:
         warnings.warn(
             f"Shape {space.shape} is read as {channels} channels of {rows}x{columns} pixels. If the channels are last, "
             f"transpose the images in a wrapper, to {(columns, channels, rows)}.",
-            stacklevel=3,
+            stacklevel=4,  # where the extractor is constructed
         )
 
 

@@ -20,8 +20,8 @@ from sb3_resnet.nn.image_spaces import scale_of
 #: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-#: Largest mean, and smallest and largest standard deviation, that can be meant for images in 0..1. Above 0.5 no such
-#: image can be, but 1 is no division at all; 1/255 brings images to 0..255, for networks trained on these.
+# Statistics that can be meant for images in 0..1. The deviation of such images is at most 0.5, and 1 means no division;
+# 1/255 brings images to 0..255, for weights that were trained on these.
 _MAX_MEAN, _MIN_STD, _MAX_STD = 1.0, 1e-3, 2.0
 _ROUNDING = 1e-3  # how far values of a float space may be outside of it, as a part of its size
 
