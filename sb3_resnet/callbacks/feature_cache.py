@@ -16,6 +16,7 @@ from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
+from sb3_resnet.common.vec_normalize import check_vec_normalize
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import overridden
 
@@ -129,9 +130,7 @@ class FeatureCacheCallback(BaseCallback):
                 f"{cls.__name__} overrides {', '.join(changed)}, which the encoder would pass over: train without "
                 "FeatureCacheCallback"
             )
-        normalizer = self.model.get_vec_normalize_env()
-        if normalizer is not None and normalizer.norm_obs:
-            raise ValueError("VecNormalize changes old observations with its statistics: write norm_obs=False")
+        check_vec_normalize(self.model)
         if extractor.trains_adapter:
             raise ValueError(
                 "train_adapter=True changes what every entry was made with, at each update: write train_adapter=False"

@@ -11,7 +11,6 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.common import host
-from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
 from sb3_resnet.nn.inference import fold_norms, from_raw_input, is_native, pack
@@ -67,8 +66,7 @@ class FrozenEncoder:
             ``(n, c, h, w)`` in the model's ``frozen_dtype``
         """
         self.refresh()
-        if images.is_floating_point():
-            check_observations(images)
+        self.trunk.preprocessing.check_range(images)
         with th.no_grad(), th.autocast(images.device.type, enabled=False):
             resized = self.trunk.preprocessing.resize(images)
             entries = self._run(resized) if self.uses_graphs else self._run_stages(resized)

@@ -114,8 +114,14 @@ class FreezeBoundary(nn.Module):
         self._enforce()
 
 
-def warn_that_it_learns_little() -> None:
-    """Say how to get a trunk that has learnt something, or does."""
+def warn_that_it_learns_little(is_so: bool) -> None:
+    """
+    Say how to get a trunk that has learnt something, or does.
+
+    :param is_so: whether all of it is frozen with random weights
+    """
+    if not is_so:
+        return
     warnings.warn(
         "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
         "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
