@@ -121,8 +121,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
         has_adapter = not images.per_frame and images.channels != 3
         self.adapter = information_keeping_adapter(images.channels) if has_adapter else None
-        # In this order forward and backward pass of all stages took a sixth less time on a CPU.
-        self.backbone = trunk.to(memory_format=th.channels_last)
+        # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
+        self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not weight_files.checkpoint_follows():
             weight_files.read_into(trunk, backbone, weights, weights_prefix)
@@ -224,12 +224,18 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
         """
-        Switch the mode of what depends on it: the projection, and BatchNorm above the boundary.
+        Switch the mode of what depends on it: all but the trunk, and BatchNorm above the boundary.
 
         SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
+
+        :raises ValueError: before an update, if the ``requires_grad`` of a parameter contradicts the freeze boundary
         """
+        if mode:
+            self.boundary.check()
         self.training = self.augments = mode
-        self.projection.train(mode)
+        for name, child in self.named_children():
+            if name not in ("adapter", "backbone"):
+                child.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)
         return self

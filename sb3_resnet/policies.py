@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch as th
 from gymnasium import spaces
@@ -14,15 +14,17 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
-from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
+from sb3_resnet.common.arguments import choice, no_unknown, number, shown
 from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
+from sb3_resnet.optim.parts import backbone_parts
+from sb3_resnet.optim.settings import install_loading, set_rates
 
 POLICY_NAME = "ResNetCnnPolicy"
 _FOR_QRDQN = (
@@ -32,16 +34,6 @@ _FOR_QRDQN = (
 _EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 # In signatures of policies, but nothing that a user writes in policy_kwargs.
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
-
-
-class Encoding(Protocol):
-    """What a policy asks for the frozen stages' part of acting, while a FeatureCacheCallback is at work."""
-
-    def encode(self, observations: th.Tensor) -> EncodedBatch | None:
-        """
-        :param observations: raw, one per environment, ``(n_envs, C, H, W)``
-        :return: what the frozen stages make of them; ``None``: the network computes them itself
-        """
 
 
 class WrongPolicyError(TypeError, AttributeError):
@@ -122,7 +114,7 @@ class ResNetPolicyMixin:
             observation_space,  # type: ignore[call-arg]  # SB3's policy is next in the MRO
             action_space,
             lr_schedule,
-            net_arch=[256] if net_arch is None else _widths(net_arch),
+            net_arch=[256] if net_arch is None else widths_of(net_arch),
             optimizer_class=optimizer_class_of(optimizer_class),
             activation_fn=activation_of(activation_fn),
             features_extractor_class=features_extractor_class,
@@ -157,6 +149,24 @@ class ResNetPolicyMixin:
         for network in (self.online, self.target):
             network.features_extractor.set_freeze_boundary(stage, at_update)
 
+    def set_learning_rates(
+        self, lr_head: float | None = None, lr_backbone: float | None = None, weight_decay: float | None = None
+    ) -> None:
+        """
+        Change rates and weight decay; schedules go on, and the values are saved with the model.
+
+        ``policy_kwargs`` in ``DQN.load(path, custom_objects=...)`` do not change them, since the optimizer's state is
+        loaded after these: a warning says so.
+
+        :param lr_head: the head's learning rate at the start of SB3's schedule; ``None``: unchanged
+        :param lr_backbone: the backbone's and adapter's, likewise
+        :param weight_decay: of weights; ``None``: unchanged
+        :raises ValueError: for values that cannot work
+        """
+        set_rates(self.optimizer, {"head": lr_head, "backbone": lr_backbone}, weight_decay)
+        given = {"lr_head": lr_head, "lr_backbone": lr_backbone, "weight_decay": weight_decay}
+        self.__dict__.update({name: value for name, value in given.items() if value is not None})
+
     def set_training_mode(self, mode: bool) -> None:
         """
         Switch the online network between acting and training.
@@ -179,7 +189,7 @@ class ResNetPolicyMixin:
         relative_to_nothing = lr == 0 and checkpoint_follows()
         ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        backbone, scales = self._backbone_parts()
+        backbone, scales = backbone_parts(self.online.features_extractor, self.lr_decay_per_stage)
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
         head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
         self.optimizer = build_optimizer(
@@ -189,12 +199,15 @@ class ResNetPolicyMixin:
             ratios,
             self.weight_decay,
             scales,
+            relative_to_nothing,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
         install_gradient_check(self.optimizer)
+        install_loading(self.optimizer)
         audit(self.online, self.optimizer)
         store_shared_once(self, self._network)  # type: ignore[arg-type]  # a module, by SB3's policy
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
+        self.set_training_mode(False)  # as predict() leaves it: only updates need the other mode
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """As ``nn.Module``'s; SB3 clips them at each update, and the walk to them takes 4 to 7 % of a head's update."""
@@ -203,21 +216,6 @@ class ResNetPolicyMixin:
             return iter(known)
         found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]  # of SB3's policy
         return found
-
-    def _backbone_parts(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
-        """The backbone's parameters, by stage where stages learn at rates of their own, and the stages' scales."""
-        extractor = self.online.features_extractor
-        stages = {
-            stage: [parameter for module in extractor.stage_modules(stage) for parameter in module.parameters()]
-            for stage in extractor.stages
-        }
-        if self.lr_decay_per_stage == 1.0:
-            return {"backbone": [parameter for parameters in stages.values() for parameter in parameters]}, {}
-        scales = {
-            f"backbone.{stage}": self.lr_decay_per_stage**depth
-            for depth, stage in enumerate(reversed(extractor.stages))
-        }
-        return {f"backbone.{stage}": parameters for stage, parameters in stages.items()}, scales
 
     def _make_network(self, network_class: Callable[..., Any]) -> Any:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
@@ -239,6 +237,7 @@ class ResNetPolicyMixin:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
         install_gradient_check(self.optimizer)
+        install_loading(self.optimizer)
 
 
 class ResNetNetworkMixin:
@@ -257,12 +256,18 @@ class ResNetNetworkMixin:
         network: Any = self
         outputs = getattr(self, self._head)[-1].out_features
         shape = (network.features_dim, outputs, network.net_arch, network.activation_fn)
+        self.dropout, self.feature_norm = dropout, feature_norm
         setattr(self, self._head, make_head(*shape, dropout, feature_norm))
+        network.set_training_mode(False)  # as predict() leaves it
 
     @property
     def head(self) -> Any:
         """What follows the features extractor: an ``nn.Sequential``."""
         return getattr(self, self._head)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # of SB3's policy
+        return {**data, "dropout": self.dropout, "feature_norm": self.feature_norm}
 
     def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
         """Features of pixels, or of what the frozen prefix has already made of them."""
@@ -293,9 +298,3 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
         if name == "quantile_net":
             raise WrongPolicyError(_FOR_QRDQN)
         return super().__getattr__(name)
-
-
-def _widths(net_arch: Any) -> list[int]:
-    if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
-        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
-    return [integer("net_arch", width, 1) for width in net_arch]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch as th
 
@@ -36,3 +36,13 @@ class EncodedBatch:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EncodedBatch:
         return self  # VecNormalize copies what it is given before it leaves it alone
+
+
+class Encoding(Protocol):
+    """What a policy asks for the frozen stages' part of acting, while a FeatureCacheCallback is at work."""
+
+    def encode(self, observations: th.Tensor) -> EncodedBatch | None:
+        """
+        :param observations: raw, one per environment, ``(n_envs, C, H, W)``
+        :return: what the frozen stages make of them; ``None``: the network computes them itself
+        """

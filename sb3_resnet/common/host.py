@@ -192,6 +192,11 @@ def tensor_holders(module: nn.Module) -> list[Any]:
     return [holder for holder in holders if holder]
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """:return: whether somebody registered a function that is to run before or after ``forward``"""
+    return any(getattr(module, name, None) for name in ("_forward_hooks", "_forward_pre_hooks"))
+
+
 def after_state_dict(module: nn.Module, hook: Callable[..., None]) -> None:
     """
     Call a function with each state dict that a module makes; PyTorch has a public name for this from 2.5 on.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -25,6 +27,9 @@ OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
 BACKBONE_RATIO = 0.1
 
 _RATES = "learning rates"  # key of our hook
+#: Key of what a group was built with: ratio and weight decay, which a callback or a user may have changed since.
+GIVEN = "given"
+_warned: weakref.WeakSet[th.optim.Optimizer] = weakref.WeakSet()  # that no rate is above 0
 
 Group = dict[str, Any]
 
@@ -83,6 +88,7 @@ def build_optimizer(
     ratios: Mapping[str, float],
     weight_decay: float,
     scales: Mapping[str, float] | None = None,
+    follows: bool = False,
     **kwargs: Any,
 ) -> th.optim.Optimizer:
     """
@@ -95,6 +101,7 @@ def build_optimizer(
     :param ratios: learning rate of each part relative to it
     :param weight_decay: of the groups that decay
     :param scales: further factor of the rate by full name, such as ``{"backbone.layer3": 0.5}``
+    :param follows: whether the true ratios follow with a state dict, since nothing here tells them
     :param kwargs: further arguments of the optimizer
     :return: the optimizer, its groups' learning rates kept as :func:`install_effective_lr` says
     :raises ValueError: if the optimizer knows no weight decay
@@ -104,6 +111,7 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
+        group[GIVEN] = {"weight_decay": group["weight_decay"], **({} if follows else {"lr": group["lr_ratio"]})}
     if all(kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")):
         kwargs = {**kwargs, **_fused(optimizer_class, groups)}
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
@@ -181,6 +189,16 @@ def set_lr_ratio(optimizer: th.optim.Optimizer, part: str, ratio: float) -> None
             _refresh(group)
 
 
+def warn_that_nothing_is_learnt(optimizer: th.optim.Optimizer) -> None:
+    """Warn that a schedule has ended at 0; :func:`install_effective_lr` does so too, at the first such update."""
+    _warned.add(optimizer)
+    warnings.warn(
+        "The schedule of the learning rates has ended at 0, so nothing is learnt. To train on, write a larger "
+        "decay_steps, or min_factor=0.1, or schedule='constant' in LRScheduleCallback.",
+        stacklevel=3,
+    )
+
+
 def is_part(group: Group, part: str) -> bool:
     """:return: whether the group belongs to ``"head"`` or ``"backbone"``, whatever its stage"""
     return str(group.get("name", "")).removesuffix("_no_decay").split(".")[0] == part
@@ -250,6 +268,8 @@ def _put_back_rates(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], EffectiveRate):
             _refresh(group)
+    if optimizer not in _warned and all(group["lr_factors"].get("schedule") == 0.0 for group in optimizer.param_groups):
+        warn_that_nothing_is_learnt(optimizer)
 
 
 def _refresh(group: Group) -> None:
