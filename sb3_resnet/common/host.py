@@ -193,7 +193,10 @@ def tensor_holders(module: nn.Module) -> list[Any]:
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """:return: whether somebody registered a function that is to run before or after ``forward``"""
+    """
+    :param module: any module
+    :return: whether somebody registered a function that is to run before or after its ``forward``
+    """
     return any(getattr(module, name, None) for name in ("_forward_hooks", "_forward_pre_hooks"))
 
 
