@@ -15,6 +15,7 @@ from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
+from sb3_resnet.common.vec_normalize import check_wrappers
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics, information_keeping_adapter
 from sb3_resnet.nn.augment import read_augment
@@ -147,8 +148,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         normalizes = self._register_statistics(has_weights, use_imagenet_norm, input_mean, input_std)
         channels = images.channels, images.frame_channels
         self.adapter = information_keeping_adapter(*channels) if images.has_adapter else None
-        # In this order forward and backward pass of all stages took a sixth less time on a CPU.
-        self.backbone = trunk.to(memory_format=th.channels_last)
+        # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
+        self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not checkpoint_follows():
             read_into(trunk, backbone, weights, weights_prefix)
@@ -294,12 +295,18 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
         """
-        Switch the mode of what depends on it: the projection, and BatchNorm above the boundary.
+        Switch the mode of what depends on it: all but the trunk, and BatchNorm above the boundary.
 
         SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
+
+        :raises ValueError: before an update, if the ``requires_grad`` of a parameter contradicts the freeze boundary
         """
+        if mode:
+            self.boundary.check()
         self.training = self.augments = mode
-        self.projection.train(mode)
+        for name, child in self.named_children():
+            if name not in ("adapter", "backbone"):
+                child.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)
         return self
