@@ -24,7 +24,7 @@ from filled import filled_dqn
 
 from sb3_resnet.common.nonfinite import check_gradients
 from sb3_resnet.nn import inference as convolutions
-from sb3_resnet.nn.encoder import FrozenEncoder, fingerprint
+from sb3_resnet.nn.encoder import FrozenEncoder
 
 RESULT = Path(__file__).parent / "results" / "choices.json"
 Pair = tuple[Callable[[], Any], Callable[[], Any]]
@@ -38,27 +38,26 @@ def pairs() -> dict[str, Pair]:
 def encoding() -> dict[str, Pair]:
     extractor = filled_dqn(32).policy.q_net.features_extractor
     images = th.randint(0, 256, (32, 4, 84, 84), dtype=th.uint8)
-    packed = FrozenEncoder(extractor.trunk)
+    packed, unpacked = extractor.encoder, FrozenEncoder(extractor.trunk)
     with patch.object(convolutions, "can_pack", return_value=False):
-        unpacked = FrozenEncoder(extractor.trunk)
+        unpacked.refresh()
     return {
         "weights packed once, 1 image": (lambda: unpacked(images[:1]), lambda: packed(images[:1])),
         "16 images encoded together": (
             lambda: [packed(image[None]) for image in images[:16]],
             lambda: packed(images[:16]),
         ),
-        "fingerprint, holders kept": (lambda: fingerprint(extractor.trunk), packed.refresh),
+        "fingerprint, holders kept": (lambda: FrozenEncoder(extractor.trunk).can_replace_modules, packed.refresh),
     }
 
 
 def gathering() -> dict[str, Pair]:
     table = th.rand(20_000, 512).half()
-    rows = np.random.default_rng(0).integers(0, len(table), 32).tolist()
-    array = table.numpy()
+    rows = np.random.default_rng(0).integers(0, len(table), 32)
     return {
-        "32 rows gathered by NumPy": (
-            lambda: th.stack([table[row] for row in rows]),
-            lambda: th.from_numpy(np.stack([array[row] for row in rows])),
+        "32 rows in one gather": (
+            lambda: th.stack([table[row] for row in rows.tolist()]),
+            lambda: table.index_select(0, th.as_tensor(rows)),
         )
     }
 

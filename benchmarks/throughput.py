@@ -44,7 +44,6 @@ import sb3_resnet
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.nn.encoder import FrozenEncoder
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 4_000  # transitions in our buffer before the clock starts, all encoded, as after some time of training
@@ -140,7 +139,7 @@ def phase_a(n_envs: int, rounds: int) -> dict[str, float]:
         "ours": filled(dqn("ResNetCnnPolicy", pong(n_envs)), FILLED),
     }
     callbacks = {"ours": encoded(models["ours"])}
-    encoder = FrozenEncoder(models["ours"].policy.online.features_extractor.trunk)
+    encoder = models["ours"].policy.online.features_extractor.encoder
     bare = pong(n_envs)
     bare.reset()
     actions = [np.array([bare.action_space.sample() for _ in range(n_envs)]) for _ in range(1000)]
@@ -192,11 +191,11 @@ def memory(arm: str, transitions: int) -> float:
     env = pong(8)
     cls = ReplayBuffer if arm == "stock" else FrameReplayBuffer
     extractor = dqn("ResNetCnnPolicy", pong(1), features_extractor_kwargs={}).policy.online.features_extractor
-    encoder = FrozenEncoder(extractor.trunk)
-    entry = encoder(th.as_tensor(env.reset()))[0]
+    encoder = extractor.encoder
+    entry = encoder(th.as_tensor(env.reset()))[:1]
     before = psutil.Process().memory_info().rss
     buffer = cls(transitions, env.observation_space, env.action_space, "cpu", n_envs=8)
-    cache = EntryCache(encoder, "cpu")
+    cache = EntryCache(encoder, "cpu", expected=transitions)
     observations = env.reset()
     for _ in range(transitions // 8):
         actions = np.array([env.action_space.sample() for _ in range(8)])
@@ -207,11 +206,8 @@ def memory(arm: str, transitions: int) -> float:
         buffer.add(observations, last, actions, rewards, dones, infos)
         observations = following
     if arm == "ours":
-        for obs_id in {
-            *buffer.observations.obs_ids.ravel().tolist(),
-            *buffer.next_observations.obs_ids.ravel().tolist(),
-        }:
-            cache.put(obs_id, entry)  # the bytes of an entry count here, not their values
+        for obs_id in buffer.shared.store.obs_ids():
+            cache.put(np.array([obs_id]), entry)  # the bytes of an entry count here, not their values
     return (psutil.Process().memory_info().rss - before) / transitions
 
 

@@ -61,7 +61,7 @@ class FreezeBoundary(nn.Module):
     @property
     def frozen_stages(self) -> tuple[str, ...]:
         """Stages that need no gradient: those below the boundary, and none if the adapter under them trains."""
-        return () if self._train_adapter else tuple(name for name in self._stages if not self._trains(name))
+        return self._frozen
 
     @property
     def live_norms(self) -> list[nn.Module]:
@@ -127,6 +127,8 @@ class FreezeBoundary(nn.Module):
         # A copy on the Python side: reading the buffer on a GPU would wait for the device in each forward pass.
         self._position = int(self.index)
         self._moved_at = int(self.moved_at)
+        frozen = [] if self._train_adapter else [name for name in self._stages if not self._trains(name)]
+        self._frozen = tuple(frozen)
         self._live: list[nn.Module] = []
         # At hand, since each update asks for them: the walk to them takes ten times as long.
         self._training: list[nn.Parameter] = []
