@@ -14,11 +14,10 @@ import numpy as np
 import psutil
 import stable_baselines3
 import torch as th
-import torchvision
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_atari_env
-from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecTransposeImage
+from synthetic import Recipe, fill
 from torch.nn import functional as F
 
 import sb3_resnet
@@ -28,22 +27,6 @@ from sb3_resnet.envs import make_atari_vec_env
 GAME = "PongNoFrameskip-v4"
 #: The extractor that costs least: each frame alone, up to layer2, positions of what is active.
 LEAN = {"adapter": "per_frame", "last_stage": "layer2", "pooling": "spatial_softmax", "frozen_dtype": "auto"}
-
-
-class Recipe(BaseFeaturesExtractor):
-    """The features extractor of SB3's documentation with a ResNet in it."""
-
-    def __init__(self, space: Any, frozen: bool = True) -> None:
-        super().__init__(space, 512)
-        trunk = torchvision.models.resnet18(weights=None)
-        trunk.fc = th.nn.Identity()
-        self.net = th.nn.Sequential(th.nn.Conv2d(space.shape[0], 3, 1), trunk)
-        for parameter in self.net.parameters():
-            parameter.requires_grad = not frozen
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        features: th.Tensor = self.net(observations)
-        return features
 
 
 class FeatureWrapper(VecEnvWrapper):
@@ -78,7 +61,7 @@ def pong(n_envs: int, cpp: bool = False) -> VecTransposeImage:
 
 
 def dqn(policy: str, env: Any, updates_per_step: float = 0.25, device: str = "cpu", **policy_kwargs: Any) -> DQN:
-    """So many updates per environment step, whatever the number of environments; almost greedy, as after exploration."""
+    """So many updates per environment step, with any number of environments; almost greedy, as after exploration."""
     each = round(1 / updates_per_step)
     steps = max(1, each // env.num_envs)  # steps of all environments between two trainings
     rhythm = {"train_freq": steps, "gradient_steps": max(1, round(steps * env.num_envs * updates_per_step))}
@@ -89,11 +72,7 @@ def dqn(policy: str, env: Any, updates_per_step: float = 0.25, device: str = "cp
 
 def filled(model: DQN, transitions: int = 500) -> DQN:
     """The model with real transitions in its buffer, before any update."""
-    model.learning_starts, rhythm = transitions, model.gradient_steps
-    model.gradient_steps = 0
-    model.learn(transitions)
-    model.learning_starts, model.gradient_steps = 0, rhythm
-    return model
+    return fill(model, transitions)
 
 
 def encoded(model: DQN) -> FeatureCacheCallback:

@@ -33,9 +33,10 @@ from typing import Any
 import numpy as np
 import psutil
 import torch as th
-from peers import LEAN, FeatureWrapper, Recipe, dqn, encoded, filled, head_alone, machine, pong, timed
+from peers import LEAN, FeatureWrapper, dqn, encoded, filled, head_alone, machine, pong, timed
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
+from synthetic import Recipe
 
 from sb3_resnet.buffers import FrameReplayBuffer
 
@@ -105,6 +106,10 @@ def phase_a(n_envs: int, ratio: float, names: list[str], rounds: int) -> dict[st
     return rates
 
 
+def repeated(work: Callable[[], Any]) -> Callable[[int], Any]:
+    return lambda count: [work() for _ in range(count)]
+
+
 def updates(rounds: int) -> dict[str, list[float]]:
     """Milliseconds of one update: NatureCNN, the recipe, and ours at four boundaries; and the head's arithmetic."""
     arms: dict[str, tuple[Callable[[int], Any], int]] = {}
@@ -128,8 +133,7 @@ def updates(rounds: int) -> dict[str, list[float]]:
             encoded(model)
         arms[name] = train(model), count
         if name == "lean, head":
-            alone = head_alone(model)
-            arms["lean, head's arithmetic"] = lambda count: [alone() for _ in range(count)], 200
+            arms["lean, head's arithmetic"] = repeated(head_alone(model)), 200
     times: dict[str, list[float]] = {name: [] for name in arms}
     for round_ in range(rounds + 1):
         for name, (run, count) in arms.items():
