@@ -23,7 +23,6 @@ from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-_SB3 = "stable_baselines3"
 #: What PyTorch writes when memory runs out, on a GPU and on a CPU; a CPU's error has no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _VERSION = attrgetter("_version")
@@ -51,7 +50,7 @@ class HostPartMissingError(RuntimeError):
 def updates_done(model: BaseAlgorithm) -> int:
     """
     :param model: an SB3 model
-    :return: its own counter: gradient updates for off-policy algorithms, epochs for PPO; saved with the model
+    :return: its own counter, saved with the model: gradient updates for off-policy algorithms, epochs for PPO
     :raises HostPartMissingError: if it has none
     """
     try:
@@ -71,7 +70,7 @@ def planned_timesteps(model: BaseAlgorithm) -> int | None:
 def has_observation(model: BaseAlgorithm) -> bool:
     """
     :param model: an SB3 model
-    :return: whether ``learn()`` would go on from an observation that the model has, instead of a reset
+    :return: whether ``learn()`` would go on from its last observation, instead of a reset
     """
     return getattr(model, "_last_obs", None) is not None
 
@@ -126,7 +125,7 @@ def is_initializer(function: Callable[..., Any]) -> bool:
     """
     while isinstance(function, partial):
         function = function.func
-    return str(getattr(function, "__module__", "")).partition(".")[0] in (_SB3, "sb3_contrib")
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("stable_baselines3", "sb3_contrib")
 
 
 def network_arguments(policy: Any) -> dict[str, Any]:
