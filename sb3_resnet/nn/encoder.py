@@ -153,13 +153,13 @@ def rounding_error(encoder: FrozenEncoder, observations: th.Tensor) -> float:
     return float(error / spread.clamp(min=1e-12))
 
 
-def overridden(cls: type, base: type) -> list[str]:
+def overridden(extractor_class: type, base: type) -> list[str]:
     """
-    :param cls: class of an extractor
+    :param extractor_class: class of an extractor
     :param base: ``ResNetExtractor``
     :return: methods of the class in whose place the encoder would compute something else
     """
-    return [name for name in _PASSED_OVER if getattr(cls, name) is not getattr(base, name)]
+    return [name for name in _PASSED_OVER if getattr(extractor_class, name) is not getattr(base, name)]
 
 
 def refuse_overridden(cls: type, base: type, frozen_dtype: str) -> None:
