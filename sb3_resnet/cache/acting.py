@@ -51,10 +51,7 @@ class CachedEncoding:
         firsts, places = _different(flat, absent, images)
         fresh = cache.encode(images[firsts])
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(flat), *fresh.shape[1:]))
-        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
-        if has_entry.any():
-            entries[th.as_tensor(has_entry.ravel())] = cache.find(flat[has_entry.ravel()])
+        entries = cache.merge(flat, ~has_entry.ravel(), fresh[th.as_tensor(places)])
         stored = flat[firsts] >= 0
         cache.put(flat[firsts][stored], fresh[th.as_tensor(stored)])
         return entries

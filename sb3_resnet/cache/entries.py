@@ -63,7 +63,7 @@ class EntryCache:
         wanted = image_ids.ravel()
         slots = self._slots(wanted)
         absent = slots < 0
-        entries = self._fill(wanted, slots, absent, store) if absent.any() else self._table.read(slots)
+        entries = self._fill(wanted, absent, store) if absent.any() else self._table.read(slots)
         self.hits += int(wanted.size - np.count_nonzero(absent))
         return self.encoder.trunk.per_observation(entries)
 
@@ -108,6 +108,22 @@ class EntryCache:
     def find(self, image_ids: Array) -> th.Tensor:
         """:return: entries of images that have one, ``(n, ...)`` on :attr:`device`"""
         return self._table.read(self._slots(image_ids))
+
+    def merge(self, image_ids: Array, absent: Array, fresh: th.Tensor) -> th.Tensor:
+        """
+        :param image_ids: of the wanted images, ``(n,)``
+        :param absent: which of them have no entry, ``(n,)``
+        :param fresh: the entries of those, in order
+        :return: entries of all, ``(n, ...)``. Maps are in channels-last order, as those that :meth:`find` reads: the
+            order decides how the stages above add up, and so the last bits of what a resumed run computes
+        """
+        order = th.channels_last if fresh.ndim == 4 else th.contiguous_format
+        shape = (len(image_ids), *fresh.shape[1:])
+        entries = th.empty(shape, dtype=fresh.dtype, device=fresh.device, memory_format=order)
+        entries[th.as_tensor(absent)] = fresh
+        if not absent.all():
+            entries[th.as_tensor(~absent)] = self.find(image_ids[~absent])
+        return entries
 
     def put(self, image_ids: Array, entries: th.Tensor) -> None:
         """Keep the entries of different images that have none; call :meth:`refresh` before they are made."""
@@ -169,17 +185,14 @@ class EntryCache:
             more = np.full(max(image_id, len(self._slot_of)), -1, np.int64)
             self._slot_of = np.concatenate([self._slot_of, more])
 
-    def _fill(self, wanted: Array, slots: Array, absent: Array, store: ObservationStore) -> th.Tensor:
+    def _fill(self, wanted: Array, absent: Array, store: ObservationStore) -> th.Tensor:
         """:return: all wanted entries, after the absent ones were encoded"""
         missing, places = np.unique(wanted[absent], return_inverse=True)
         self.misses += len(missing)
         together = np.concatenate([missing, self._others(missing)])
         fresh = self.encode(store.frames(together) if self.per_frame else store.pixels(together))
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(wanted), *fresh.shape[1:]))
-        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
-        if not absent.all():
-            entries[th.as_tensor(~absent)] = self._table.read(slots[~absent])
+        entries = self.merge(wanted, absent, fresh[th.as_tensor(places)])
         self.put(together, fresh)
         return entries
 
