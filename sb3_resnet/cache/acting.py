@@ -25,13 +25,13 @@ class CachedEncoding:
         """
         :param observations: raw, one per environment, ``(n_envs, C, H, W)``
         :return: what the frozen stages make of them, from the buffer's entries where it has them; ``None`` where no
-            entries are kept: no stage of the trunk is frozen, or there was no memory
+            entries of true images are kept: no stage of the trunk is frozen, they are augmented, or there was no memory
         """
         return self._shared.guard(self._encode, observations)
 
     def _encode(self, observations: th.Tensor) -> EncodedBatch | None:
         shared, cache = self._shared, self._shared.active
-        if cache is None:
+        if cache is None or cache.copies is not None:
             return None
         cache.refresh(shared.store)
         pixels = observations.cpu().numpy().copy()
