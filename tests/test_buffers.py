@@ -149,7 +149,7 @@ FRAMES = {  # channels, channels of a frame, options
     "grey, ImageNet statistics": (3 + 1, 1, {"use_imagenet_norm": True}),
     "RGB": (6, 3, {}),
     "one grey frame": (1, 1, {}),
-    "one RGB frame": (3, 3, {}),
+    "one RGB frame": (3, 3, {"adapter": "conv1x1"}),
     "up to layer2": (4, 1, {"last_stage": "layer2", "pooling": "spatial_softmax"}),
 }
 FRAME_OPERATIONS = st.lists(
@@ -173,7 +173,7 @@ def test_invariant_10_holds_frame_by_frame(frames, kind, operations, n_envs, see
     stock, ours, buffer_options = KINDS[kind]
     channels, frame_channels, options = FRAMES[frames]
     space = spaces.Box(0, 255, (channels, 32, 32), np.uint8)
-    options = {"pooling": "grid", "grid_size": 2, **options, "adapter": "per_frame", "backbone": "resnet_mini"}
+    options = {"pooling": "grid", "grid_size": 2, "adapter": "per_frame", "backbone": "resnet_mini", **options}
     extractor = ResNetExtractor(space, **options)
     buffers = [cls(9 * n_envs, space, ACTIONS, "cpu", n_envs=n_envs, **buffer_options) for cls in (stock, ours)]
     wanted = frame_channels if extractor.preprocessing.per_frame else 1
@@ -406,3 +406,17 @@ def test_buffers_of_other_classes_are_refused():
         with_columns(Other(10, SPACE, ACTIONS, "cpu"))
     buffer = FrameReplayBuffer(10, SPACE, ACTIONS, "cpu")
     assert with_columns(buffer) is buffer
+
+
+def test_batches_of_maps_have_one_memory_order_however_many_of_them_are_encoded_now(extractor):
+    extractor.set_freeze_boundary("layer4")
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu", max_bytes=8 * 128 * 2 * 2 * 4))
+    actor, player = CachedEncoding(buffer.shared), Player(1, 0)
+    for _ in range(30):
+        player.step("step", [buffer])
+    rows, envs = np.arange(6), np.zeros(6, int)
+    batches = [buffer.observations[rows + first, envs].entries for first in (0, 0, 3)]  # none, all, some had entries
+    batches += [actor.encode(th.as_tensor(player.obs)).entries for _ in range(2)]
+    assert {batch.flatten(0, 1).is_contiguous(memory_format=th.channels_last) for batch in batches} == {True}
+    extractor.set_freeze_boundary(None)

@@ -25,13 +25,13 @@ class CachedEncoding:
         """
         :param observations: raw, one per environment, ``(n_envs, C, H, W)``
         :return: what the frozen stages make of them, from the buffer's entries where it has them; ``None`` where no
-            entries are kept: no stage of the trunk is frozen, or there was no memory
+            entries of true images are kept: no stage of the trunk is frozen, they are augmented, or there was no memory
         """
         return self._shared.guard(self._encode, observations)
 
     def _encode(self, observations: th.Tensor) -> EncodedBatch | None:
         shared, cache = self._shared, self._shared.active
-        if cache is None:
+        if cache is None or cache.copies is not None:
             return None
         cache.refresh(shared.store)
         pixels = observations.cpu().numpy().copy()
@@ -51,10 +51,7 @@ class CachedEncoding:
         firsts, places = _different(flat, absent, images)
         fresh = cache.encode(images[firsts])
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(flat), *fresh.shape[1:]))
-        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
-        if has_entry.any():
-            entries[th.as_tensor(has_entry.ravel())] = cache.find(flat[has_entry.ravel()])
+        entries = cache.merge(flat, ~has_entry.ravel(), fresh[th.as_tensor(places)])
         stored = flat[firsts] >= 0
         cache.put(flat[firsts][stored], fresh[th.as_tensor(stored)])
         return entries

@@ -8,6 +8,7 @@ from itertools import islice
 import numpy as np
 import torch as th
 
+from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.cache.frames import Array, ObservationStore
 from sb3_resnet.cache.table import EntryTable
 from sb3_resnet.nn.encoder import FrozenEncoder, frozen_tensors
@@ -20,12 +21,14 @@ _TOGETHER = 16  # one by one they take twice as long (benchmarks/results/choices
 class EntryCache:
     """
     Keeps what an extractor's encoder made of images: of frames where each passes the trunk alone, else of observations.
+    Where images are augmented, these are those of the copies.
 
     :param encoder: encodes what is missing
     :param device: where entries live
     :param max_bytes: limit of their memory, beyond which the oldest go; ``None``: none
     :param expected: images that will be kept at once, most likely
     :param twins: trunks for which the entries are meant too, such as the target network's
+    :param copies: makes the images that are encoded where they are augmented; ``None``: they are not
     """
 
     def __init__(
@@ -35,11 +38,13 @@ class EntryCache:
         max_bytes: int | None = None,
         expected: int = 2**16,
         twins: Sequence[Trunk] = (),
+        copies: AugmentedCopies | None = None,
     ) -> None:
         self.encoder = encoder
         self.device = th.device(device)
         self.max_bytes = max_bytes
         self.expected = expected
+        self.copies = copies
         self.hits = 0
         self.misses = 0
         self._twins = twins
@@ -49,8 +54,8 @@ class EntryCache:
 
     @property
     def per_frame(self) -> bool:
-        """Whether an entry belongs to a frame, or to an observation."""
-        return self.encoder.trunk.preprocessing.per_frame
+        """Whether an entry belongs to a frame, whatever observations show it, or to an observation."""
+        return self.encoder.trunk.preprocessing.per_frame and self.copies is None
 
     def get(self, image_ids: Array, store: ObservationStore) -> th.Tensor:
         """
@@ -63,7 +68,7 @@ class EntryCache:
         wanted = image_ids.ravel()
         slots = self._slots(wanted)
         absent = slots < 0
-        entries = self._fill(wanted, slots, absent, store) if absent.any() else self._table.read(slots)
+        entries = self._fill(wanted, absent, store) if absent.any() else self._table.read(slots)
         self.hits += int(wanted.size - np.count_nonzero(absent))
         return self.encoder.trunk.per_observation(entries)
 
@@ -79,9 +84,10 @@ class EntryCache:
             self.clear(store)
 
     def clear(self, store: ObservationStore) -> None:
-        """Forget all entries; everything stored waits for one again."""
+        """Forget all entries; everything stored waits for one again, but for copies, which may never be sampled."""
         self._clear()
-        self._waiting = dict.fromkeys((store.frame_ids() if self.per_frame else store.obs_ids()).tolist())
+        if self.copies is None:
+            self._waiting = dict.fromkeys((store.frame_ids() if self.per_frame else store.obs_ids()).tolist())
 
     def refuse_different_twins(self) -> None:
         """:raises ValueError: if a network that shares the entries has other weights below the boundary"""
@@ -95,9 +101,12 @@ class EntryCache:
                     "both, or write model.q_net_target.load_state_dict(model.q_net.state_dict()) after freezing again"
                 )
 
-    def suits(self, encoder: FrozenEncoder, device: th.device, max_bytes: int | None) -> bool:
+    def suits(
+        self, encoder: FrozenEncoder, device: th.device, max_bytes: int | None, copies: AugmentedCopies | None
+    ) -> bool:
         """:return: whether a new cache with these settings would be the same"""
-        return self.encoder is encoder and (self.device, self.max_bytes) == (device, max_bytes)
+        mine = (self.device, self.max_bytes, self.copies)
+        return self.encoder is encoder and mine == (device, max_bytes, copies)
 
     def has(self, image_ids: Array) -> Array:
         """:return: which images have a valid entry; those with id -1 have none"""
@@ -108,6 +117,22 @@ class EntryCache:
     def find(self, image_ids: Array) -> th.Tensor:
         """:return: entries of images that have one, ``(n, ...)`` on :attr:`device`"""
         return self._table.read(self._slots(image_ids))
+
+    def merge(self, image_ids: Array, absent: Array, fresh: th.Tensor) -> th.Tensor:
+        """
+        :param image_ids: of the wanted images, ``(n,)``
+        :param absent: which of them have no entry, ``(n,)``
+        :param fresh: the entries of those, in order
+        :return: entries of all, ``(n, ...)``. Maps are in channels-last order, as those that :meth:`find` reads: the
+            order decides how the stages above add up, and so the last bits of what a resumed run computes
+        """
+        order = th.channels_last if fresh.ndim == 4 else th.contiguous_format
+        shape = (len(image_ids), *fresh.shape[1:])
+        entries = th.empty(shape, dtype=fresh.dtype, device=fresh.device, memory_format=order)
+        entries[th.as_tensor(absent)] = fresh
+        if not absent.all():
+            entries[th.as_tensor(~absent)] = self.find(image_ids[~absent])
+        return entries
 
     def put(self, image_ids: Array, entries: th.Tensor) -> None:
         """Keep the entries of different images that have none; call :meth:`refresh` before they are made."""
@@ -169,19 +194,21 @@ class EntryCache:
             more = np.full(max(image_id, len(self._slot_of)), -1, np.int64)
             self._slot_of = np.concatenate([self._slot_of, more])
 
-    def _fill(self, wanted: Array, slots: Array, absent: Array, store: ObservationStore) -> th.Tensor:
+    def _fill(self, wanted: Array, absent: Array, store: ObservationStore) -> th.Tensor:
         """:return: all wanted entries, after the absent ones were encoded"""
         missing, places = np.unique(wanted[absent], return_inverse=True)
         self.misses += len(missing)
         together = np.concatenate([missing, self._others(missing)])
-        fresh = self.encode(store.frames(together) if self.per_frame else store.pixels(together))
+        fresh = self.encode(self._images(together, store))
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(wanted), *fresh.shape[1:]))
-        entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
-        if not absent.all():
-            entries[th.as_tensor(~absent)] = self._table.read(slots[~absent])
+        entries = self.merge(wanted, absent, fresh[th.as_tensor(places)])
         self.put(together, fresh)
         return entries
+
+    def _images(self, image_ids: Array, store: ObservationStore) -> Array | th.Tensor:
+        if self.copies is not None:
+            return self.copies.pixels(image_ids, store, self.encoder.device)
+        return store.frames(image_ids) if self.per_frame else store.pixels(image_ids)
 
     def _others(self, missing: Array) -> Array:
         """

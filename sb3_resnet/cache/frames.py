@@ -28,6 +28,8 @@ class Pool:
         self._chunks: list[Array] = []
         self._free: list[int] = []
         self.references: Array = np.zeros(0, np.int32)
+        #: How many rows each id has been given to.
+        self.uses: Array = np.zeros(0, np.int64)
 
     def put(self, row: Array) -> int:
         """:return: the id of a new row with this content, to which nothing refers yet"""
@@ -35,8 +37,10 @@ class Pool:
             start = len(self._chunks) * self._rows
             self._chunks.append(np.empty((self._rows, *self.shape), self.dtype))
             self.references = np.concatenate([self.references, np.zeros(self._rows, np.int32)])
+            self.uses = np.concatenate([self.uses, np.zeros(self._rows, np.int64)])
             self._free = [*range(start + self._rows - 1, start - 1, -1)]
         row_id = self._free.pop()
+        self.uses[row_id] += 1
         self._chunks[row_id // self._rows][row_id % self._rows] = row
         return row_id
 
@@ -154,6 +158,11 @@ class ObservationStore:
     def obs_ids(self) -> Array:
         """:return: the ids of all observations"""
         return self._stacks.ids()
+
+    def uses(self, obs_ids: Array) -> Array:
+        """:return: how many observations have had the ids so far; an id and this number belong to one alone"""
+        uses: Array = self._stacks.uses[obs_ids]
+        return uses
 
     def frame_ids(self, obs_ids: Array | None = None) -> Array:
         """:return: the ids of the frames of observations, ``(*obs_ids.shape, frames)``; of all frames, ``(n,)``"""

@@ -72,7 +72,7 @@ class Observations:
         obs_id, is_new, gone = self.store.add(env, pixels)
         self._forget(gone)
         cache = self.active
-        if is_new and cache is not None:
+        if is_new and cache is not None and cache.copies is None:
             image_ids = np.unique(self.image_ids(np.array([obs_id])))
             lacking = image_ids[~cache.has(image_ids)]
             if not self._recall(cache, env, pixels, obs_id, lacking):
@@ -100,10 +100,11 @@ class Observations:
         self._forget(self.store.release(obs_id))
 
     def batch(self, obs_ids: Array) -> EncodedBatch | Array:
-        """:return: entries of sampled observations, or their pixels where nothing encodes"""
+        """:return: entries of sampled observations, or of a copy of each; their pixels where nothing encodes"""
         cache = self.active
         if cache is not None and obs_ids.min(initial=0) >= 0:
-            entries = self.guard(cache.get, self.image_ids(obs_ids), self.store)
+            image_ids = self.image_ids(obs_ids) if cache.copies is None else cache.copies.sample(obs_ids)
+            entries = self.guard(cache.get, image_ids, self.store)
             if entries is not None:
                 return EncodedBatch(entries)
         elif self.cache is not None and self.encodes and len(self.cache):
@@ -145,8 +146,13 @@ class Observations:
         return True
 
     def _forget(self, gone: Gone) -> None:
-        if self.cache is not None:
-            self.cache.forget(gone.frame_ids if self.cache.per_frame else gone.obs_ids)
+        cache = self.cache
+        if cache is None:
+            return
+        if cache.copies is not None:
+            cache.forget(cache.copies.image_ids(np.array(gone.obs_ids, np.int64)).tolist())
+        else:
+            cache.forget(gone.frame_ids if cache.per_frame else gone.obs_ids)
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries are cheap to make anew, and stale in another model.

@@ -65,20 +65,23 @@ def store_of(played: Array) -> ObservationStore:
     return store
 
 
-def entry_bytes(extractor: Any) -> int:
+def entry_bytes(extractor: Any, augment_copies: int | None = None) -> int:
     """
     Memory that a transition takes in the feature cache.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
+    :param augment_copies: that of the :class:`~sb3_resnet.callbacks.FeatureCacheCallback`
     :return: size in bytes: of one entry, since with ``adapter="per_frame"`` a transition brings one frame that is new;
-        0 if no stage of the trunk is frozen, so that nothing is cached
+        of all copies, with all their frames, where there are copies; 0 if no stage of the trunk is frozen, so that
+        nothing is cached
     """
     if not extractor.encoder.can_gain:
         return 0
     images = extractor.preprocessing
     blank = th.zeros((1, images.channels, *images.observed_size), device=extractor.encoder.device)
     entry = extractor.encoder(images.as_images(blank)[:1])
-    return int(entry.numel() * entry.element_size())
+    images_kept = 1 if augment_copies is None else augment_copies * images.n_frames
+    return int(entry.numel() * entry.element_size()) * images_kept
 
 
 def growth_bytes(model: Any) -> int:
@@ -98,7 +101,8 @@ def growth_bytes(model: Any) -> int:
         needed = frame_buffer_bytes(model, total, shared.store if filled >= _MEASURED else None, filled)
         if shared.cache is not None and shared.cache.device.type == "cpu":
             limit = shared.cache.max_bytes
-            entries = total * entry_bytes(model.policy.online.features_extractor)
+            copies = None if shared.cache.copies is None else shared.cache.copies.count
+            entries = total * entry_bytes(model.policy.online.features_extractor, copies)
             needed += entries if limit is None else min(entries, limit)
     return int(needed * (1 - filled / total))
 

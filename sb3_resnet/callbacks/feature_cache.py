@@ -10,6 +10,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache.acting import CachedEncoding
+from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
@@ -39,18 +40,31 @@ class FeatureCacheCallback(BaseCallback):
     Entries are what the network computes without this callback, in the model's own ``frozen_dtype``. Pooled features
     take four bytes per number, maps as many as a number of ``frozen_dtype``. Entries are dropped on saving.
 
+    With ``augment`` each observation has ``augment_copies`` augmented copies, and a sampled observation is one of them,
+    chosen at random for each network. How a copy is augmented depends on the model's ``seed`` (0 if it has none) and
+    on the observation, so it is the same whenever it is encoded again, also after a resume with the saved buffer.
+
     :param device: where entries live: ``"auto"`` (that of the model), ``"cpu"`` or ``"cuda"``
     :param max_bytes: limit of the entries' memory, beyond which the oldest go; ``None``: none
+    :param augment_copies: augmented copies of each observation, 1 or more; each has an entry of its own, and with
+        ``adapter="per_frame"`` one per frame. ``None``: a model with ``augment`` is refused
     :param verbose: 1 to print a summary at the end
     :raises ValueError: for values that cannot work, at the start of training where entries would not be exact, and in
         training for NaN or infinity in rewards
     :raises TypeError: for wrong types
     """
 
-    def __init__(self, device: str = "auto", max_bytes: int | None = None, verbose: int = 0) -> None:
+    def __init__(
+        self,
+        device: str = "auto",
+        max_bytes: int | None = None,
+        verbose: int = 0,
+        augment_copies: int | None = None,
+    ) -> None:
         super().__init__(verbose)
         self.device = _read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
+        self.augment_copies = None if augment_copies is None else integer("augment_copies", augment_copies, 1)
         self._rewards = RewardCheck()
         self._shared: Observations | None = None
 
@@ -70,10 +84,11 @@ class FeatureCacheCallback(BaseCallback):
         buffer = self._replace_buffer()
         extractor.encoder.refresh(by_value=True)
         device = model.device if self.device == "auto" else th.device(self.device)
-        cache = buffer.shared.cache
-        if cache is None or not cache.suits(extractor.encoder, device, self.max_bytes):
-            expected = int(_SLACK * buffer.buffer_size * buffer.n_envs)
-            cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, [target.trunk])
+        cache, copies = buffer.shared.cache, self._copies(extractor)
+        if cache is None or not cache.suits(extractor.encoder, device, self.max_bytes, copies):
+            images = 1 if copies is None else copies.images
+            expected = int(_SLACK * buffer.buffer_size * buffer.n_envs) * images
+            cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, [target.trunk], copies)
         cache.refuse_different_twins()
         buffer.shared.encode_with(cache)
         model.policy.encoding = CachedEncoding(buffer.shared)
@@ -107,6 +122,12 @@ class FeatureCacheCallback(BaseCallback):
     @property
     def _cache(self) -> EntryCache | None:
         return None if self._shared is None else self._shared.cache
+
+    def _copies(self, extractor: Any) -> AugmentedCopies | None:
+        if self.augment_copies is None:
+            return None
+        seed = self.model.seed or 0
+        return AugmentedCopies(extractor.augmentation, extractor.preprocessing, self.augment_copies, seed)
 
     def _extractor(self) -> Any:
         policy: Any = self.model.policy
@@ -149,10 +170,25 @@ class FeatureCacheCallback(BaseCallback):
             raise ValueError(
                 f"norm={extractor.norm_name!r} makes an entry depend on the batch it was made in: write norm='frozen'"
             )
-        if extractor.augmentation is not None:
+        self._check_augmentation(extractor)
+
+    def _check_augmentation(self, extractor: Any) -> None:
+        augmentation = extractor.augmentation
+        if self.augment_copies is None and augmentation is not None:
             raise ValueError(
-                "augment changes an observation each time it is sampled, so no entry would be exact: leave augment "
-                "out, or train without FeatureCacheCallback"
+                "augment changes an observation each time it is sampled, so no entry would be exact: write "
+                "FeatureCacheCallback(augment_copies=4) to choose among four fixed copies of each observation (augment "
+                "must be a list of names then), leave augment out, or train without FeatureCacheCallback"
+            )
+        if self.augment_copies is not None and augmentation is None:
+            raise ValueError(
+                f"augment_copies={self.augment_copies} has no effect, since the extractor has no augment: write "
+                "augment=['random_shift'] in features_extractor_kwargs, or leave augment_copies out"
+            )
+        if augmentation is not None and not augmentation.can_repeat:
+            raise ValueError(
+                "augment_copies needs draws that can be made again, and where a callable takes its random numbers from "
+                "is not known: write augment as a list of names, or train without FeatureCacheCallback"
             )
 
 

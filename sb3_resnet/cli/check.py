@@ -222,7 +222,9 @@ def _memory(setup: setups.Setup, extractor: Any, played: Array, available: int |
         ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
         ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat))),
     ]
-    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor)
+    cache = setup.callback(FeatureCacheCallback)
+    copies = None if cache is None else cache.augment_copies
+    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor, copies)
     if entries:
         rows.append(("feature cache", entries))
     return rows if available is None else [*rows, ("available", available)]

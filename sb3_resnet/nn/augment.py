@@ -33,6 +33,23 @@ class Augmentation:
         self._frame_channels = frame_channels
         self._one_by_one = one_by_one
 
+    @property
+    def can_repeat(self) -> bool:
+        """Whether a draw can be made again; where a callable takes its random numbers from, nobody knows."""
+        return self._one_by_one
+
+    def repeat(self, image: th.Tensor, seed: int) -> th.Tensor:
+        """
+        Change one observation; the same seed changes it in the same way.
+
+        :param image: ``(C, H, W)`` in 0..1
+        :param seed: decides the draw alone; the global generator goes on as if nothing had been drawn
+        :return: the changed image, of the same shape
+        """
+        with th.random.fork_rng(devices=[]):
+            th.default_generator.manual_seed(seed)
+            return self(image[None])[0]
+
     @th.no_grad()
     def __call__(self, images: th.Tensor) -> th.Tensor:
         """

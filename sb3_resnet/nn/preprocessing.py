@@ -14,7 +14,7 @@ from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.common.vec_normalize import INSTEAD
 from sb3_resnet.nn.adapters import check_adapter, inflated_statistics, read_frame_channels
-from sb3_resnet.nn.augment import Augmentation
+from sb3_resnet.nn.augment import Transform
 from sb3_resnet.nn.backbones import FROM_SCRATCH, smallest_size
 from sb3_resnet.nn.image_spaces import scale_of
 
@@ -65,7 +65,7 @@ class Preprocessing:
         self.n_frames = self.channels // self.frame_channels if self.per_frame else 1
         self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
 
-    def __call__(self, observations: th.Tensor, augmentation: Augmentation | None = None) -> th.Tensor:
+    def __call__(self, observations: th.Tensor, augmentation: Transform | None = None) -> th.Tensor:
         """
         :param observations: as SB3 hands them over, ``(batch, C, H, W)``
         :param augmentation: changes the images, at the size of the observation
@@ -77,7 +77,7 @@ class Preprocessing:
         x = self.as_images(self.resize(x))
         return x.expand(-1, 3, -1, -1) if self.per_frame else x
 
-    def to_raw(self, observations: th.Tensor, augmentation: Augmentation | None = None) -> th.Tensor:
+    def to_raw(self, observations: th.Tensor, augmentation: Transform | None = None) -> th.Tensor:
         """
         Undo SB3's scaling: the encoder takes raw values, and multiplying the 255 of uint8 back is exact.
 
