@@ -23,7 +23,8 @@ from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.pooling import pooled_features
+from sb3_resnet.nn.backbones import STAGES
+from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
 Array = NDArray[Any]
 #: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
@@ -114,7 +115,7 @@ def record(
     rng = np.random.default_rng(seed)
     env.seed(seed)
     env.action_space.seed(seed)
-    observations = env.reset()
+    observations: Any = env.reset()
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
     actions, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
@@ -122,7 +123,11 @@ def record(
     for _ in range(-(-steps // env.num_envs)):
         for index, inner in enumerate(env.get_attr("unwrapped")):
             known = {**labels(inner), **_from_info(infos[index], info_keys, bool(starts[index]))}
-            row = {"observation": observations[index].copy(), "start": bool(starts[index]), "labels": known}
+            row: dict[str, Any] = {
+                "observation": observations[index].copy(),
+                "start": bool(starts[index]),
+                "labels": known,
+            }
             tracks[index].append({**row, "action": int(actions[index]), "reward": float(rewards[index])})
         actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
         if model is not None:
@@ -158,7 +163,10 @@ def probe(
     :return: a row per combination, the best mean R² first
     """
     for name in last_stage:
-        choice("last_stage", name, ("stem", "layer1", "layer2", "layer3", "layer4"))
+        choice("last_stage", name, STAGES)
+    for name in pooling:
+        choice("pooling", name, POOLINGS)
+    highest = max(last_stage, key=STAGES.index)
     rows: list[Row] = []
     pairs = [*product(weights, adapter)]
     splits = split_episodes(recording.episodes, seed)
@@ -168,7 +176,7 @@ def probe(
         def report(done: int, first: int = index) -> None:
             progress(first * len(led) + done, len(pairs) * len(led))
 
-        extractor = _extractor(recording.space, source, kind, backbone, seed, max(last_stage)).to(device)
+        extractor = _extractor(recording.space, source, kind, backbone, seed, highest).to(device)
         for stage, pool, features, rate in _features(extractor, recording, last_stage, pooling, report):
             scores = _scores(recording, features, splits, led)
             rows.append(Row(source, stage, pool, kind, features.shape[1], rate, scores))
@@ -235,7 +243,7 @@ def _features(
             if stage in seconds:
                 seconds[stage] += spent
                 for pooling in poolings:
-                    pooled = pooled_features(pooling, x).reshape(len(batch), -1)
+                    pooled = Pooling(pooling)(x).reshape(len(batch), -1)
                     found[stage, pooling].append(pooled.cpu().numpy())
             began = time.perf_counter()
         report(start + len(batch))

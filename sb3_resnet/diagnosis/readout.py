@@ -123,9 +123,7 @@ def _score(solver: _Ridge, values: Array, splits: tuple[Array, Array, Array]) ->
                 for split, found in ((choose, chosen), (score, scored))
             ]
         else:
-            marks = [
-                _r2(values[split], (found + centre)[:, 0]) for split, found in ((choose, chosen), (score, scored))
-            ]
+            marks = [_r2(values[split], (found + centre)[:, 0]) for split, found in ((choose, chosen), (score, scored))]
         if marks[0] > best[0]:
             best = (marks[0], marks[1])
     return Score(best[1], kind)

@@ -15,7 +15,8 @@ ADDRESSES: dict[str, dict[str, int]] = {
     "asteroids": {"player_x": 73, "player_y": 74, "missile_x": 83, "missile_y": 86},
     "bowling": {"ball_x": 30, "ball_y": 41, "player_x": 29, "player_y": 40, "score": 33},
     "boxing": {
-        "player_x": 32, "player_y": 34, "enemy_x": 33, "enemy_y": 35, "player_score": 18, "enemy_score": 19, "clock": 17,
+        "player_x": 32, "player_y": 34, "enemy_x": 33, "enemy_y": 35,
+        "player_score": 18, "enemy_score": 19, "clock": 17,
     },
     "breakout": {"ball_x": 99, "ball_y": 101, "player_x": 72, "blocks_hit": 77, "score": 84},
     "demon_attack": {
