@@ -1,0 +1,136 @@
+"""``sb3-resnet probe``: which depth, pooling, weights and adapter show the state of an environment."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+from sb3_resnet.cli import envs
+from sb3_resnet.cli.loading import load_model, read_device
+from sb3_resnet.cli.options import Device, EnvId, Packages, Trust, Wrapper
+from sb3_resnet.common.arguments import integer, number
+from sb3_resnet.envs.atari_ram import ram_labels
+from sb3_resnet.probing import Row, probe, record
+
+_WORST = 3  # labels that the table names
+
+
+def command(
+    context: typer.Context,
+    env: EnvId,
+    weights: Annotated[
+        list[str] | None, typer.Option(metavar="NAME|FILE", help="random, pretrained, or a weights file; repeat")
+    ] = None,
+    last_stage: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="where the trunk is cut; repeat"),
+    ] = None,
+    pooling: Annotated[list[str] | None, typer.Option(metavar="NAME", help="of the last map; repeat")] = None,
+    adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="how frames are put in; repeat")] = None,
+    backbone: Annotated[str, typer.Option(metavar="NAME", help="torchvision ResNet")] = "resnet18",
+    steps: Annotated[int, typer.Option(metavar="N", help="observations")] = 2400,
+    n_envs: Annotated[int, typer.Option(metavar="N", help="environments; each begins an episode of its own")] = 8,
+    model: Annotated[
+        Path | None, typer.Option(metavar="MODEL.zip", help="plays greedily; default: random actions")
+    ] = None,
+    epsilon: Annotated[float, typer.Option(metavar="SHARE", help="random actions beside the model's")] = 0.1,
+    labels: Annotated[
+        str | None, typer.Option(metavar="PATH", help="function of the innermost environment: package.module.name")
+    ] = None,
+    info_key: Annotated[list[str] | None, typer.Option(metavar="KEY", help="of info, as a label; repeat")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.csv", help="all scores")] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="of environment, actions, weights and splits")] = 0,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    device: Device = "cpu",
+    trust: Trust = False,
+) -> None:
+    """
+    Play an environment, and read what is known about its state from the features of each combination.
+
+    The state of an Atari game is its annotated memory. Scores are of episodes that the readout has not seen.
+    """
+    steps, n_envs = integer("--steps", steps, 1), integer("--n-envs", n_envs, 1)
+    epsilon = number("--epsilon", epsilon, 0.0, 1.0)
+    if output is not None and output.suffix != ".csv":
+        raise ValueError(f"-o {output}: the name must end with .csv")
+    envs.import_packages(gym_packages or [])
+    agent = None if model is None else load_model(model, device, trust)
+    reads = ram_labels if labels is None else envs.class_of("--labels", labels)
+    with contextlib.closing(envs.make_env(env, n_envs, seed, wrapper=wrapper)) as game:
+        recording = record(game, steps, seed, agent, epsilon, reads, info_key or ())
+    given = {"weights": weights, "last_stage": last_stage, "pooling": pooling, "adapter": adapter}
+    chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
+    with Progress(console=context.obj, transient=True) as bar:
+        task = bar.add_task("Encoding")
+        rows = probe(
+            recording,
+            **chosen,
+            seed=seed,
+            backbone=backbone,
+            device=read_device(device),
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    show(context, rows)
+    if output is not None:
+        write(output, rows)
+
+
+def show(context: typer.Context, rows: Sequence[Row]) -> None:
+    """
+    Print a table, the best combination first.
+
+    :param context: has the console
+    :param rows: of :func:`~sb3_resnet.probing.probe`
+    """
+    table = Table(title=Text("Readout", style="bold"), title_justify="left", title_style="")
+    for name in ("weights", "last_stage", "pooling", "adapter"):
+        table.add_column(name, overflow="fold")
+    for name in ("features", "images/s", "mean R2", "action F1"):
+        table.add_column(name, justify="right")
+    table.add_column("hardest labels", overflow="fold")
+    for row in rows:
+        scores = {name: score.value for name, score in row.scores.items() if score.value is not None}
+        numbers = sorted((value, name) for name, value in scores.items() if row.scores[name].kind == "R2")
+        hardest = ", ".join(f"{name} {value:.2f}" for value, name in numbers[:_WORST])
+        cells = (row.weights, row.last_stage, row.pooling, row.adapter, f"{row.features:,}")
+        rounded = (f"{row.images_per_second:,.0f}", _text(row.mean), _text(scores.get("action")))
+        table.add_row(*map(Text, (*cells, *rounded, hardest)))
+    context.obj.print(table)
+    constant = sorted(name for name, score in rows[0].scores.items() if score.is_constant)
+    if constant:
+        context.obj.print(f"Not scored, since they have one value in a split: {', '.join(constant)}", highlight=False)
+
+
+def write(path: Path, rows: Sequence[Row]) -> None:
+    """
+    Write all scores as CSV.
+
+    :param path: the file
+    :param rows: of :func:`~sb3_resnet.probing.probe`
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        names = [*rows[0].scores]
+        kinds = [rows[0].scores[name].kind for name in names]
+        head = ["weights", "last_stage", "pooling", "adapter", "features", "images_per_second", "mean_R2"]
+        writer.writerow([*head, *(f"{name} {kind}" for name, kind in zip(names, kinds, strict=True))])
+        for row in rows:
+            values = [row.scores[name].value for name in names]
+            cells = (row.weights, row.last_stage, row.pooling, row.adapter, row.features)
+            rounded = (f"{row.images_per_second:.1f}", f"{row.mean:.4f}")
+            writer.writerow([*cells, *rounded, *("" if value is None else f"{value:.4f}" for value in values)])
+
+
+def _text(value: float | None) -> str:
+    return "" if value is None or math.isnan(value) else f"{value:.3f}"

@@ -1,0 +1,260 @@
+"""
+What do the features of a frozen ResNet show of an environment? Ask before training.
+
+:func:`record` plays an environment and keeps observations with labels; :func:`probe` reads every label from the
+features of every combination of weights, depth, pooling and adapter with a linear readout.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch as th
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
+from sb3_resnet.envs.atari_ram import ram_labels
+from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn.backbones import STAGES
+from sb3_resnet.nn.pooling import POOLINGS, Pooling
+
+Array = NDArray[Any]
+#: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
+LabelFunction = Callable[[Any], Mapping[str, Any]]
+
+_BATCH = 64
+_FEW_REWARDS = 5  # different values up to which rewards are classes
+_RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """
+    Played observations and what is known about each.
+
+    :param observations: as the environment gives them, ``(rows, C, H, W)``
+    :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
+    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode
+    :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
+    :param space: of the observations
+    """
+
+    observations: Array
+    episodes: Array
+    actions: Array
+    labels: Mapping[str, Array]
+    space: Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """
+    The result of one combination.
+
+    :param weights: ``"random"``, ``"pretrained"``, or a file
+    :param last_stage: where the trunk was cut
+    :param pooling: how its last map was pooled
+    :param adapter: how channels reached it
+    :param features: length of the features
+    :param images_per_second: frozen stages alone, in batches of 64 observations
+    :param scores: of each label
+    """
+
+    weights: str
+    last_stage: str
+    pooling: str
+    adapter: str
+    features: int
+    images_per_second: float
+    scores: Mapping[str, Score] = field(default_factory=dict)
+
+    @property
+    def mean(self) -> float:
+        """Mean R² of the numbers among the labels; NaN where there are none."""
+        values = [score.value for score in self.scores.values() if score.kind == "R2" and score.value is not None]
+        return float(np.mean(values)) if values else float("nan")
+
+
+def record(
+    env: VecEnv,
+    steps: int = 2400,
+    seed: int = 0,
+    model: Any = None,
+    epsilon: float = 0.1,
+    labels: LabelFunction = ram_labels,
+    info_keys: Sequence[str] = (),
+) -> Recording:
+    """
+    Play an environment, and keep what is seen together with its labels.
+
+    Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
+    every number among both, ``reward``, and ``action``. The first observation of an episode is left out of the rows
+    that are scored, since nothing led to it.
+
+    :param env: environments of images, channels first; more of them give more episodes
+    :param steps: observations in all
+    :param seed: of the environments, the actions and the choice between them
+    :param model: an SB3 model whose greedy actions are played; ``None``: random actions
+    :param epsilon: share of random actions beside those of the model
+    :param labels: called with each innermost environment after each step; the default reads the annotated memory of
+        Atari games (:mod:`sb3_resnet.envs.atari_ram`)
+    :param info_keys: keys of ``info`` that are labels
+    :return: the recording, ordered by environment and time
+    :raises ValueError: for values that cannot work, and a key that ``info`` does not have
+    """
+    steps = integer("steps", steps, 1)
+    epsilon = number("epsilon", epsilon, 0.0, 1.0)
+    rng = np.random.default_rng(seed)
+    env.seed(seed)
+    env.action_space.seed(seed)
+    observations: Any = env.reset()
+    tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
+    starts = np.ones(env.num_envs, bool)
+    actions, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
+    infos: Sequence[Mapping[str, Any]] = env.reset_infos
+    for _ in range(-(-steps // env.num_envs)):
+        for index, inner in enumerate(env.get_attr("unwrapped")):
+            known = {**labels(inner), **_from_info(infos[index], info_keys, bool(starts[index]))}
+            row: dict[str, Any] = {
+                "observation": observations[index].copy(),
+                "start": bool(starts[index]),
+                "labels": known,
+            }
+            tracks[index].append({**row, "action": int(actions[index]), "reward": float(rewards[index])})
+        actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
+        if model is not None:
+            greedy, _ = model.predict(observations, deterministic=True)
+            actions = np.where(rng.random(env.num_envs) < epsilon, actions, greedy)
+        observations, rewards, starts, infos = env.step(actions)
+    return _joined(tracks, env.observation_space)
+
+
+def probe(
+    recording: Recording,
+    weights: Sequence[str] = (_RANDOM,),
+    last_stage: Sequence[str] = ("layer1", "layer2", "layer3", "layer4"),
+    pooling: Sequence[str] = ("avg", "grid", "spatial_softmax"),
+    adapter: Sequence[str] = ("conv1x1", "per_frame"),
+    seed: int = 0,
+    backbone: str = "resnet18",
+    device: str = "cpu",
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Row]:
+    """
+    Read every label from the features of every combination.
+
+    :param recording: of :func:`record`
+    :param weights: ``"random"``, ``"pretrained"``, or paths of weights files
+    :param last_stage: where the trunk is cut
+    :param pooling: of the last map
+    :param adapter: how frames reach the trunk
+    :param seed: of random weights and of the splits
+    :param backbone: a torchvision ResNet
+    :param device: where features are computed
+    :param progress: called with the observations done and their number in all
+    :return: a row per combination, the best mean R² first
+    """
+    for name in last_stage:
+        choice("last_stage", name, STAGES)
+    for name in pooling:
+        choice("pooling", name, POOLINGS)
+    highest = max(last_stage, key=STAGES.index)
+    rows: list[Row] = []
+    pairs = [*product(weights, adapter)]
+    splits = split_episodes(recording.episodes, seed)
+    led = recording.actions >= 0
+    for index, (source, kind) in enumerate(pairs):
+
+        def report(done: int, first: int = index) -> None:
+            progress(first * len(led) + done, len(pairs) * len(led))
+
+        extractor = _extractor(recording.space, source, kind, backbone, seed, highest).to(device)
+        for stage, pool, features, rate in _features(extractor, recording, last_stage, pooling, report):
+            scores = _scores(recording, features, splits, led)
+            rows.append(Row(source, stage, pool, kind, features.shape[1], rate, scores))
+    return sorted(rows, key=lambda row: (-np.nan_to_num(row.mean, nan=-1.0), row.features))
+
+
+def _from_info(info: Mapping[str, Any], keys: Sequence[str], first: bool) -> dict[str, Any]:
+    if first and not {*keys} <= {*info}:
+        return dict.fromkeys(keys, np.nan)  # many environments tell nothing at a reset; such rows are not scored
+    missing = [key for key in keys if key not in info]
+    if missing:
+        raise ValueError(f"info has no {', '.join(missing)}: it has {', '.join(sorted(map(str, info)))}")
+    return {key: info[key] for key in keys}
+
+
+def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:
+    """One row per observation, environment after environment, with the labels that need a step before."""
+    rows = [row for track in tracks for row in track]
+    firsts = np.array([row["start"] or index == 0 for track in tracks for index, row in enumerate(track)])
+    actions = np.array([row["action"] for row in rows])
+    actions[firsts] = -1
+    labels: dict[str, Array] = {}
+    for name in rows[0]["labels"]:
+        values = np.array([row["labels"][name] for row in rows])
+        labels[name] = values
+        if np.issubdtype(values.dtype, np.floating):
+            labels[f"delta_{name}"] = np.diff(values, prepend=values[:1])
+    rewards = np.array([row["reward"] for row in rows])
+    kinds, which = np.unique(rewards, return_inverse=True)
+    labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
+    observations = np.stack([row["observation"] for row in rows])
+    return Recording(observations, np.cumsum(firsts), actions, labels, space)
+
+
+def _extractor(space: Any, source: str, adapter: str, backbone: str, seed: int, last_stage: str) -> ResNetExtractor:
+    options: dict[str, Any] = {"backbone": backbone, "adapter": adapter, "last_stage": last_stage}
+    if source == "pretrained":
+        options["pretrained"] = True
+    elif source != _RANDOM:
+        options["weights"] = str(Path(source).expanduser())
+    with th.random.fork_rng(devices=[]):
+        th.manual_seed(seed)
+        return ResNetExtractor(space, **options).eval()
+
+
+@th.inference_mode()
+def _features(
+    extractor: ResNetExtractor,
+    recording: Recording,
+    stages: Sequence[str],
+    poolings: Sequence[str],
+    report: Callable[[int], None],
+) -> Iterator[tuple[str, str, Array, float]]:
+    """All depths and poolings in one pass: stage, pooling, features ``(rows, n)``, and observations per second."""
+    found: dict[tuple[str, str], list[Array]] = {key: [] for key in product(stages, poolings)}
+    seconds = dict.fromkeys(stages, 0.0)
+    for start in range(0, len(recording.observations), _BATCH):
+        batch = th.as_tensor(recording.observations[start : start + _BATCH], device=extractor.input_mean.device)
+        began, spent = time.perf_counter(), 0.0
+        x = extractor.preprocess(extractor.scale_raw(batch))
+        for stage in extractor.stages:
+            x = extractor.run_stages(x, [stage])
+            spent += time.perf_counter() - began
+            if stage in seconds:
+                seconds[stage] += spent
+                for pooling in poolings:
+                    pooled = Pooling(pooling)(x).reshape(len(batch), -1)
+                    found[stage, pooling].append(pooled.cpu().numpy())
+            began = time.perf_counter()
+        report(start + len(batch))
+    for (stage, pooling), parts in found.items():
+        yield stage, pooling, np.concatenate(parts), len(recording.observations) / seconds[stage]
+
+
+def _scores(recording: Recording, features: Array, splits: tuple[Array, Array, Array], led: Array) -> dict[str, Score]:
+    fit, choose, score = (split[led] for split in splits)
+    labels = {name: values[led] for name, values in recording.labels.items()}
+    found = read_out(features[led], labels, (fit, choose, score))
+    # Inverse dynamics: which action led from the observation before to this one?
+    pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
+    return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}

@@ -1,0 +1,155 @@
+import csv
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from stable_baselines3.common.env_util import make_vec_env
+
+from sb3_resnet import ResNetExtractor
+from sb3_resnet.diagnosis.readout import read_out, split_episodes
+from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
+from sb3_resnet.probing import probe, record
+from tests.helpers import TinyGame, make_model
+from tests.test_cli import run
+
+ROWS = 1200
+
+
+def tiny_labels(env):
+    return {"column": float(env.column), "is_left": env.column == 0}
+
+
+@pytest.fixture(scope="module")
+def recording():
+    return record(make_vec_env(TinyGame, 4), 400, labels=tiny_labels)
+
+
+def splits(rows=ROWS, episodes=12):
+    return split_episodes(np.repeat(np.arange(episodes), rows // episodes))
+
+
+@pytest.mark.parametrize("width", [40, 2 * ROWS], ids=["tall", "wide"])
+def test_a_readout_finds_what_is_there_and_nothing_else(width):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(ROWS, width)).astype(np.float32)
+    labels = {
+        "perfect": 3.0 * features[:, 0] + 1.0,
+        "noise": rng.normal(size=ROWS),
+        "constant": np.ones(ROWS),
+        "class": (features[:, 0] > 0).astype(int),
+        "coin": rng.integers(0, 2, ROWS),
+    }
+    found = read_out(features[:, :40], labels, splits())
+    assert found["perfect"].value == pytest.approx(1.0, abs=1e-6)
+    assert found["class"].value > 0.9
+    assert abs(found["noise"].value) < 0.1
+    assert found["coin"].value == pytest.approx(0.5, abs=0.12)
+    assert found["constant"].is_constant
+    assert [found[name].kind for name in ("perfect", "class")] == ["R2", "F1"]
+    wide = read_out(features, labels, splits())
+    assert abs(wide["noise"].value) < 0.15
+    assert wide["perfect"].value > (0.999 if width < ROWS else 0.2)  # a random direction among too many
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_episode_is_in_two_splits_and_none_is_empty(seed):
+    episodes = np.repeat(np.arange(9), [5, 80, 3, 40, 40, 7, 90, 10, 10])
+    parts = split_episodes(episodes, seed)
+    assert np.array_equal(sum(part.astype(int) for part in parts), np.ones(len(episodes)))
+    names = [{*episodes[part]} for part in parts]
+    assert all(names)
+    assert sum(map(len, names)) == len({*episodes})
+
+
+def test_too_few_episodes_are_refused():
+    with pytest.raises(ValueError, match="needs at least 3 episodes, one per split, and there are 2: play more steps"):
+        split_episodes(np.array([0, 0, 1]))
+
+
+def test_labels_belong_to_their_observations(recording):
+    newest = recording.observations[:, -1, 0]
+    column = recording.labels["column"]
+    assert np.array_equal(newest.reshape(len(newest), -1)[:, [0, 10, 20]].argmax(axis=1), column)
+    assert recording.labels["is_left"].dtype == bool
+    first = np.flatnonzero(np.diff(recording.episodes, prepend=0))
+    assert (recording.actions[first] == -1).all()
+    assert (np.delete(recording.actions, first) >= 0).all()
+    inside = np.delete(np.arange(len(column)), first)
+    assert np.array_equal(recording.labels["delta_column"][inside], column[inside] - column[inside - 1])
+    # The tiny game pays for naming the column that the observation before showed.
+    paid = recording.actions[inside] == column[inside - 1]
+    assert np.array_equal(recording.labels["reward"][inside], paid)
+
+
+def test_the_same_seed_plays_the_same(recording):
+    again = record(make_vec_env(TinyGame, 4), 400, labels=tiny_labels)
+    assert np.array_equal(again.observations, recording.observations)
+    assert np.array_equal(again.actions, recording.actions)
+
+
+def test_a_model_plays_all_but_epsilon_of_the_actions():
+    model = make_model()
+    played = record(make_vec_env(TinyGame, 2), 60, model=model, epsilon=0.0, labels=tiny_labels)
+    greedy, _ = model.predict(played.observations, deterministic=True)
+    led = played.actions[1:] >= 0
+    assert np.array_equal(played.actions[1:][led], greedy[:-1][led])
+
+
+def test_a_missing_key_of_info_names_those_that_are_there():
+    with pytest.raises(ValueError, match="info has no speed: it has "):
+        record(make_vec_env(TinyGame, 2), 60, info_keys=["speed"])
+
+
+def test_a_probe_scores_what_an_extractor_of_its_own_gives(recording):
+    options = {"weights": ["random"], "last_stage": ["layer1", "layer2"], "pooling": ["avg", "spatial_softmax"]}
+    seen = []
+    rows = probe(
+        recording, **options, adapter=["per_frame"], backbone="resnet_tiny", progress=lambda *part: seen.append(part)
+    )
+    assert len(rows) == 4
+    assert seen[-1] == (400, 400)
+    assert [row.mean for row in rows] == sorted((row.mean for row in rows), reverse=True)
+    row = next(row for row in rows if (row.last_stage, row.pooling) == ("layer2", "spatial_softmax"))
+    th.manual_seed(0)
+    network = ResNetExtractor(
+        recording.space, backbone="resnet_tiny", adapter="per_frame", last_stage="layer2", pooling="spatial_softmax"
+    )
+    with th.no_grad():
+        features = network(network.scale_raw(th.as_tensor(recording.observations))).numpy()
+    assert row.features == features.shape[1]
+    led = recording.actions >= 0
+    parts = [part[led] for part in split_episodes(recording.episodes)]
+    expected = read_out(features[led], {"column": recording.labels["column"][led]}, parts)["column"].value
+    # Stages below the last are the same with the same seed only if they are drawn in the same order.
+    assert row.scores["column"].value == pytest.approx(expected, abs=0.05)
+    assert row.scores["column"].value > 0.9
+    again = probe(recording, **options, adapter=["per_frame"], backbone="resnet_tiny")
+    assert [one.scores for one in again] == [one.scores for one in rows]
+
+
+def test_memory_of_games_is_read_and_other_environments_have_none():
+    ale = pytest.importorskip("ale_py")
+    gym.register_envs(ale)
+    env = gym.make("PongNoFrameskip-v4")
+    env.reset(seed=0)
+    for _ in range(80):
+        env.step(env.action_space.sample())
+    labels = ram_labels(env)
+    assert labels.keys() == ADDRESSES["pong"].keys()
+    assert labels["ball_x"] > 0
+    assert len(ADDRESSES) >= 10
+    assert ram_labels(gym.make("CartPole-v1")) == {}
+
+
+def test_the_command_prints_a_table_and_writes_all_scores(tiny_id, tmp_path):
+    file = tmp_path / "scores" / "probe.csv"
+    arguments = ["--env", tiny_id, "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_tiny"]
+    arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 200, "--n-envs", 4, "-o", file]
+    status, text, _ = run("probe", *arguments, width=200)
+    assert status == 0
+    assert "per_frame" in text
+    assert "conv1x1" in text
+    rows = [*csv.DictReader(file.open())]
+    assert {row["adapter"] for row in rows} == {"per_frame", "conv1x1"}
+    assert all(float(row["column R2"]) <= 1 for row in rows)
