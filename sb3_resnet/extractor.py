@@ -15,7 +15,6 @@ from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
-from sb3_resnet.common.vec_normalize import check_wrappers
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics, information_keeping_adapter
 from sb3_resnet.nn.augment import read_augment
@@ -119,7 +118,6 @@ class ResNetExtractor(BaseFeaturesExtractor):
         train_adapter: bool = False,
         frame_channels: int | None = None,
     ) -> None:
-        check_wrappers()
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
         if weights_prefix is not None and weights is None:
