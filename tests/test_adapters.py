@@ -8,7 +8,6 @@ from stable_baselines3 import DQN
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.encoder import FrozenEncoder
 from sb3_resnet.nn.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from tests.helpers import TinyGame, assert_same, make_model, observations, q_values
 
@@ -220,10 +219,9 @@ def test_the_encoder_knows_the_inflated_convolution(kwargs, stage):
     extractor = build(5, adapter="inflate", **kwargs)
     extractor.set_freeze_boundary(stage)
     images = raw(5, batch=6)
-    encoder = FrozenEncoder(extractor.trunk, "float32")
     with th.no_grad():
         expected = extractor.frozen_part(extractor.preprocess(images / 255))
-    th.testing.assert_close(encoder(images), expected, rtol=1e-4, atol=1e-4)
+    th.testing.assert_close(extractor.encode(images / 255), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_an_inflated_agent_comes_back_and_its_file_gives_weights(tmp_path, rgb_file):

@@ -320,3 +320,37 @@ def test_the_optimizer_is_fused_where_pytorch_can_unless_told_otherwise():
     told = make_model(policy_kwargs={"optimizer_kwargs": {"fused": False}})
     assert told.policy.optimizer.defaults["fused"] is False
     assert "fused" not in make_model(policy_kwargs={"optimizer_class": "RMSprop"}).policy.optimizer.defaults
+
+
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_as_with_sb3s_policies_random_values_fit_a_whole_state_dict(algorithm, norm, tmp_path):
+    """SB3's own test_save_load.py draws them for each entry, of the policy and of the online network."""
+    model = make_model(algorithm, extractor={"backbone": "resnet_mini", "norm": norm})
+    obs = observations(model, 3)
+    for module in (model.policy, model.policy.online):
+        before = snapshot(module)
+        assert {value.dtype for value in before.values()} == {th.float32}
+        drawn = {name: th.rand_like(value) for name, value in before.items()}
+        module.load_state_dict(drawn)
+        assert not [name for name, value in module.state_dict().items() if th.equal(value, before[name])]
+        assert_same(snapshot(module), drawn)
+        module.save(tmp_path / "module.pth")
+        loaded = type(module).load(tmp_path / "module.pth")
+        assert_same(snapshot(loaded), drawn)
+        for one, other in zip(module.parameters(), loaded.parameters(), strict=True):
+            assert one.requires_grad == other.requires_grad
+        assert np.array_equal(module.predict(obs, deterministic=True)[0], loaded.predict(obs, deterministic=True)[0])
+
+
+def test_state_dicts_with_whole_numbers_from_older_files_load():
+    policy = make_model(extractor={"backbone": "resnet_mini", "frozen_dtype": "bfloat16"}).policy
+    policy.set_freeze_boundary("layer3", at_update=70_001)
+    whole = ("boundary.index", "boundary.moved_at", "frozen_precision.index", "num_batches_tracked")
+    old = {name: value.long() if name.endswith(whole) else value for name, value in policy.state_dict().items()}
+    other = make_model(extractor={"backbone": "resnet_mini"}).policy
+    other.load_state_dict(old)
+    extractor = other.online.features_extractor
+    assert (other.freeze_boundary, extractor.boundary.moved_at_update) == ("layer3", 70_001)
+    assert extractor.frozen_dtype == "bfloat16"
+    assert_same(other.state_dict(), policy.state_dict())

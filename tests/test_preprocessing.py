@@ -71,7 +71,7 @@ def test_floats_outside_their_space_are_refused(high, values, says, dtype):
         assert extractor(good).isfinite().all()
     bad = good.clone()
     bad[0, 1, 2, :2] = th.tensor(values, dtype=bad.dtype)
-    encoder = FrozenEncoder(extractor.trunk, "float32")
+    encoder = FrozenEncoder(extractor.trunk)
     for refuse in (extractor, encoder):
         with pytest.raises(ValueError, match=says) as caught:
             refuse(bad)

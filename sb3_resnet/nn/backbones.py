@@ -35,6 +35,12 @@ class FreezableNorm(nn.Module):
     """Stays in eval mode until it is made live: SB3 calls ``train()`` before each update."""
 
     live: bool = False
+    num_batches_tracked: th.Tensor | None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # A float, as all that SB3's own policies save. PyTorch counts and never reads it, having a fixed momentum.
+        self.num_batches_tracked = th.tensor(0.0)
 
     def train(self, mode: bool = True) -> Any:
         return super().train(mode and self.live)

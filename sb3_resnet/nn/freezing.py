@@ -44,8 +44,9 @@ class FreezeBoundary(nn.Module):
         self._stages = {name: tuple(modules) for name, modules in stages.items()}
         self._train_adapter = train_adapter
         self._live_norm = live_norm
-        self.register_buffer("index", th.tensor(self._index_of(unfreeze_from)))
-        self.register_buffer("moved_at", th.tensor(0))
+        # Floats, as everything in a state dict of SB3's own policies: its users (and its tests) call rand_like on each.
+        self.register_buffer("index", th.tensor(float(self._index_of(unfreeze_from))))
+        self.register_buffer("moved_at", th.tensor(0.0))
         self._enforce()
 
     @property

@@ -29,7 +29,7 @@ class FrozenDtype(nn.Module):
         super().__init__()
         choice("frozen_dtype", name, [*_NAMES, "auto"])
         self._is_open = name == "auto"
-        self.register_buffer("index", th.tensor(0))
+        self.register_buffer("index", th.tensor(0.0))  # a float, as all that SB3's own policies save
         self._set(self._resolved() if self._is_open else name)
 
     @property
@@ -74,5 +74,5 @@ class FrozenDtype(nn.Module):
         # Models saved before there was a choice keep what they were built with.
         state_dict.setdefault(f"{prefix}index", self.index.clone())
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._set(_NAMES[int(self.index)])
+        self._name = _NAMES[int(self.index)]
         self.settle()

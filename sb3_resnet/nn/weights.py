@@ -27,6 +27,7 @@ from sb3_resnet.nn.state_dicts import choose, shorten, unwrap, without_copies
 SUFFIXES = (".pth", ".pt", ".safetensors", ".zip", ".ckpt", ".bin", ".tar", ".th", ".pkl")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path of a URL has one slash
 _WHAT = "Write the path of a .pth, .pt or .safetensors file, or pretrained=True for torchvision's ImageNet weights."
+_COUNTER = "num_batches_tracked"
 
 _overwritten: ContextVar[bool] = ContextVar("overwritten", default=False)
 
@@ -179,7 +180,7 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, pr
     if isinstance(first, InflatedConv2d) and "conv1.weight" in given:
         given["conv1.weight"] = first.inflated(given["conv1.weight"])
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
-    missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
+    missing = [key for key in wanted if key not in given and not key.endswith(_COUNTER)]
     known = {key: (value, wanted[key]) for key, value in given.items() if key in wanted}
     other = [
         f"{key} {tuple(value.shape)} instead of {tuple(old.shape)}"
@@ -205,7 +206,8 @@ def _broken(known: Mapping[str, tuple[th.Tensor, th.Tensor]]) -> dict[str, list[
     """Names of tensors that would be copied in silence and compute nonsense, by kind; each with its dtype."""
     kinds: dict[str, list[str]] = {"no floating point numbers": [], "not dense": [], "not finite": [], "negative": []}
     for key, (value, old) in known.items():
-        if value.is_complex() or (old.is_floating_point() and not value.is_floating_point()):
+        whole = not value.is_floating_point() and not key.endswith(_COUNTER)  # files of torchvision count in int64
+        if value.is_complex() or (old.is_floating_point() and whole):
             kinds["no floating point numbers"].append(f"{key} ({str(value.dtype).removeprefix('torch.')})")
         elif value.layout != th.strided:
             kinds["not dense"].append(key)
