@@ -8,6 +8,7 @@ features of every combination of weights, depth, pooling and adapter with a line
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -217,7 +218,8 @@ def _extractor(space: Any, source: str, adapter: str, backbone: str, seed: int, 
         options["pretrained"] = True
     elif source != _RANDOM:
         options["weights"] = str(Path(source).expanduser())
-    with th.random.fork_rng(devices=[]):
+    with th.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")  # which is the question
         th.manual_seed(seed)
         return ResNetExtractor(space, **options).eval()
 

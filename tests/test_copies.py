@@ -296,7 +296,7 @@ def test_a_second_learn_finds_the_entries_again_unless_other_copies_are_asked_fo
         (3, [], r"augment_copies=3 has no effect"),
         (3, lambda images: images, r"draws that can be made again.*write augment as a list of names"),
     ],
-    ids=str,
+    ids=["not asked for", "nothing", "empty", "callable"],
 )
 def test_what_cannot_be_copied_is_refused(copies, augment, message):
     model = make_model(extractor={"backbone": "resnet_mini", "augment": augment})
