@@ -1,10 +1,10 @@
 """ResNet features for Stable-Baselines3 agents."""
 
-from sb3_resnet.callbacks import newest_checkpoint
 from sb3_resnet.callbacks.recipes import fine_tuning_callbacks
-from sb3_resnet.common.seeding import seed_everything
+from sb3_resnet.common.checkpoints import newest_checkpoint
+from sb3_resnet.common.seeding import restore_random_states, seed_everything
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.optim.groups import param_group_summary
+from sb3_resnet.optim.summary import param_group_summary
 from sb3_resnet.policies import ResNetCnnPolicy
 from sb3_resnet.registration import register_policies
 
@@ -17,6 +17,7 @@ __all__ = [
     "newest_checkpoint",
     "param_group_summary",
     "register_policies",
+    "restore_random_states",
     "seed_everything",
 ]
 

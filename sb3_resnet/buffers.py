@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cache.observations import Observations
+from sb3_resnet.common import host
+from sb3_resnet.common.nonfinite import check_sampled_rewards
 
 
 class Column:
@@ -62,6 +66,27 @@ class Column:
         return np.asarray(self._observations.store.pixels(self.obs_ids), dtype=dtype)
 
 
+def resize_replay_arrays(buffer: Any, rows: int, columns: Sequence[str]) -> None:
+    """
+    Give the arrays of an empty replay buffer another number of rows; they are found by their shape, not by name.
+
+    :param buffer: an empty SB3 replay buffer; its ``buffer_size`` is changed too
+    :param rows: the new number of rows
+    :param columns: arrays that are left alone, since other objects take their places
+    :raises HostPartMissingError: if there is no array of such a name
+    """
+    missing = [name for name in columns if not isinstance(getattr(buffer, name, None), np.ndarray)]
+    if missing:
+        raise host.HostPartMissingError(
+            "stable-baselines3", f"array {missing[0]!r} in its replay buffers", "train with SB3's own replay buffer"
+        )
+    shape = (buffer.buffer_size, buffer.n_envs)
+    for name, array in [*vars(buffer).items()]:
+        if name not in columns and isinstance(array, np.ndarray) and array.shape[:2] == shape:
+            setattr(buffer, name, np.zeros((rows, *array.shape[1:]), array.dtype))
+    buffer.buffer_size = rows
+
+
 class _ColumnBuffer(ReplayBuffer):
     """Puts columns in the place of SB3's observation arrays; SB3's own code adds and samples."""
 
@@ -76,24 +101,27 @@ class _ColumnBuffer(ReplayBuffer):
     ) -> None:
         # With its full size SB3 would reserve the memory that the columns save.
         super().__init__(n_envs, observation_space, action_space, device, n_envs, **kwargs)
-        self.buffer_size = max(buffer_size // n_envs, 1)
-        for name in ("actions", "rewards", "dones", "timeouts"):
-            array = getattr(self, name)
-            setattr(self, name, np.zeros((self.buffer_size, *array.shape[1:]), array.dtype))
-        self._make_columns()
+        resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())
+        self.make_columns()
 
-    def _make_columns(self, frame_channels: int = 1) -> None:
+    def make_columns(self, frame_channels: int = 1) -> None:
         shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs, frame_channels)
-        for name in self._column_names():
+        for name in self.column_names():
             setattr(self, name, Column(shared, self.buffer_size, self.n_envs))
         self.shared = shared
 
-    def _column_names(self) -> tuple[str, ...]:
+    def column_names(self) -> tuple[str, ...]:
         return ("observations",) if self.optimize_memory_usage else ("observations", "next_observations")
 
     def reset(self) -> None:
         super().reset()
-        self._make_columns(self.shared.store.frame_channels)
+        self.make_columns(self.shared.store.frame_channels)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
+        """As SB3's; refuses rewards that are NaN or infinite, which no gradient need show."""
+        batch = super().sample(batch_size, env)
+        check_sampled_rewards(batch)
+        return batch
 
     def to_torch(self, array: Any, copy: bool = True) -> Any:
         if isinstance(array, EncodedBatch):
@@ -128,10 +156,11 @@ def with_columns(buffer: Any, frame_channels: int = 1) -> _ColumnBuffer:
         raise ValueError(f"{type(buffer).__name__} cannot be cached, only {known} can: leave replay_buffer_class out")
     new = object.__new__(cls)
     new.__dict__.update(buffer.__dict__)
-    new._make_columns(frame_channels)
+    vars(new).pop("sample", None)  # somebody watches the batches of the other buffer
+    new.make_columns(frame_channels)
     filled = buffer.buffer_size if buffer.full else buffer.pos + int(buffer.optimize_memory_usage)
     start = buffer.pos + 1 if buffer.full and buffer.optimize_memory_usage else buffer.pos if buffer.full else 0
     for row in ((start + index) % buffer.buffer_size for index in range(filled)):
-        for name in new._column_names():
+        for name in new.column_names():
             getattr(new, name)[row] = getattr(buffer, name)[row]
     return new

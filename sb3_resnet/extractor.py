@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
-from sb3_resnet.nn.freezing import FreezeBoundary
+from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
 from sb3_resnet.nn.frozen_dtype import FrozenDtype
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
@@ -30,9 +30,8 @@ from sb3_resnet.nn.preprocessing import (
     information_keeping_adapter,
     statistics,
 )
-from sb3_resnet.nn.pretrained import read_weights, warn_that_it_learns_little
 from sb3_resnet.nn.trunk import Trunk
-from sb3_resnet.nn.weights import checkpoint_follows
+from sb3_resnet.nn.weights import checkpoint_follows, read_into
 
 ADAPTERS = ("conv1x1", "per_frame")
 
@@ -51,8 +50,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param observation_space: image space, ``(C, H, W)``; SB3 transposes ``(H, W, C)`` uint8 images itself
     :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
     :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
-    :param weights: other weights: a name of torchvision's enum, or the path of a ``.pth``, ``.pt`` or
-        ``.safetensors`` file; goes before ``pretrained``
+    :param weights: other weights: a member of torchvision's enum or its name, or the path of a ``.pth``, ``.pt`` or
+        ``.safetensors`` file or of a model that SB3 saved with this extractor; goes before ``pretrained``
+    :param weights_prefix: which ResNet of that file, where it holds several, such as ``"module.encoder_q."``
     :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
         an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
@@ -98,7 +98,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         *,
         backbone: str = "resnet18",
         pretrained: bool = False,
-        weights: str | Path | None = None,
+        weights: str | Path | Enum | None = None,
+        weights_prefix: str | None = None,
         freeze_backbone: bool = True,
         adapter: str = "conv1x1",
         last_stage: str = "layer4",
@@ -117,6 +118,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     ) -> None:
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
+        if weights_prefix is not None and weights is None:
+            raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
         has_weights = flag("pretrained", pretrained) or weights is not None
         check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
         check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
@@ -146,7 +149,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.backbone = trunk.to(memory_format=th.channels_last)
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not checkpoint_follows():
-            read_weights(trunk, backbone, weights)
+            read_into(trunk, backbone, weights, weights_prefix)
         self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
         refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
         if freeze_backbone and not has_weights and not checkpoint_follows():
@@ -290,7 +293,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def apply(self: SelfExtractor, fn: Callable[[nn.Module], None]) -> SelfExtractor:
         """As ``nn.Module.apply``, but PPO's and A2C's orthogonal initialisation spares trunk and adapter."""
-        if isinstance(fn, partial) and fn.func is BasePolicy.init_weights:
+        if host.is_initializer(fn):
             self.projection.apply(fn)
             return self
         return super().apply(fn)

@@ -15,9 +15,12 @@ from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
+from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.heads import FEATURE_NORMS, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head
+from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
 
@@ -83,14 +86,14 @@ class ResNetPolicyMixin:
         features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
         **kwargs: Any,
     ) -> None:
-        host = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        own = {*host} - _NOT_WRITTEN
+        hosts = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
+        own = {*hosts} - _NOT_WRITTEN
         if "n_quantiles" in {*kwargs} - own:
             raise TypeError(_FOR_QRDQN)
         no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
         if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
             raise TypeError(
-                f"features_extractor_class must be ResNetExtractor or a subclass, got {features_extractor_class}"
+                f"features_extractor_class must be ResNetExtractor or a subclass, got {shown(features_extractor_class)}"
             )
         if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
             given = kwargs.get("features_extractor_kwargs") or {}
@@ -111,7 +114,7 @@ class ResNetPolicyMixin:
             lr_schedule,
             net_arch=[256] if net_arch is None else _widths(net_arch),
             optimizer_class=optimizer_class_of(optimizer_class),
-            activation_fn=_activation_of(activation_fn),
+            activation_fn=activation_of(activation_fn),
             features_extractor_class=features_extractor_class,
             **kwargs,
         )
@@ -188,7 +191,9 @@ class ResNetPolicyMixin:
             scales,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
+        install_gradient_check(self.optimizer)
         audit(self.online, self.optimizer)
+        store_shared_once(self, self._network)  # type: ignore[arg-type]  # a module, by SB3's policy
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -218,7 +223,7 @@ class ResNetPolicyMixin:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
         with about_to_be_overwritten() if hasattr(self, self._network) else nullcontext():
             policy: Any = self  # SB3's policy is next in the MRO
-            net_args = policy._update_features_extractor(policy.net_args, features_extractor=None)
+            net_args = host.network_arguments(policy)
         return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(policy.device)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
@@ -233,6 +238,7 @@ class ResNetPolicyMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
+        install_gradient_check(self.optimizer)
 
 
 class ResNetNetworkMixin:
@@ -252,6 +258,11 @@ class ResNetNetworkMixin:
         outputs = getattr(self, self._head)[-1].out_features
         shape = (network.features_dim, outputs, network.net_arch, network.activation_fn)
         setattr(self, self._head, make_head(*shape, dropout, feature_norm))
+
+    @property
+    def head(self) -> Any:
+        """What follows the features extractor: an ``nn.Sequential``."""
+        return getattr(self, self._head)
 
     def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
         """Features of pixels, or of what the frozen prefix has already made of them."""
@@ -286,12 +297,5 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
 
 def _widths(net_arch: Any) -> list[int]:
     if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
-        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {net_arch!r}")
+        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
     return [integer("net_arch", width, 1) for width in net_arch]
-
-
-def _activation_of(value: str | type[nn.Module]) -> type[nn.Module]:
-    found = getattr(nn, value.removeprefix("torch.nn.").removeprefix("nn."), None) if isinstance(value, str) else value
-    if not (isinstance(found, type) and issubclass(found, nn.Module)):
-        raise ValueError(f"activation_fn must be a class of torch.nn or its name, such as 'ReLU', got {value!r}")
-    return found

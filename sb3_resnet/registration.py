@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+import stable_baselines3
 from stable_baselines3 import DQN
+from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_resnet.policies import POLICY_NAME, ResNetCnnPolicy
 
 
 def register_policies() -> None:
-    """Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again."""
-    DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
-    try:
-        from sb3_contrib import QRDQN
-    except ImportError:
-        return
-    from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
+    """
+    Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again.
 
-    QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
+    With other algorithms the name says what to write instead.
+    """
+    DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
+    contrib: Any = None
+    try:
+        contrib = importlib.import_module("sb3_contrib")
+    except ImportError:
+        pass
+    else:
+        from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
+
+        contrib.QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
+    for package in (stable_baselines3, contrib):
+        for algorithm in vars(package).values() if package is not None else ():
+            if isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm):
+                _explain(algorithm)
+
+
+def _explain(algorithm: type[BaseAlgorithm]) -> None:
+    """Let the name raise an error that says what to write, where the algorithm takes images and has no such policy."""
+    aliases: dict[str, Any] = algorithm.policy_aliases
+    host = next((name for name in ("CnnPolicy", "CnnLstmPolicy") if name in aliases), None)
+    if host is None or POLICY_NAME in aliases:
+        return
+
+    class NoResNetCnnPolicy:
+        """Stands for a policy that does not exist."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            raise ValueError(
+                f"Only DQN and QRDQN have {POLICY_NAME}. With this algorithm write policy={host!r}, "
+                "policy_kwargs=dict(features_extractor_class=sb3_resnet.ResNetExtractor), and arguments of the "
+                "extractor in features_extractor_kwargs"
+            )
+
+    aliases[POLICY_NAME] = NoResNetCnnPolicy

@@ -14,6 +14,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 
 ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
+#: Keys of the hooks that a ResNet policy's own optimizer always has.
+POLICYS = ["learning rates", "non-finite gradients"]
 
 
 class _TinyResNet(ResNet):
@@ -78,6 +80,21 @@ class TinyGame(gym.Env):
         frame[:, 10 * self.column : 10 * self.column + 10] = 255
         self.frames = np.concatenate([self.frames[1:], frame[None]])
         return self.frames.copy()
+
+
+class ForgetfulGame(TinyGame):
+    """All that it remembers is the state of its random generator, so that a resumed run can bring it back."""
+
+    def reset(self, *, seed=None, options=None):
+        gym.Env.reset(self, seed=seed)
+        return self._image(), {}
+
+    def step(self, action):
+        over, truncated = (bool(self.np_random.random() < 0.08) for _ in range(2))
+        return self._image(), float(action == self.np_random.integers(3)), over, truncated and not over, {}
+
+    def _image(self):
+        return self.np_random.integers(0, 256, self.observation_space.shape, dtype=np.uint8)
 
 
 def make_model(algorithm="dqn", env=None, policy_kwargs=None, extractor=None, **kwargs):

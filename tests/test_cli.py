@@ -6,7 +6,9 @@ import sys
 import zipfile
 
 import gymnasium as gym
+import numpy as np
 import pytest
+import torch as th
 from stable_baselines3 import PPO
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -18,7 +20,7 @@ from sb3_resnet.cli import check as checking
 from sb3_resnet.cli import setups, trial
 from sb3_resnet.cli.app import app
 from sb3_resnet.cli.envs import register_atari
-from sb3_resnet.cli.extras import missing_extra
+from sb3_resnet.cli.extras import import_extra, missing_extra
 from sb3_resnet.cli.loading import load_model
 from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
 
@@ -447,7 +449,7 @@ def test_unexpected_errors_are_one_line_too(dqn_zip, monkeypatch, tmp_path):
     def fail(path):
         raise RuntimeError("out of\nmemory")
 
-    monkeypatch.setattr("sb3_resnet.cli.loading.load_model", fail)
+    monkeypatch.setattr("sb3_resnet.cli.groups.saved_groups", fail)
     assert error_of("groups", dqn_zip) == "Error: RuntimeError: out of memory"
     assert "is no folder" in error_of("--svg", tmp_path / "none" / "x.svg", "groups", dqn_zip)
 
@@ -596,3 +598,175 @@ def test_a_trial_that_fails_is_a_finding(monkeypatch):
     assert status == 1
     assert "error trial: A trial update failed: CUDA out of memory" in text
     assert "backbone_no_decay" in text
+
+
+@pytest.mark.parametrize("text", ["[/x]", "[bold]c[/bold]", ":smile:", "[red]", "[link=a]"])
+def test_paths_are_printed_as_they_are_written(text, tmp_path, dqn_zip):
+    folder = tmp_path / text
+    folder.mkdir(parents=True)
+    (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n1,2\n2,3\n")
+    status, printed, _ = run("doctor", folder, width=400)
+    assert status == 0
+    assert str(folder) in printed
+    assert f"{folder} is no folder: make it first" in error_of("plot", folder, "-o", folder / "none" / "c.png").replace(
+        "/none", ""
+    )
+    (folder / "evaluations.npz").write_bytes(_evaluations())
+    assert str(folder / "c.png") in run("plot", folder, "-o", folder / "c.png", width=400)[1]
+    svg = folder / "groups.svg"
+    assert run("--svg", svg, "groups", dqn_zip)[0] == 0
+    assert svg.read_text().startswith("<svg")
+
+
+def _evaluations():
+    stream = io.BytesIO()
+    np.savez(stream, timesteps=np.arange(3), results=np.ones((3, 2)))
+    return stream.getvalue()
+
+
+def test_folders_and_logs_cannot_write_to_the_terminal(tmp_path):
+    folder = tmp_path / "run\x1b[2J"
+    folder.mkdir()
+    (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n1,2\n2,3\n")
+    _, text, _ = run("doctor", folder, width=400)
+    assert "\x1b[2J" not in text
+    assert "run\\x1b[2J" in text
+    assert "\x1b[2J" not in error_of("doctor", folder / "none")
+
+
+def test_names_in_a_model_cannot_write_to_the_terminal(dqn_zip, tmp_path):
+    with zipfile.ZipFile(dqn_zip) as old, zipfile.ZipFile(tmp_path / "model.zip", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name == "policy.optimizer.pth":
+                optimizer = th.load(io.BytesIO(content), weights_only=True)
+                optimizer["param_groups"][0]["name"] = "head.[/x]\x1b[2J"
+                stream = io.BytesIO()
+                th.save(optimizer, stream)
+                content = stream.getvalue()
+            new.writestr(name, content)
+    status, text, _ = run("groups", tmp_path / "model.zip")
+    assert status == 0
+    assert "\x1b[2J" not in text
+    assert "head.[/x]\\x1b[2J" in text
+
+
+@pytest.mark.parametrize("name", ["model.zip", "x.png", "x", "x.svg.gz"])
+def test_a_picture_never_takes_the_place_of_another_file(name, dqn_zip, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(dqn_zip.read_bytes())
+    assert "must end with .svg" in error_of("--svg", path, "groups", dqn_zip)
+    assert path.read_bytes() == dqn_zip.read_bytes()
+    disguised = tmp_path / "model.svg"
+    disguised.symlink_to(path)
+    assert "is a file that is no SVG" in error_of("--svg", disguised, "groups", dqn_zip)
+    assert path.read_bytes() == dqn_zip.read_bytes()
+
+
+def test_an_export_never_takes_the_place_of_the_model(dqn_zip, tmp_path):
+    path = tmp_path / "model.zip"
+    path.write_bytes(dqn_zip.read_bytes())
+    assert "must end with .onnx" in error_of("export", path, "-o", path)
+    assert path.read_bytes() == dqn_zip.read_bytes()
+
+
+def test_paths_of_the_command_line_may_lie_in_the_home_folder(dqn_zip, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "m.zip").write_bytes(dqn_zip.read_bytes())
+    (tmp_path / "evaluations.npz").write_bytes(_evaluations())
+    assert run("--svg", "~/x.svg", "groups", "~/m.zip")[0] == 0
+    assert run("plot", "~", "-o", "~/c.png")[0] == 0
+    assert (tmp_path / "x.svg").exists()
+    assert (tmp_path / "c.png").exists()
+
+
+@pytest.mark.skipif(th.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_an_error(dqn_zip, tmp_path):
+    for device in ("cuda", "cuda:1"):
+        wanted = f"--device {device}, but PyTorch finds no GPU: write --device auto or cpu"
+        assert wanted in error_of("explain", dqn_zip, "--env", TINY, "-o", tmp_path / "x", "--device", device)
+        assert wanted in run("check", *HEALTHY, "--device", device)[1]
+        file = tmp_path / "zoo.yml"
+        file.write_text(YAML)
+        assert wanted in run("check", "--env", TINY, "--conf-file", file, "--device", device)[1]
+    assert "--device must be auto, cpu or cuda, got 'gpu'" in error_of(
+        "explain", dqn_zip, "--env", TINY, "-o", tmp_path / "x", "--device", "gpu"
+    )
+    assert not (tmp_path / "x").exists()
+
+
+DEEP = "[" * 100_000
+BROKEN = {
+    "long cell": (
+        "monitor.csv",
+        '#{"t_start": 1}\nr,l,t\n1,2,3' + "4" * 200_000 + "\n",
+        "field larger than field limit",
+    ),
+    "deep header": ("monitor.csv", f"#{DEEP}\n", "recursion"),
+    "long log": ("progress.csv", "a,b\n1," + "2" * 200_000 + "\n", "field larger than field limit"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_logs_that_cannot_be_read_are_named(case, tmp_path):
+    name, content, says = BROKEN[case]
+    (tmp_path / name).write_text(content)
+    line = error_of("doctor", tmp_path)
+    assert str(tmp_path / name) in line
+    assert says in line
+
+
+def test_deep_files_are_named(tmp_path):
+    model, file = tmp_path / "model.zip", tmp_path / "zoo.yml"
+    model.write_bytes(_zip_of(data=DEEP, policy_pth="x"))
+    assert f"{model} is no model of Stable-Baselines3" in error_of("groups", model)
+    file.write_text("[" * 5000)
+    assert f"{file} cannot be read as YAML" in error_of("check", "--env", TINY, "--conf-file", file)
+    assert "--param 'a=[[" in error_of("check", *HEALTHY, "--param", "a=" + "[" * 5000)
+
+
+@pytest.mark.parametrize(
+    ("module", "missing", "extra", "says"),
+    [
+        ("onnxscript", "onnx", "tools", "onnx is missing"),
+        ("rl_zoo3.exp_manager", "sb3_contrib", "contrib", "sb3_contrib is missing"),
+        ("onnx", "onnx", "tools", "onnx is missing"),
+        ("sb3_contrib", "sb3_contrib", "contrib", "sb3_contrib is missing"),
+    ],
+)
+def test_what_is_missing_is_named_exactly(module, missing, extra, says, monkeypatch):
+    def fail(name):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(
+        ImportError, match=rf"^{says} \(No module named '{missing}'\): pip install 'sb3_resnet\[{extra}\]'$"
+    ):
+        import_extra(module, "zoo" if module.startswith("rl_zoo3") else "tools")
+
+
+def test_a_module_that_does_not_load_is_not_called_missing(monkeypatch):
+    def fail(name):
+        raise ImportError("libGL.so.1: cannot open shared object file", name="cv2")
+
+    monkeypatch.setattr("importlib.import_module", fail)
+    with pytest.raises(ImportError, match=r"^cv2 cannot be imported \(libGL.*pip install 'sb3_resnet\[atari\]'$"):
+        import_extra("cv2")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        AssertionError("OpenCV is not installed, you can do `pip install opencv-python`"),
+        gym.error.DependencyNotInstalled("opencv (cv2) is not installed, run `pip install gymnasium[other]`"),
+        ModuleNotFoundError("No module named 'cv2'", name="cv2"),
+    ],
+)
+def test_opencv_is_named_with_its_extra(error, monkeypatch):
+    def fail(*args, **kwargs):
+        raise error
+
+    assert missing_extra(error) == "pip install 'sb3_resnet[atari]'"
+    monkeypatch.setattr("sb3_resnet.cli.envs.make_vec_env", fail)
+    _, text, _ = run("check", *HEALTHY)
+    assert "pip install 'sb3_resnet[atari]'" in text

@@ -10,8 +10,8 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import polyak_update
 
 from sb3_resnet.cache.batch import EncodedBatch
+from sb3_resnet.common import host
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn import inference
 from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.nn.precision import resolve_dtype
 from tests import helpers  # noqa: F401  # registers resnet_tiny
@@ -134,7 +134,7 @@ def test_without_instructions_the_same_is_computed_with_one_warning(monkeypatch,
     observations = images(extractor, 8)
     expected = encode(extractor, observations)
     other = copy.deepcopy(extractor)
-    monkeypatch.setattr(inference, "cpu_has_bfloat16", lambda: False)
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: False)
     with pytest.warns(UserWarning, match=f"no instructions for {dtype}.*set_frozen_dtype") as caught:
         got = [encode(other, observations) for _ in range(3)][-1]
     assert len(caught) == 1

@@ -10,7 +10,7 @@ from stable_baselines3 import DQN
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback
-from sb3_resnet.nn import precision
+from sb3_resnet.common import host
 from sb3_resnet.nn.frozen_dtype import FrozenDtype
 from tests.helpers import assert_same, fill, make_model, observations, q_values, snapshot
 
@@ -24,11 +24,11 @@ def build(**options):
 
 @pytest.mark.parametrize(("has_bfloat16", "expected"), [(True, "bfloat16"), (False, "float32")])
 def test_auto_is_decided_once_by_the_hardware_and_saved(monkeypatch, tmp_path, has_bfloat16, expected):
-    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: has_bfloat16)
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: has_bfloat16)
     model = make_model(extractor={"frozen_dtype": "auto"})
     assert model.q_net.features_extractor.frozen_dtype == expected
     model.save(tmp_path / "model")
-    monkeypatch.setattr(precision, "cpu_has_bfloat16", lambda: not has_bfloat16)  # another machine
+    monkeypatch.setattr(host, "cpu_has_bfloat16", lambda: not has_bfloat16)  # another machine
     loaded = DQN.load(tmp_path / "model", device="cpu")
     for network in (loaded.q_net, loaded.q_net_target):
         assert network.features_extractor.frozen_dtype == expected

@@ -9,6 +9,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from sb3_resnet import param_group_summary
+from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.optim.groups import (
     audit,
     build_optimizer,
@@ -18,7 +19,7 @@ from sb3_resnet.optim.groups import (
     optimizer_class_of,
     set_lr_factor,
 )
-from tests.helpers import fill, make_model
+from tests.helpers import POLICYS, fill, make_model
 
 
 def parts():
@@ -158,11 +159,42 @@ def test_invariant_2_survives_a_state_dict(tmp_path, through_file):
     assert rates(new) == pytest.approx({name: 2 * rate for name, rate in expected.items()})
 
 
+@pytest.mark.parametrize("through_file", [False, True])
+def test_invariant_2_holds_after_loading_where_the_step_is_the_ratio_of_all_groups(tmp_path, through_file):
+    old = built(head=0.1)
+    update_learning_rate(old, 1e-3)
+    step(old)
+    state = old.state_dict()
+    if through_file:
+        th.save(state, tmp_path / "optimizer.pth")
+        state = th.load(tmp_path / "optimizer.pth", weights_only=True)
+    assert {type(group[key]) for group in state["param_groups"] for key in ("lr", "effective_lr", "base_lr")} == {float}
+    new = built(head=0.1, lr=7.0)
+    new.load_state_dict(state)
+    step(new)  # ours is taken for ours
+    assert rates(new) == pytest.approx(dict.fromkeys(rates(new), 1e-4))
+    update_learning_rate(new, 1e-4)  # and the same number for the host's, if the host wrote it
+    step(new)
+    assert rates(new) == pytest.approx(dict.fromkeys(rates(new), 1e-5))
+
+
+def test_rates_do_not_lean_on_which_object_a_number_is():
+    optimizer = built()
+    for group in optimizer.param_groups:
+        group["lr"] = copy.deepcopy(group["lr"])
+    before = rates(optimizer)
+    step(optimizer)
+    assert rates(optimizer) == before
+    step(copy.deepcopy(optimizer))
+    assert rates(optimizer) == before
+
+
 def test_hooks_are_installed_once_and_again_after_deepcopy():
     model = make_model()
     install_effective_lr(model.policy.optimizer)
     clone = copy.deepcopy(model.policy)
     for optimizer in (model.policy.optimizer, clone.optimizer):
+        assert before_step(optimizer).keys == POLICYS
         assert len(optimizer._optimizer_step_pre_hooks) == 1
         assert len(optimizer._optimizer_load_state_dict_post_hooks) == 1
     update_learning_rate(clone.optimizer, 1e-2)
@@ -261,3 +293,28 @@ def test_param_group_summary_returns_and_prints_the_groups(capsys):
     assert capsys.readouterr().out == ""
     with pytest.raises(TypeError, match="takes a model"):
         param_group_summary(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize("cls", [th.optim.AdamW, th.optim.SGD])
+@pytest.mark.parametrize(
+    "given",
+    [{"foreach": True}, {"foreach": False}, {"differentiable": True}, {"fused": False}, {"fused": True}],
+    ids=str,
+)
+def test_a_way_of_stepping_that_the_user_chose_is_taken_alone(cls, given):
+    optimizer = build_optimizer(cls, parts(), 1e-3, {"head": 1.0, "backbone": 0.1}, 1e-4, **given)
+    (name,) = given
+    assert {group[name] for group in optimizer.param_groups} == {given[name]}
+    assert name == "fused" or not optimizer.defaults["fused"]
+
+
+def test_fused_is_the_default_where_nothing_is_chosen():
+    for given in ({}, {"foreach": None}):
+        optimizer = build_optimizer(th.optim.AdamW, parts(), 1e-3, {"head": 1.0, "backbone": 0.1}, 1e-4, **given)
+        assert optimizer.defaults["fused"] is True
+
+
+def test_a_policy_takes_foreach():
+    model = fill(make_model(policy_kwargs={"optimizer_kwargs": {"foreach": True}}))
+    model.train(2, 4)
+    assert all(group["foreach"] for group in model.policy.optimizer.param_groups)

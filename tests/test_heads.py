@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from torch import nn
 
-from sb3_resnet.nn.heads import FEATURE_NORMS, FeatureStandardizer, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, FeatureStandardizer, activation_of, make_head
+from tests.helpers import make_model
 
 
 def samples(n, dim=3, loc=0.0, scale=1.0, seed=0):
@@ -185,3 +186,34 @@ def test_dropout_works_in_training_only():
     assert th.equal(head.eval()(x), head(x))
     head.train()
     assert not th.equal(head(x), head(x))
+
+
+@pytest.mark.parametrize("value", ["ReLU", "nn.Tanh", "torch.nn.SiLU", "PReLU", "RReLU", "Softmax", nn.GELU])
+def test_activations_by_name_and_class(value):
+    state = th.random.get_rng_state()
+    assert issubclass(activation_of(value), nn.Module)
+    assert th.equal(state, th.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("Linear", "activation_fn=Linear is no activation that can be built without arguments"),
+        (nn.Conv2d, "activation_fn=Conv2d is no activation"),
+        ("MaxPool2d", "activation_fn=MaxPool2d is no activation"),
+        (nn.Module, "activation_fn=Module is no activation"),
+        ("GLU", "activation_fn=GLU is no activation"),
+        ("LSTM", "activation_fn=LSTM is no activation"),
+        ("relu", "must be a class of torch.nn or its name, such as 'ReLU', got 'relu'"),
+        (nn.ReLU(), "must be a class"),
+        (3, "got 3"),
+    ],
+)
+def test_what_is_no_activation_is_refused(value, says):
+    with pytest.raises(ValueError, match=says):
+        activation_of(value)
+
+
+def test_a_layer_is_no_activation_of_a_policy():
+    with pytest.raises(ValueError, match="activation_fn=Linear is no activation"):
+        make_model(policy_kwargs={"activation_fn": "Linear"})

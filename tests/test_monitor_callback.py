@@ -5,12 +5,14 @@ import re
 
 import numpy as np
 import pytest
+import stable_baselines3
 import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
 from torch.nn import functional as F
 
+import sb3_resnet.buffers
 from sb3_resnet.callbacks import (
     FeatureCacheCallback,
     GradientClipCallback,
@@ -18,7 +20,8 @@ from sb3_resnet.callbacks import (
     MonitorCallback,
     UnfreezeCallback,
 )
-from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+from sb3_resnet.common.step_hooks import after_step, before_step
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot
 from tests.test_feature_cache_callback import start
 
 
@@ -87,8 +90,10 @@ def test_the_log_holds_every_documented_key(tmp_path):
     wanted = {f"monitor/{name}" for name in re.findall(r"``([a-z]+_[a-z0-9_]+|loss|phase)``", documented)}
     assert wanted - {"monitor/device_mb"} == {key for key in logged if key.startswith("monitor/")}
     for group in (*(group["name"] for group in model.policy.optimizer.param_groups), "all"):
-        by_group = ("grad_norm", "grad_norm_clipped") + ("param_norm", "update_ratio", "lr") * (group != "all")
+        by_group = ("grad_norm", "grad_norm_clipped") + ("param_norm", "update_ratio") * (group != "all")
         assert {f"{key}/{group}" for key in by_group} <= logged
+        assert f"train/lr_{group}" in logged or group == "all"
+    assert not [key for key in logged if key.startswith("lr/")]
 
 
 def test_every_output_of_sb3_takes_the_keys(capsys):
@@ -137,8 +142,8 @@ def test_values_equal_those_computed_by_hand(max_grad_norm):
         "monitor/trained_share": 1.0,
         "monitor/freeze_boundary": 0.0,
         "monitor/phase": 1.0,
-        "lr/head": 1e-3,
-        "lr/backbone": 1e-4,
+        "train/lr_head": 1e-3,
+        "train/lr_backbone": 1e-4,
     }
     for key, value in expected.items():
         assert seen[key] == [
@@ -171,7 +176,7 @@ def test_clips_and_schedules_of_other_callbacks_are_seen_whatever_the_order():
         assert seen["grad_norm_clipped/all"] == [pytest.approx(1e-3, rel=1e-2)]
         assert seen["grad_norm/all"][0] > 1e-2
         assert seen["monitor/clip_share"] == [1.0]
-        assert seen["lr/head"] == [pytest.approx(1e-4)]
+        assert seen["train/lr_head"] == [pytest.approx(1e-4)] * 2  # of both callbacks
 
 
 def test_qrdqn_shows_the_means_of_its_quantiles():
@@ -184,6 +189,109 @@ def test_qrdqn_shows_the_means_of_its_quantiles():
     quantiles = model.quantile_net(model.replay_buffer.sample(8).observations)
     assert seen["monitor/q_mean"] == [pytest.approx(quantiles.mean(dim=1).max(dim=1).values.mean().item(), rel=1e-5)]
     assert seen["monitor/td_p50"][0] <= seen["monitor/td_p90"][0] <= seen["monitor/td_max"][0]
+
+
+class Told(DQN):
+    """A ``train()`` of its own that says what it computed: SB3's, or that of Double DQN."""
+
+    double = False
+
+    def train(self, gradient_steps, batch_size=100):
+        self.policy.set_training_mode(True)
+        self.told = []
+        for _ in range(gradient_steps):
+            batch = self.replay_buffer.sample(batch_size)
+            discounts = self.gamma if batch.discounts is None else batch.discounts
+            with th.no_grad():
+                following = self.q_net_target(batch.next_observations)
+                greedy = self.q_net(batch.next_observations).argmax(dim=1) if self.double else following.argmax(dim=1)
+                best = following.gather(1, greedy[:, None])
+                target = batch.rewards + (1 - batch.dones) * discounts * best
+                self.greedy = batch.rewards + (1 - batch.dones) * discounts * following.max(dim=1, keepdim=True).values
+            current = self.q_net(batch.observations).gather(1, batch.actions.long())
+            self.greedy = (self.greedy - current).abs().max().item()
+            loss = F.smooth_l1_loss(current, target)
+            self.told.append((loss.item(), (target - current).abs().max().item(), (target - current).mean().item()))
+            self.policy.optimizer.zero_grad()
+            loss.backward()
+            th.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+        self._n_updates += gradient_steps
+
+
+@pytest.mark.parametrize("buffer", ["ReplayBuffer", "NStepReplayBuffer", "FrameReplayBuffer", "FrameNStepReplayBuffer"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_loss_and_td_errors_are_those_of_train_with_every_buffer(buffer, cached):
+    classes = {**vars(stable_baselines3.common.buffers), **vars(sb3_resnet.buffers)}
+
+    def model_of():
+        kwargs = {"replay_buffer_class": classes[buffer], "learning_rate": 1e-2}
+        return fill(make_model(policy_kwargs={"dropout": 0.3}, **kwargs))
+
+    model, twin = model_of(), model_of()
+    twin.__class__ = Told
+    for one in (model, twin):
+        if cached:
+            start(one, FeatureCacheCallback("float32"))
+        np.random.seed(0)
+        th.manual_seed(0)
+        if one is model:
+            callback = MonitorCallback(every=1)
+            seen = watch(one, callback, updates=3)
+        else:
+            one.train(3, 8)
+    told = [*zip(*twin.told, strict=True)]
+    for key, values in zip(("loss", "td_max", "td_mean"), told, strict=True):
+        assert seen[f"monitor/{key}"] == [*values], key
+    assert model.logger.seen["train/loss"] == [pytest.approx(np.mean(told[0]))]
+    assert "sample" in vars(model.replay_buffer)
+    callback.on_training_end()
+    assert "sample" not in vars(model.replay_buffer)
+
+
+def test_loss_and_td_errors_of_qrdqn_are_those_of_its_train():
+    model = fill(make_model("qrdqn", policy_kwargs={"n_quantiles": 7}, learning_rate=1e-2))
+    seen = watch(model, MonitorCallback(every=1), updates=4)
+    assert np.mean(seen["monitor/loss"]) == pytest.approx(seen["train/loss"][0], rel=1e-6)
+    model, twin = (fill(make_model("qrdqn", policy_kwargs={"n_quantiles": 7})) for _ in range(2))
+    np.random.seed(0)
+    seen = watch(model, MonitorCallback())
+    np.random.seed(0)
+    twin.policy.set_training_mode(True)
+    batch = twin.replay_buffer.sample(8)
+    following = twin.quantile_net_target(batch.next_observations)
+    best = th.stack([quantiles[:, quantiles.mean(dim=0).argmax()] for quantiles in following])
+    target = batch.rewards + (1 - batch.dones) * 0.99 * best
+    pairs = zip(twin.quantile_net(batch.observations), batch.actions[:, 0], strict=True)
+    current = th.stack([quantiles[:, action] for quantiles, action in pairs])
+    error = target.mean(dim=1) - current.mean(dim=1)
+    assert seen["monitor/td_mean"] == [pytest.approx(error.mean().item(), rel=1e-4)]
+    assert seen["monitor/td_max"] == [pytest.approx(error.abs().max().item(), rel=1e-4)]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_the_targets_of_another_train_are_not_guessed(double):
+    model = fill(make_model(learning_rate=1e-2))
+    model.__class__ = type("Double", (Told,), {"double": double})
+    with pytest.warns(UserWarning, match="TD errors are not measured: train.. of Double is not that of DQN or QRDQN"):
+        seen = watch(model, MonitorCallback(), updates=1)
+    assert not [key for key in seen if key.startswith(("monitor/td", "monitor/loss"))]
+    assert seen["monitor/greedy_td_max"] == [pytest.approx(model.greedy, rel=1e-6)]
+    assert {f"monitor/greedy_td_{name}" for name in ("p50", "p90", "max", "mean")} <= {*seen}
+
+
+def test_a_buffer_is_saved_as_it_is_while_its_batches_are_watched(tmp_path):
+    model = fill(make_model())
+    callback = MonitorCallback(every=1)
+    model.set_logger(Log())
+    start(model, callback)
+    callback.on_rollout_end()
+    model.save_replay_buffer(tmp_path / "buffer")
+    model.load_replay_buffer(tmp_path / "buffer.pkl")
+    for _ in range(2):
+        model.train(1, 8)
+    # Not of the first, in which the batch came from a buffer that nobody watched.
+    assert len(model.logger.seen["monitor/td_max"]) == len(model.logger.seen["monitor/loss"]) == 1
 
 
 def test_measures_every_so_many_updates_and_is_gone_in_between():
@@ -207,8 +315,8 @@ def test_measures_every_so_many_updates_and_is_gone_in_between():
     callback.on_training_end()
     callback.on_training_end()
     assert hooks_of(model) == clean
-    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == 1
-    assert not model.policy.optimizer._optimizer_step_post_hooks
+    assert before_step(model.policy.optimizer).keys == POLICYS
+    assert not after_step(model.policy.optimizer).keys
 
 
 def test_a_new_callback_takes_the_place_of_one_whose_learn_was_interrupted():
@@ -292,8 +400,6 @@ def test_expected_and_realised_returns_belong_to_the_same_episodes():
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="every must be"):
         MonitorCallback(every=0)
-    with pytest.raises(TypeError, match="did you mean 'every'"):
-        MonitorCallback(evry=5)
     model = DQN("CnnPolicy", TinyGame((1, 36, 36)), buffer_size=10)
     with pytest.raises(TypeError, match="MonitorCallback needs ResNetCnnPolicy"):
         start(model, MonitorCallback())

@@ -2,13 +2,20 @@
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3 import A2C, DQN, PPO, SAC
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 
 from sb3_resnet import ResNetExtractor
-from sb3_resnet.callbacks import NanGuardCallback
-from tests.helpers import TinyGame, fill, make_model
+from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, NanGuardCallback
+from sb3_resnet.callbacks.nan_guard import optimizers_of
+from sb3_resnet.common.sampling import WatchedSample
+from sb3_resnet.common.step_hooks import before_step
+from tests.helpers import POLICYS, TinyGame, fill, make_model
 from tests.test_unfreeze_callback import start
 
 
@@ -108,12 +115,97 @@ def test_a_loaded_buffer_is_checked_at_the_start():
         start(buffer_of([np.nan]), NanGuardCallback())
 
 
+@pytest.mark.parametrize("buffer_class", [ReplayBuffer, FrameReplayBuffer])
+def test_the_sampled_batch_is_checked_while_training_lasts_and_not_after(buffer_class):
+    model = fill(make_model(replay_buffer_class=buffer_class))
+    callback = start(model, NanGuardCallback())
+    callback.on_rollout_end()
+    model.train(1, 4)
+    model.replay_buffer.rewards[:] = np.inf  # long after they were checked
+    with pytest.raises(ValueError, match="The sampled rewards hold NaN or inf, so this update was not made"):
+        model.train(1, 4)
+    for _ in range(2):
+        callback.on_training_end()
+    assert "sample" not in vars(model.replay_buffer)
+    if buffer_class is ReplayBuffer:
+        model.train(1, 4)
+
+
+def test_a_buffer_that_takes_the_place_of_another_is_watched_and_the_other_is_not():
+    model = fill(make_model())
+    callback = start(model, NanGuardCallback())
+    old, model.replay_buffer = model.replay_buffer, fill(make_model()).replay_buffer
+    callback.on_rollout_end()
+    assert "sample" not in vars(old)
+    model.replay_buffer.rewards[:] = np.inf
+    with pytest.raises(ValueError, match="The sampled rewards hold NaN or inf"):
+        model.train(1, 4)
+
+
+def test_a_training_that_was_interrupted_leaves_a_buffer_that_can_be_saved_and_a_second_one_that_ends_cleanly(tmp_path):
+    class Stop(BaseCallback):
+        def _on_step(self):
+            if self.num_timesteps == 20:
+                raise KeyboardInterrupt
+            return True
+
+    model = make_model()
+    with pytest.raises(KeyboardInterrupt):
+        model.learn(40, callback=[NanGuardCallback(), Stop()])
+    model.save_replay_buffer(tmp_path / "buffer.pkl")
+    model.save(tmp_path / "model.zip")
+    loaded = DQN.load(tmp_path / "model.zip", env=model.get_env())
+    loaded.load_replay_buffer(tmp_path / "buffer.pkl")
+    assert loaded.replay_buffer.sample(4).rewards.shape == (4, 1)
+    loaded.learn(20, callback=[NanGuardCallback(), FeatureCacheCallback()])
+    model.learn(20, callback=[NanGuardCallback(), FeatureCacheCallback()])
+    for one in (model, loaded):
+        assert not isinstance(one.replay_buffer.sample, WatchedSample)
+        assert before_step(one.policy.optimizer).keys == POLICYS
+
+
+def test_a_checkpoint_of_the_buffer_is_saved_while_it_is_watched(tmp_path):
+    model = make_model()
+    checkpoints = BestCheckpointCallback(save_freq=8, save_path=tmp_path, save_replay_buffer=True)
+    with pytest.warns(UserWarning, match="keeps only the newest"):
+        model.learn(24, callback=[NanGuardCallback(), checkpoints])
+    files = [*tmp_path.glob("*.pkl")]
+    assert files
+    for file in files:
+        model.load_replay_buffer(file)
+        model.replay_buffer.sample(4)
+
+
+@pytest.mark.parametrize("algorithm", [PPO, A2C])
+def test_the_check_of_gradients_ends_with_training(algorithm):
+    own = {"batch_size": 8, "n_epochs": 1} if algorithm is PPO else {}
+    model = algorithm("MlpPolicy", "CartPole-v1", n_steps=8, device="cpu", seed=0, **own)
+    model.learn(16, callback=NanGuardCallback())
+    assert before_step(model.policy.optimizer).keys == []
+    assert not model.policy.optimizer._optimizer_step_pre_hooks
+    model.policy.action_net.weight.grad = th.full_like(model.policy.action_net.weight, np.nan)
+    model.policy.optimizer.step()
+    assert model.policy.action_net.weight.isnan().any()
+
+
+def test_the_policys_own_check_stays():
+    model = make_model()
+    model.learn(16, callback=NanGuardCallback())
+    assert before_step(model.policy.optimizer).keys == POLICYS
+
+
+def test_sacs_entropy_coefficient_is_checked_too():
+    model = SAC("MlpPolicy", "Pendulum-v1", learning_starts=8, batch_size=4, buffer_size=50, device="cpu", seed=0)
+    assert model.ent_coef_optimizer in optimizers_of(model)
+    assert len(optimizers_of(model)) == 3
+    before = model.log_ent_coef.detach().clone()
+    model.log_ent_coef.register_hook(lambda gradient: gradient * np.nan)
+    with pytest.raises(ValueError, match="The gradient holds NaN or inf, so this update was not made"):
+        model.learn(32, callback=NanGuardCallback())
+    assert th.equal(model.log_ent_coef.detach(), before)
+
+
 def test_a_model_without_rewards_has_nothing_to_check():
     model = DQN("MlpPolicy", "CartPole-v1", device="cpu")
     model.replay_buffer = None
     start(model, NanGuardCallback()).on_rollout_end()
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="did you mean 'verbose'"):
-        NanGuardCallback(verbos=1)

@@ -9,9 +9,12 @@ from gymnasium import spaces
 from torch import nn
 
 from sb3_resnet import ResNetExtractor
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.common.nonfinite import any_non_finite
-from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, snapshot
+from sb3_resnet.common.nonfinite import any_non_finite, install_gradient_check, remove_gradient_check
+from sb3_resnet.common.step_hooks import before_step
+from sb3_resnet.optim.groups import build_optimizer
+from tests.helpers import ALGORITHMS, POLICYS, TinyGame, assert_same, fill, make_model, snapshot
 
 
 class FloatGame(TinyGame):
@@ -37,6 +40,10 @@ class FloatGame(TinyGame):
         ([th.zeros(3), th.full((2, 2), 3e38)], False),  # their norm overflows
         ([th.zeros(3), th.tensor([1.0, float("nan")])], True),
         ([th.tensor([float("-inf")]), th.zeros(2)], True),
+        ([th.tensor([float("inf"), float("-inf")])], True),
+        ([th.full((2, 2), 6e4, dtype=th.float16), th.full((8,), 3e38, dtype=th.bfloat16)], False),
+        ([th.tensor([float("nan")], dtype=th.float16)], True),
+        ([nn.Parameter(th.full((2,), float("inf")))], True),
         ([th.zeros(3), th.zeros(2, dtype=th.float64), th.tensor([float("inf")], dtype=th.float64)], True),
     ],
 )
@@ -90,7 +97,7 @@ def test_the_guard_is_there_after_a_deepcopy_and_once():
     policy = copy.deepcopy(model.policy)
     for _ in range(2):
         policy = copy.deepcopy(policy)
-    assert len(policy.optimizer._optimizer_step_pre_hooks) == 1
+    assert before_step(policy.optimizer).keys == POLICYS
     before = snapshot(policy)
     for parameter in policy.q_net.q_net.parameters():
         parameter.grad = th.full_like(parameter, float("inf"))
@@ -102,11 +109,42 @@ def test_the_guard_is_there_after_a_deepcopy_and_once():
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("reward", [float("inf"), float("-inf"), float("nan")])
-def test_rewards_that_are_not_finite_are_named_without_any_callback(algorithm, reward):
-    model = fill(make_model(algorithm))
+@pytest.mark.parametrize("buffer_class", [FrameReplayBuffer, FrameNStepReplayBuffer])
+def test_rewards_that_are_not_finite_are_named_without_any_callback_by_our_buffers(algorithm, reward, buffer_class):
+    model = fill(make_model(algorithm, replay_buffer_class=buffer_class))
     model.train(2, 4)
     before = [parameter.clone() for parameter in model.policy.parameters()]
     model.replay_buffer.rewards[:] = reward
-    with pytest.raises(ValueError, match="hold"):
+    with pytest.raises(ValueError, match="The sampled rewards hold NaN or inf, so this update was not made"):
         model.train(1, 4)
     assert all(map(th.equal, before, model.policy.parameters()))
+
+
+def test_an_older_pytorch_checks_in_the_same_way(monkeypatch):
+    monkeypatch.delattr(th.nn.utils, "get_total_norm", raising=False)
+    assert any_non_finite([th.zeros(3), th.tensor([float("nan")])])
+    assert not any_non_finite([th.zeros(3), th.full((4,), 3e38)])
+
+
+def test_the_check_and_the_rates_are_installed_and_removed_apart():
+    weight = nn.Parameter(th.ones(2, 2))
+    optimizer = build_optimizer(th.optim.SGD, {"head": [weight]}, 1.0, {"head": 0.5}, 0.0)
+    for _ in range(2):
+        install_gradient_check(optimizer)
+    optimizer.param_groups[0]["lr"] = 2.0
+    weight.grad = th.full_like(weight, float("nan"))
+    with pytest.raises(ValueError, match="The gradient holds NaN or inf"):
+        optimizer.step()
+    assert th.equal(weight, th.ones(2, 2))
+    remove_gradient_check(optimizer)
+    remove_gradient_check(optimizer)
+    weight.grad = th.ones_like(weight)
+    optimizer.param_groups[0]["lr"] = 0.2
+    optimizer.step()
+    assert weight[0, 0].item() == pytest.approx(0.9)  # the rates still hold
+    weight.grad = th.full_like(weight, float("nan"))
+    optimizer.step()
+    assert weight.isnan().all()
+    alone = th.optim.SGD([nn.Parameter(th.ones(1))], lr=1.0)
+    install_gradient_check(alone)
+    assert before_step(alone).keys == ["non-finite gradients"]

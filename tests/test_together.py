@@ -19,7 +19,8 @@ from sb3_resnet.callbacks import (
     MonitorCallback,
     UnfreezeCallback,
 )
-from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
+from sb3_resnet.common.step_hooks import before_step
+from tests.helpers import ALGORITHMS, POLICYS, TinyGame, fill, make_model, observations, q_values
 from tests.test_amp_callback import amp, small
 from tests.test_resume import drive, everything, random_state
 from tests.test_unfreeze_callback import start
@@ -157,4 +158,4 @@ def test_two_callbacks_of_a_kind_are_refused_and_one_may_follow_an_interrupted_o
     assert model.q_net.features_extractor.precision is None
     start(model, first)  # never ends
     model.learn(10, callback=make())
-    assert len(model.policy.optimizer._optimizer_step_pre_hooks) == 1  # the policy's own
+    assert before_step(model.policy.optimizer).keys == POLICYS  # the policy's own

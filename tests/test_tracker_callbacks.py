@@ -188,8 +188,6 @@ def test_a_tracker_that_is_not_installed_is_named_with_its_extra(cls, module, ex
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=rf"sb3_resnet\[{extra}\]"):
         cls()
-    with pytest.raises(TypeError, match="did you mean 'name'"):
-        cls(nam="x")
 
 
 @pytest.mark.parametrize(

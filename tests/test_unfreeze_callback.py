@@ -142,6 +142,22 @@ def test_the_ramp_rises_from_zero_to_the_phases_rate_and_stays(gradient_steps):
     assert rates(model, "head") == {LR}
 
 
+@pytest.mark.parametrize("updates", [1, 3])
+def test_the_ramp_counts_updates_from_the_moment_at_which_a_timestep_began_the_phase(updates):
+    """Neither from the start of training, nor in environment steps."""
+    model = fill(make_model(learning_rate=LR))
+    used = []
+    phase = {"at_timestep": 17, "unfreeze_from": "layer4", "lr_backbone": 2e-4, "ramp": 4}
+    callback = start(model, UnfreezeCallback([phase], verbose=0))
+    model.policy.optimizer.register_step_post_hook(lambda optimizer, args, kwargs: used.append(max(rates(model))))
+    for _ in range(10):
+        rollout(model, callback, updates=updates)
+    before = 4 * updates  # rounds end at timesteps 4, 8, 12, 16 and 20
+    ramp = [0.0, 0.5e-4, 1e-4, 1.5e-4]
+    assert used == pytest.approx([1e-4] * before + ramp + [2e-4] * (6 * updates - 4))
+    assert model.policy.online.features_extractor.boundary.moved_at_update == before
+
+
 def test_lr_backbone_follows_the_hosts_schedule_and_the_stages_scales():
     model = fill(make_model(learning_rate=lambda progress: LR * progress, policy_kwargs={"lr_decay_per_stage": 0.5}))
     callback = start(model, UnfreezeCallback([{"at_update": 0, "unfreeze_from": "all", "lr_backbone": 1e-4}]))
@@ -267,6 +283,14 @@ def moments_of(model):
     return copy.deepcopy(model.policy.optimizer.state_dict()["state"])
 
 
+def settings_of(model):
+    """A copy of the settings of the optimizer's groups, without the rates that follow and the states of callbacks."""
+    derived = {"params", "lr", "effective_lr", "unfreeze", "best_checkpoint"}
+    groups = model.policy.optimizer.param_groups
+    settings = [{key: value for key, value in group.items() if key not in derived} for group in groups]
+    return copy.deepcopy([{**s, "lr_factors": {**s["lr_factors"], "ramp": 1.0}} for s in settings])
+
+
 class Checkpoint(BaseCallback):
     """Weights and moments as they are at each ``on_step`` in which an evaluation takes place."""
 
@@ -289,18 +313,28 @@ def test_restore_best_takes_weights_and_moments_only(tmp_path, rewards, best, or
     model = make_model(learning_starts=0, learning_rate=lambda progress: LR * progress)
     spy, phases = Checkpoint(), [{"at_timestep": 12, "unfreeze_from": "layer4", "restore_best": True}]
     callbacks = [UnfreezeCallback(phases), Rewards(rewards), BestCheckpointCallback(0, tmp_path)]
-    seen = {}
+    seen, before_restore = {}, {}
+
+    class Change(BaseCallback):
+        """What a user, or another callback, has set since the best model was saved."""
+
+        def _on_step(self):
+            for group in self.model.policy.optimizer.param_groups:
+                group["weight_decay"] = 1e-3 * self.num_timesteps
+                group["lr_factors"]["of a user"] = 1 + 0.1 * self.num_timesteps
+            before_restore["groups"] = settings_of(self.model)
+            return True
 
     def train(**kwargs):
         if model.num_timesteps == 12:
             seen["weights"], seen["moments"] = snapshot(model.policy), moments_of(model)
             seen["updates"], seen["buffer"] = model._n_updates, model.replay_buffer.pos
-            seen["groups"] = [group["base_lr"] for group in model.policy.optimizer.param_groups]
+            seen["groups"] = settings_of(model)
             seen["epsilon"] = model.exploration_rate
         DQN.train(model, **kwargs)
 
     model.train = train
-    model.learn(12, callback=[spy, *callbacks[::order]])
+    model.learn(12, callback=[spy, Change(), *callbacks[::order]])
     weights, moments = spy.states[best]
     boundary = {key for key in weights if ".boundary." in key}
     assert_same({key: value for key, value in weights.items() if key not in boundary},
@@ -310,7 +344,9 @@ def test_restore_best_takes_weights_and_moments_only(tmp_path, rewards, best, or
         assert_same(state, seen["moments"][key])
     assert model.policy.freeze_boundary == "layer4"
     assert (seen["updates"], seen["buffer"]) == (2, 12)
-    assert seen["groups"] == [pytest.approx(LR * (1 - 4 / 12), abs=LR / 2)] * 4
+    # Those of the step at which the phase begins, whatever they were when the best model was saved.
+    assert seen["groups"] == before_restore["groups"]
+    assert [group["base_lr"] for group in seen["groups"]] == pytest.approx([LR * (1 - 8 / 12)] * 4)
     assert seen["epsilon"] == model.exploration_rate
 
 
@@ -430,11 +466,6 @@ LAYER4 = {"at_timestep": 5, "unfreeze_from": "layer4"}
 def test_bad_phases_are_refused_at_construction(phases, error, message):
     with pytest.raises(error, match=message):
         UnfreezeCallback(phases)
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="did you mean 'phases'"):
-        UnfreezeCallback([LAYER4], phase=1)
 
 
 def test_it_can_be_driven_before_there_is_a_logger():

@@ -24,6 +24,7 @@ from stable_baselines3.common.envs import FakeImageEnv
 from sb3_resnet import ResNetCnnPolicy, ResNetExtractor
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn import weights as weight_files
+from tests import helpers
 from tests.helpers import resnet_tiny
 
 SPACE = spaces.Box(0, 255, (3, 32, 32), np.uint8)
@@ -197,6 +198,149 @@ def test_a_file_goes_before_pretrained(source, tmp_path, hub, offline):
     assert_same_trunk(build(weights=tmp_path / "own.pth", pretrained=True), source)
 
 
+def numbered(
+    state, layers=("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4", "avgpool", "fc")
+):
+    """As ``nn.Sequential(*resnet.children())`` names it."""
+    numbers = {name: str(number) for number, name in enumerate(layers)}
+    return {".".join([numbers[key.split(".")[0]], *key.split(".")[1:]]): value for key, value in state.items()}
+
+
+def compiled(state):
+    return {f"_orig_mod.{key.replace('layer2.', 'layer2._orig_mod.')}": value for key, value in state.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("children", lambda state: numbered(without_fc(state))),
+        ("children_and_fc", numbered),
+        ("children_of_an_encoder", lambda state: {"state_dict": prefixed("encoder.", numbered(without_fc(state)))}),
+        (
+            "children_and_head",
+            lambda state: {**prefixed("0.", numbered(without_fc(state))), "1.weight": th.zeros(2, 2)},
+        ),
+        (
+            "children_without_relu",
+            lambda state: numbered(without_fc(state), ("conv1", "bn1", "pool", "layer1", "layer2", "layer3", "layer4")),
+        ),
+        (
+            "a_stem_of_its_own",
+            lambda state: {
+                **{
+                    key.replace("conv1", "0.0").replace("bn1", "0.1"): state[key]
+                    for key in state
+                    if key[:2] in ("co", "bn")
+                },
+                **{f"{key[5]}{key[6:]}": state[key] for key in state if key.startswith("layer")},
+            },
+        ),
+        ("compiled", compiled),
+        ("compiled_and_parallel", lambda state: prefixed("module.", compiled(state))),
+        *(
+            (name, lambda state, name=name: {name: state, "epoch": 3})
+            for name in ("net", "ema", "model_state_dict", "xyz")
+        ),
+        ("deep", lambda state: {"a": {"b": {"c": {"weights": prefixed("net.", state)}}}}),
+        ("beside_an_optimizer", lambda state: {"model": state, "optimizer": {"state": {0: {"step": th.zeros(1)}}}}),
+        ("beside_a_head", lambda state: {"backbone": state, "head": {"weight": th.zeros(2)}}),
+    ],
+    ids=name_of_case,
+)
+def test_names_of_other_tools_are_understood(name, layout, source, tmp_path):
+    th.save(layout(source), tmp_path / "trunk.pth")
+    assert_same_trunk(build(weights=tmp_path / "trunk.pth"), source)
+
+
+SEVERAL = {
+    "moco": ("module.encoder_q.", "module.encoder_k."),
+    "byol": ("online_encoder.", "target_encoder."),
+    "plain and teacher": ("", "teacher."),
+}
+
+
+@pytest.mark.parametrize("case", SEVERAL)
+@pytest.mark.parametrize("dot", [True, False])
+def test_a_prefix_chooses_one_of_several_resnets(case, dot, source, tmp_path):
+    first, second = SEVERAL[case]
+    other = {key: value + 1 for key, value in source.items()}
+    th.save({"state_dict": {**prefixed(first, source), **prefixed(second, other)}}, tmp_path / "two.pth")
+    for prefix, state in ((first, source), (second, other)):
+        written = prefix if dot else prefix.removesuffix(".")
+        assert_same_trunk(build(weights=tmp_path / "two.pth", weights_prefix=written), state)
+    with pytest.raises(ValueError, match="several ResNets") as caught:
+        build(weights=tmp_path / "two.pth")
+    assert f"under {first!r}, {second!r}" in str(caught.value)
+    assert f"weights_prefix={first!r}" in str(caught.value)
+
+
+def test_dicts_of_a_file_are_prefixes_too(source, tmp_path):
+    other = {key: value + 1 for key, value in source.items()}
+    th.save({"model": source, "ema": prefixed("module.", other)}, tmp_path / "two.pth")
+    with pytest.raises(ValueError, match=r"several ResNets, under 'model\.', 'ema\.module\.'"):
+        build(weights=tmp_path / "two.pth")
+    assert_same_trunk(build(weights=tmp_path / "two.pth", weights_prefix="ema.module"), other)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "error", "says"),
+    [
+        (
+            {"weights_prefix": "encoder_x."},
+            ValueError,
+            r"no ResNet under weights_prefix='encoder_x.'. ResNets are under 'a\.",
+        ),
+        ({"weights_prefix": 3}, TypeError, "weights_prefix must be a string such as 'module.encoder_q.', got 3"),
+        ({"weights": None, "weights_prefix": "a."}, ValueError, "weights_prefix says which ResNet of a file"),
+        ({"weights": "DEFAULT", "weights_prefix": "a."}, ValueError, "weights_prefix says which ResNet of a file"),
+    ],
+)
+def test_a_prefix_without_its_resnet_is_refused(kwargs, error, says, source, tmp_path):
+    th.save(prefixed("a.", source), tmp_path / "one.pth")
+    with pytest.raises(error, match=says):
+        build(**{"weights": tmp_path / "one.pth", "pretrained": True, **kwargs})
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn", "ppo"])
+def test_the_model_of_an_agent_is_a_weights_file(algorithm, tmp_path):
+    if algorithm == "ppo":
+        kwargs = {"backbone": "resnet_tiny", "freeze_backbone": False}
+        policy_kwargs = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": kwargs}
+        env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=3)
+        model = PPO("CnnPolicy", env, n_steps=8, batch_size=4, policy_kwargs=policy_kwargs, device="cpu").learn(8)
+        trunk = model.policy.features_extractor.backbone
+    else:
+        model = helpers.make_model(algorithm, extractor={"freeze_backbone": False}, target_update_interval=10**6)
+        trunk = model.learn(24).policy.online.features_extractor.backbone
+        assert not th.equal(trunk.conv1.weight, model.policy.target.features_extractor.backbone.conv1.weight)
+    model.save(tmp_path / "agent.zip")
+    assert_same_trunk(build(weights=tmp_path / "agent.zip"), trunk.state_dict())
+    th.save(model.policy.state_dict(), tmp_path / "policy.pth")
+    assert_same_trunk(build(weights=tmp_path / "policy.pth"), trunk.state_dict())
+
+
+def test_an_extractor_of_its_own_for_the_critic_must_be_chosen(source, tmp_path):
+    names = ("pi_features_extractor.backbone.", "vf_features_extractor.backbone.")
+    other = {key: value + 1 for key, value in source.items()}
+    state = {
+        **prefixed("features_extractor.backbone.", source),
+        **prefixed(names[0], source),
+        **prefixed(names[1], other),
+    }
+    th.save(state, tmp_path / "policy.pth")
+    with pytest.raises(ValueError, match=r"several ResNets, under 'features_extractor\.backbone\.', 'vf_features"):
+        build(weights=tmp_path / "policy.pth")
+    assert_same_trunk(build(weights=tmp_path / "policy.pth", weights_prefix=names[1]), other)
+
+
+def test_a_member_of_the_enum_is_saved_and_loaded_with_the_model(cached, tmp_path):
+    kwargs = {"weights": WEIGHTS_ENUM.DEFAULT, "backbone": "resnet18"}
+    model = helpers.make_model(extractor=kwargs)
+    model.save(tmp_path / "model")
+    shutil.rmtree(cached)
+    assert DQN.load(tmp_path / "model", device="cpu").policy_kwargs["features_extractor_kwargs"] == kwargs
+
+
 # ------------------------------------------------------------------------------------------------ what is refused
 
 
@@ -232,6 +376,10 @@ def without(name, source):
     return {key: value for key, value in source.items() if key != name}
 
 
+def changed(name, change):
+    return lambda source: {**source, name: change(source[name])}
+
+
 def with_nan(source):
     broken = source["layer2.0.conv1.weight"].clone()
     broken[0, 0, 0, 0] = th.nan
@@ -245,6 +393,7 @@ def scripted(source, path):
 
 
 AGAIN = "Download it again"
+NUMBERS = "no floating point numbers"
 NO_STATE = "expected tensors by name"
 WHICH = "Is backbone= the network that it was made for?"
 
@@ -294,6 +443,47 @@ WHICH = "Is backbone= the network that it was made for?"
         ),
         ("more.pth", save_changed(lambda source: {**source, "extra.weight": th.ones(3)}), ["unexpected: extra.weight"]),
         ("nan.pth", save_changed(with_nan), ["not finite: layer2.0.conv1.weight."]),
+        (
+            "huge.pth",
+            save_changed(changed("bn1.bias", lambda value: value.double() + 1e300)),
+            ["not finite: bn1.bias."],
+        ),
+        ("negative.pth", save_changed(changed("bn1.running_var", th.neg)), ["negative: bn1.running_var."]),
+        *(
+            (
+                f"{kind}.pth",
+                save_changed(changed("layer1.0.bn2.weight", cast)),
+                [f"{NUMBERS}: layer1.0.bn2.weight ({kind})."],
+            )
+            for kind, cast in {
+                "int64": th.Tensor.long,
+                "int8": th.Tensor.char,
+                "uint8": th.Tensor.byte,
+                "bool": th.Tensor.bool,
+                "complex64": lambda value: value + 0j,
+            }.items()
+        ),
+        (
+            "counter.pth",
+            save_changed(changed("bn1.num_batches_tracked", lambda value: value + 0j)),
+            [f"{NUMBERS}: bn1.num"],
+        ),
+        (
+            "statistic.pth",
+            save_changed(changed("bn1.running_mean", th.Tensor.int)),
+            [f"{NUMBERS}: bn1.running_mean (int32)"],
+        ),
+        ("sparse.pth", save_changed(changed("conv1.weight", th.Tensor.to_sparse)), ["not dense: conv1.weight."]),
+        (
+            "foreign.pth",
+            save_changed(lambda source: {f"stages.{index}.kernel": th.zeros(2) for index in range(20)}),
+            [WHICH, "The file holds stages.0.kernel, stages.1.kernel, ", " and 12 more."],
+        ),
+        (
+            "checkpoint.pth",
+            save_changed(lambda source: {"net": 3, "epoch": 5}),
+            [NO_STATE, "Found a dict of 'net', 'epoch'."],
+        ),
         (
             "two.pth",
             save_changed(lambda source: prefixed("module.encoder_q.", source) | prefixed("module.encoder_k.", source)),
@@ -350,14 +540,75 @@ def test_a_pickled_object_is_refused_before_its_code_runs(tmp_path):
     assert (tmp_path / "ran").exists()  # the trap is a working one
 
 
-@pytest.mark.parametrize("name", ["absent.pth", "absent.safetensors", "folder.pth", "absent_folder/trunk"])
+@pytest.mark.parametrize("name", ["absent.pth", "absent.SAFETENSORS", "absent.zip", "absent_folder/trunk"])
 def test_a_missing_file_says_what_to_write(name, tmp_path):
-    (tmp_path / "folder.pth").mkdir()
     with pytest.raises(
         FileNotFoundError, match=r"no such file. Write the path of a .pth, .pt or .safetensors"
     ) as caught:
         build(weights=tmp_path / name)
     assert str(tmp_path / name) in str(caught.value)
+
+
+@pytest.mark.parametrize("form", [str, Path])
+def test_a_url_is_told_from_a_file(form):
+    with pytest.raises(
+        ValueError, match=r"'https:/{1,2}example.org/resnet18.pth' is a URL, .*torch.hub.download_url_to_file"
+    ):
+        build(weights=form("https://example.org/resnet18.pth"))
+
+
+def test_a_name_that_is_too_long_is_shown_in_short():
+    with pytest.raises(FileNotFoundError, match="File name too long") as caught:
+        build(weights="x" * 100_000 + ".pth")
+    assert len(str(caught.value)) < 600
+
+
+def test_a_folder_is_named_as_one_with_the_files_in_it(source, tmp_path):
+    (tmp_path / "folder.pth").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"folder.pth' is a folder, not a file. Write the path of a .pth"):
+        build(weights=tmp_path / "folder.pth")
+    th.save(source, tmp_path / "folder.pth" / "trunk.PT")
+    with pytest.raises(FileNotFoundError, match=r"Such files in it: trunk\.PT\."):
+        build(weights=tmp_path / "folder.pth")
+
+
+@pytest.mark.parametrize("where", ["pathlib.Path.open", "pathlib.Path.is_file", "pathlib.Path.exists", "torch.load"])
+def test_a_file_that_may_not_be_read_is_named_with_the_reason(where, source, tmp_path, monkeypatch):
+    path = tmp_path / "secret.pth"
+    th.save(source, path)
+    bare = tmp_path / "bare"
+    th.save(source, bare)
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(where, refuse)
+    monkeypatch.chdir(tmp_path)
+    for weights in (path, bare) if where != "pathlib.Path.exists" else ("bare",):
+        if where == "pathlib.Path.exists":
+            assert_same_trunk(build(weights=weights), source)  # it can be read, so nothing is wrong
+            continue
+        with pytest.raises(PermissionError, match="no permission to read it") as caught:
+            build(weights=weights)
+        assert str(weights) in str(caught.value)
+        assert "Download" not in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".SAFETENSORS", ".SafeTensors"])
+def test_suffixes_in_capitals_are_the_same(suffix, source, tmp_path):
+    save_file(source, tmp_path / f"trunk{suffix}")
+    assert_same_trunk(build(weights=tmp_path / f"trunk{suffix}"), source)
+
+
+def test_a_state_dict_as_an_argument_is_shown_in_short(source):
+    with pytest.raises(TypeError, match="weights must be a path, or a member of torchvision's enum") as caught:
+        build(weights=source)
+    assert len(str(caught.value)) < 600
+
+
+def test_a_member_of_another_networks_enum_is_told(hub):
+    with pytest.raises(ValueError, match="is of another network: backbone='resnet18' has ResNet18_Weights"):
+        build(weights=tvm.ResNet50_Weights.IMAGENET1K_V2)
 
 
 def test_safetensors_that_is_not_installed_says_how_to_install_it(tmp_path, monkeypatch):
@@ -367,7 +618,7 @@ def test_safetensors_that_is_not_installed_says_how_to_install_it(tmp_path, monk
         build(weights=tmp_path / "trunk.safetensors")
 
 
-@pytest.mark.parametrize("value", [True, 3, WEIGHTS_ENUM.DEFAULT], ids=str)
+@pytest.mark.parametrize("value", [True, 3, {"conv1.weight": th.zeros(2)}], ids=str)
 def test_weights_of_another_type_are_named(value):
     with pytest.raises((TypeError, ValueError), match="weights"):
         build(weights=value)
@@ -383,6 +634,8 @@ def test_weights_of_another_type_are_named(value):
         {"weights": "DEFAULT"},
         {"weights": "IMAGENET1K_V1"},
         {"weights": "ResNet18_Weights.IMAGENET1K_V1"},
+        {"weights": WEIGHTS_ENUM.DEFAULT},
+        {"weights": WEIGHTS_ENUM.IMAGENET1K_V1, "pretrained": True},
     ],
     ids=str,
 )

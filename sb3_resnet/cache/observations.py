@@ -13,8 +13,7 @@ import torch as th
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.frames import Array, Gone, ObservationStore, same_pixels
-
-_NO_MEMORY = ("out of memory", "can't allocate memory")  # how PyTorch says so, on a GPU and on a CPU
+from sb3_resnet.common import host
 
 T = TypeVar("T")
 
@@ -122,7 +121,7 @@ class Observations:
         try:
             return act(*args)
         except (MemoryError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and not any(text in str(error) for text in _NO_MEMORY):
+            if not host.is_out_of_memory(error):
                 raise
             warnings.warn(
                 f"No memory for encoded observations ({error}): going on without the cache, more slowly. "

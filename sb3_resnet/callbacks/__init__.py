@@ -1,7 +1,7 @@
 """Callbacks, one a file; their arguments are plain YAML values."""
 
 from sb3_resnet.callbacks.amp import AMPCallback
-from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback, newest_checkpoint
+from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback
 from sb3_resnet.callbacks.doctor import DoctorCallback
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
@@ -11,6 +11,7 @@ from sb3_resnet.callbacks.monitor import MonitorCallback
 from sb3_resnet.callbacks.nan_guard import NanGuardCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 from sb3_resnet.callbacks.wandb_tracker import WandbTrackerCallback
+from sb3_resnet.common.checkpoints import newest_checkpoint
 
 __all__ = [
     "AMPCallback",

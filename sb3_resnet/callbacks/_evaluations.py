@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback, EventCallback
 from stable_baselines3.common.save_util import load_from_zip_file
 
+from sb3_resnet.common import host
 from sb3_resnet.optim.groups import optimizer_of
+
+SelfCallback = TypeVar("SelfCallback", bound=BaseCallback)
 
 
 def walk(callback: Any) -> Iterator[BaseCallback]:
@@ -25,11 +29,43 @@ def walk(callback: Any) -> Iterator[BaseCallback]:
         yield from walk(callback.callback)
 
 
+class RefusedSetUpError(RuntimeError):
+    """A wrong set-up in a trial of RL-Zoo's search, which takes each ``ValueError`` for bad hyperparameters."""
+
+
+def is_trial(root: Any) -> bool:
+    """
+    :param root: the callback that ``learn()`` was given
+    :return: whether ``learn()`` is a trial of RL-Zoo's search, which adds an ``EvalCallback`` with a ``trial``
+    """
+    return any(hasattr(child, "trial") and hasattr(child, "is_pruned") for child in walk(root))
+
+
+def refusals_end_the_search(start: Callable[[SelfCallback], None]) -> Callable[[SelfCallback], None]:
+    """
+    Decorate a ``_on_training_start``: a wrong set-up must not count as a trial with bad hyperparameters.
+
+    RL-Zoo prunes a trial that raises ``ValueError`` or ``AssertionError``, so a search would go through all its trials
+    and find nothing.
+    """
+
+    @wraps(start)
+    def wrapper(callback: SelfCallback) -> None:
+        try:
+            start(callback)
+        except (AssertionError, ValueError) as error:
+            if is_trial(callback.locals.get("callback")):
+                raise RefusedSetUpError(f"{type(callback).__name__} ends the search: {error}") from error
+            raise
+
+    return wrapper
+
+
 class Evaluations:
     """
     Watches the first ``EvalCallback`` of a ``learn()`` call.
 
-    :param root: the callback that ``learn()`` was given, as found in ``self.locals["callback"]``
+    :param root: the callback that ``learn()`` was given, as :func:`~sb3_resnet.common.host.root_callback` finds it
     """
 
     def __init__(self, root: Any) -> None:
@@ -55,9 +91,7 @@ class Evaluations:
         return float(self._source.last_mean_reward)
 
     def _count(self) -> int:
-        if self._source is None or self._source.eval_freq <= 0:
-            return 0
-        return int(self._source.n_calls // self._source.eval_freq)
+        return 0 if self._source is None else host.evaluations_done(self._source)
 
 
 @runtime_checkable

@@ -1,4 +1,4 @@
-"""What the callbacks for experiment trackers share: SB3's log, the hyperparameters, and the best model at the end."""
+"""Common to the callbacks for experiment trackers: SB3's log, the hyperparameters, and the best model at the end."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList
 from stable_baselines3.common.logger import KVWriter
 
-from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, walk
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
 
 
 class Tracker(KVWriter):
     """
-    One run of an experiment tracker; an output of SB3's logger beside the others.
+    One run of an experiment tracker, as an output of SB3's logger.
 
-    Training is worth more than its log: what fails once the run is open is warned of, and then nothing more is logged.
+    An error of the tracker never ends training: it becomes a warning, and nothing more is logged.
 
-    :param name: how ``logger.record(..., exclude=name)`` leaves a value out
+    :param name: name of the output, by which ``logger.record(..., exclude=name)`` excludes a value from it
     """
 
     def __init__(self, name: str) -> None:
@@ -36,22 +37,28 @@ class Tracker(KVWriter):
 
     def attempt(self, what: str, act: Callable[..., None], *args: Any) -> None:
         """
-        Do something that must not end training.
+        Call a function, and turn its errors into a warning.
 
-        :param what: what it is, for the warning
-        :param act: what to call
-        :param args: with what
+        :param what: what the function does, for the warning
+        :param act: the function
+        :param args: its arguments
         """
         try:
             act(*args)
-        except Exception as error:  # of a server, a database or a full disk
+        except Exception as error:  # such as of a server or a database, or about a full disk
             if not self.broken:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 warnings.warn(f"{self.name} could not {what} ({reason}): training goes on without it", stacklevel=2)
             self.broken = True
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
-        """Numbers only; texts, pictures and histograms stay with TensorBoard."""
+        """
+        Log the numbers of a line of SB3's log; texts, pictures and histograms are for TensorBoard alone.
+
+        :param key_values: values by key
+        :param key_excluded: by key, the outputs that the value is not for
+        :param step: the timestep
+        """
         numbers = {
             key: float(value)
             for key, value in key_values.items()
@@ -64,15 +71,28 @@ class Tracker(KVWriter):
 
     @abstractmethod
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Keep what describes the run."""
+        """
+        Log what describes the run.
+
+        :param values: hyperparameters by name
+        """
 
     @abstractmethod
     def log_numbers(self, values: Mapping[str, float], step: int) -> None:
-        """Log values at a timestep."""
+        """
+        Log values at a timestep.
+
+        :param values: numbers by key
+        :param step: the timestep
+        """
 
     @abstractmethod
     def log_file(self, path: Path) -> None:
-        """Keep a file with the run."""
+        """
+        Store a file with the run.
+
+        :param path: the file
+        """
 
     def close(self) -> None:
         """End the run; may be called again."""
@@ -80,9 +100,9 @@ class Tracker(KVWriter):
 
 class TrackerCallback(BaseCallback):
     """
-    Adds a tracker to the outputs of the model's logger for as long as training lasts.
+    Adds a tracker to the outputs of the model's logger while training lasts.
 
-    :param save_best: keep the best model with the run
+    :param save_best: whether to store the best model with the run
     :param verbose: SB3's verbosity
     """
 
@@ -96,22 +116,24 @@ class TrackerCallback(BaseCallback):
     def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
         """:return: a new run"""
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
-        self._root = self.locals.get("callback")
+        self._root = host.root_callback(self)
         self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
-        if hasattr(self.model, "_logger"):
-            self.model.logger.output_formats.append(self._tracker)
+        logger = host.logger_of(self.model)
+        if logger is not None:
+            logger.output_formats.append(self._tracker)
 
     def _on_step(self) -> bool:
         return True
 
     def _on_training_end(self) -> None:
-        """Log what the last line of the log has not, keep the best model, end the run."""
+        """Log the values after the last line of the log, store the best model, and end the run."""
         if self._tracker is None:  # RL-Zoo ends training twice
             return
-        if hasattr(self.model, "_logger"):
-            logger = self.model.logger
+        logger = host.logger_of(self.model)
+        if logger is not None:
             self._tracker.write(logger.name_to_value, logger.name_to_excluded, self.model.num_timesteps)
         path = best_model(self._root) if self.save_best else None
         if path is not None and not self._tracker.broken:
@@ -122,15 +144,16 @@ class TrackerCallback(BaseCallback):
         tracker, self._tracker = self._tracker, None
         if tracker is None:
             return
-        if hasattr(self.model, "_logger") and tracker in self.model.logger.output_formats:
-            self.model.logger.output_formats.remove(tracker)
+        logger = host.logger_of(self.model)
+        if logger is not None and tracker in logger.output_formats:
+            logger.output_formats.remove(tracker)
         tracker.attempt("end the run", tracker.close)
 
 
 def best_model(root: Any) -> Path | None:
     """
     :param root: the callback that ``learn()`` was given
-    :return: file of the best model of a ``BestCheckpointCallback``, else of an ``EvalCallback``, if there is one
+    :return: file of the best model of a ``BestCheckpointCallback``, else of an ``EvalCallback``; ``None`` without one
     """
     keeper = find_keeper(root)
     best = None if keeper is None else keeper.best_of_phase()
@@ -143,7 +166,8 @@ def best_model(root: Any) -> Path | None:
 def hyperparameters(model: BaseAlgorithm) -> dict[str, Any]:
     """
     :param model: an SB3 model
-    :return: what its constructor was given, flat: numbers, strings and booleans as they are, the rest as text
+    :return: arguments of its constructor, nested names joined by dots; numbers, strings and booleans as they are, all
+        else as text
     """
     names = [name for cls in type(model).__mro__ for name in inspect.signature(cls).parameters]
     skipped = {"self", "args", "kwargs", "policy", "env", "device", "_init_setup_model", "replay_buffer_class"}
@@ -166,7 +190,7 @@ def hyperparameters(model: BaseAlgorithm) -> dict[str, Any]:
 def arguments(root: Any) -> dict[str, Any]:
     """
     :param root: the callback that ``learn()`` was given
-    :return: what the callbacks were given, flat, as ``callbacks.UnfreezeCallback.phases``
+    :return: arguments of the callbacks, with names such as ``callbacks.UnfreezeCallback.phases``
     """
     values: dict[str, Any] = {}
     for callback in walk(root):
@@ -187,5 +211,5 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
         return {name: value}
     if isinstance(value, type):
         return {name: value.__name__}
-    # Functions and schedules have an address in their text, which tells nothing.
+    # The text of functions and schedules contains an address, which says nothing.
     return {name: type(value).__name__ if " at 0x" in repr(value) else repr(value)}

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from torch.optim import Optimizer
 
 from sb3_resnet.callbacks._evaluations import walk
+from sb3_resnet.common import host
+from sb3_resnet.common.step_hooks import StepHooks, before_step
 from sb3_resnet.optim.groups import install_effective_lr, optimizer_of
 
 
@@ -26,7 +28,7 @@ class UpdateHook:
     def __init__(self, act: Callable[[int], None]) -> None:
         self.n = 0
         self._act = act
-        self._handle: th.utils.hooks.RemovableHandle | None = None
+        self._hooks: StepHooks | None = None
 
     def attach(self, model: BaseAlgorithm, n: int = 0, first: bool = False) -> None:
         """
@@ -43,28 +45,29 @@ class UpdateHook:
         install_effective_lr(optimizer)
         self.n = n
         self.follow(model)
-        # A learn() that was interrupted never reached on_training_end: its hook is still there.
-        hooks = optimizer._optimizer_step_pre_hooks
-        for key, hook in [*hooks.items()]:
-            other = getattr(hook, "__self__", None)
-            if isinstance(other, UpdateHook) and type(getattr(other._act, "__self__", None)) is type(owner):
-                del hooks[key]
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-        if first:
-            hooks.move_to_end(self._handle.id, last=False)  # type: ignore[attr-defined]  # an OrderedDict
+        self.detach()
+        self._hooks = before_step(optimizer)
+        # A learn() that was interrupted never reached on_training_end: this takes the place of its hook.
+        self._hooks.add(self._key, self._before_step, first)
 
     def follow(self, model: BaseAlgorithm) -> None:
         """Take over the model's counter where it counts gradient updates; it is saved and never reset."""
         if isinstance(model, OffPolicyAlgorithm):
-            self.n = model._n_updates
+            self.n = host.updates_done(model)
 
     def detach(self) -> None:
         """Stop; may be called again (RL-Zoo calls ``on_training_end`` twice)."""
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._hooks is not None:
+            self._hooks.remove(self._key, self._before_step)
+            self._hooks = None
 
-    def _before_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    @property
+    def _key(self) -> Any:
+        """One hook for each class of callbacks, since :meth:`attach` refuses two of a class."""
+        owner = getattr(self._act, "__self__", None)
+        return self if owner is None else type(owner)
+
+    def _before_step(self, optimizer: Optimizer) -> None:
         n, self.n = self.n, self.n + 1
         self._act(n)
 
@@ -74,13 +77,14 @@ def _refuse_twins(owner: Any) -> None:
     if not isinstance(owner, BaseCallback):
         return
     kind = type(owner)
-    twins = sum(type(callback) is kind for callback in walk(owner.locals.get("callback")))
+    twins = sum(type(callback) is kind for callback in walk(host.root_callback(owner)))
     if twins > 1:
         raise ValueError(f"learn() was given {twins} callbacks {kind.__name__}, which would undo each other: write one")
 
 
 def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:
     """Log values with SB3's logger, which a model has only from its first ``learn()`` on."""
-    if hasattr(model, "_logger"):
+    logger = host.logger_of(model)
+    if logger is not None:
         for key, value in values.items():
-            model.logger.record(key, value)
+            logger.record(key, value)

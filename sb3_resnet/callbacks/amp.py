@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from functools import partial
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._rewards import RewardCheck
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import choice, no_unknown
+from sb3_resnet.common.arguments import choice
+from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import extractors_of
 from sb3_resnet.nn.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
@@ -39,16 +40,23 @@ class AMPCallback(BaseCallback):
     :param growth_interval: float16: gradient updates (default 2000)
     :raises ValueError: for values that cannot work; in training, for NaN or infinity in rewards, and where no scale
         helps any more
-    :raises TypeError: for unknown arguments, and at the start of training for a policy without a ResNetExtractor
+    :raises TypeError: at the start of training for a policy without a ResNetExtractor
     """
 
-    def __init__(self, dtype: str = "auto", verbose: int = 1, **scaling: Any) -> None:
+    def __init__(
+        self,
+        dtype: str = "auto",
+        verbose: int = 1,
+        *,
+        init_scale: float = 2.0**16,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        growth_interval: int = 2000,
+    ) -> None:
         super().__init__(verbose)
-        names = ("init_scale", "growth_factor", "backoff_factor", "growth_interval")
-        no_unknown("AMPCallback", scaling, ("dtype", "verbose", *names))
         self.dtype = choice("dtype", dtype, ["auto", *DTYPES])
-        LossScaler(**scaling)  # wrong values are an error now
-        self._scaling = scaling
+        self._new_scaler = partial(LossScaler, init_scale, growth_factor, backoff_factor, growth_interval)
+        self._new_scaler()  # wrong values are an error now
         self._scaler: LossScaler | None = None
         self._precision: MixedPrecision | None = None
         self._rewards = RewardCheck()
@@ -63,13 +71,14 @@ class AMPCallback(BaseCallback):
             )
         optimizer_of(self.model)
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         optimizer = optimizer_of(self.model)
         dtype = resolve_dtype(self.dtype, self.model.device)
         name = str(dtype).removeprefix("torch.")
         self._scaler = None
         if name == "float16":
-            self._scaler = LossScaler(**self._scaling)
+            self._scaler = self._new_scaler()
             self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
         self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler)
         self._updates.attach(self.model, first=True)

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import tempfile
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._evaluations import Evaluations
-from sb3_resnet.common.arguments import flag, integer, no_unknown
+from sb3_resnet.callbacks._evaluations import Evaluations, is_trial, refusals_end_the_search
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import flag, integer, path_of
+from sb3_resnet.common.checkpoints import add_to_checkpoint, buffer_of, checkpoints, run_of
+from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
+from sb3_resnet.common.seeding import random_states
+from sb3_resnet.extractor import extractors_of
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
-_STATE = "best_checkpoint"  # key of our record in the optimizer's groups, where it is saved with the model
-_TEMPORARY = ".writing-"
-_BUFFER = "_replay_buffer.pkl"
+_STATE = "best_checkpoint"  # key of our state in the optimizer's groups, where it is saved with the model
 RECORD = "best.json"
+_ALL = "best"  # key of the best of all phases, and name of its file
 
 
 class BestCheckpointCallback(BaseCallback):
@@ -26,25 +32,35 @@ class BestCheckpointCallback(BaseCallback):
     Keep the newest checkpoints, the best model, and the best model of each phase.
 
     The best is decided by the rewards of the ``EvalCallback`` that runs beside (RL-Zoo adds one with
-    ``--eval-freq``); nothing is evaluated twice. A reward is better if it is higher; NaN never is. In ``save_path``:
+    ``--eval-freq``); nothing is evaluated twice. A reward is better if it is higher; NaN and infinity never are. In
+    ``save_path``:
 
-    * ``rl_model_<timesteps>_steps.zip``: checkpoints, as SB3 and ``rl_zoo3.enjoy --load-last-checkpoint`` name them
+    * ``rl_model_<timesteps>_steps.zip``: checkpoints, as SB3 and ``rl_zoo3.enjoy --load-last-checkpoint`` name them;
+      ``rl_model_2_<timesteps>_steps.zip`` where another run, or RL-Zoo's ``--save-freq``, has a file of that name
     * ``best.zip`` and ``best_<phase>.zip``: the best of all and of each phase, a phase being named after its freeze
       boundary (``best_frozen.zip``, ``best_layer4.zip``)
     * ``best.json``: the record of their rewards. It is read when training goes on in the same folder; in another
       folder (RL-Zoo makes a new one) the copy in the resumed model is used. So, unlike with ``EvalCallback`` alone, a
       resumed run does not replace the best model by its first evaluated one.
 
-    Each file is written under another name first and then renamed: a process killed while saving never leaves a
-    broken one. :func:`newest_checkpoint` finds the file to resume from.
+    A checkpoint is taken between two rollouts, when all updates of the last one are made, and at the end of ``learn()``
+    unless that was stopped within a rollout. It also holds the states of the random generators. So a resumed run can
+    equal the one that was not stopped; :func:`~sb3_resnet.newest_checkpoint` finds the file and shows how.
 
-    :param save_freq: environment steps between two checkpoints; 0 keeps the best models only
+    Each file is written under another name first and then renamed: a process killed while saving never leaves a
+    broken one. A checkpoint that cannot be saved is warned of, and training goes on. Only checkpoints that this run
+    wrote, before or after it was resumed, are removed. In the trials of RL-Zoo's search nothing is kept.
+
+    :param save_freq: environment steps between two checkpoints; 0: steps are not counted
     :param save_path: folder; ``None``: where the ``EvalCallback`` saves its best model
     :param keep_last: how many checkpoints to keep
     :param save_replay_buffer: also save the replay buffer, as ``rl_model_<timesteps>_steps_replay_buffer.pkl``
+    :param save_freq_episodes: episodes between two checkpoints, whichever comes first; 0: episodes are not counted.
+        With neither the best models alone are kept
     :param verbose: 1 to print each save
-    :raises ValueError: for values that cannot work
-    :raises TypeError: for unknown arguments
+    :raises ValueError: for values that cannot work, and at the start of training without a folder
+    :raises TypeError: for wrong types
+    :raises OSError: at the start of training if nothing can be saved in the folder, and where a best model cannot
     """
 
     def __init__(
@@ -53,60 +69,83 @@ class BestCheckpointCallback(BaseCallback):
         save_path: str | Path | None = None,
         keep_last: int = 3,
         save_replay_buffer: bool = False,
+        save_freq_episodes: int = 0,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
-        allowed = ("save_freq", "save_path", "keep_last", "save_replay_buffer", "verbose")
-        no_unknown("BestCheckpointCallback", unknown, allowed)
         self.save_freq = integer("save_freq", save_freq)
-        self.save_path = None if save_path is None else Path(save_path)
+        self.save_path = None if save_path is None else path_of("save_path", save_path)
         self.keep_last = integer("keep_last", keep_last, 1)
         self.save_replay_buffer = flag("save_replay_buffer", save_replay_buffer)
+        self.save_freq_episodes = integer("save_freq_episodes", save_freq_episodes)
         self._evaluations = Evaluations(None)
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._run = ""
         self._record: dict[str, dict[str, Any]] = {}
         self._last_save = 0
+        self._episodes = 0
+        self._rollout_is_whole = False
 
     def best_of_phase(self) -> tuple[Path, float] | None:
         """:return: file and mean reward of the best evaluated model of the current phase, up to this moment"""
-        self._on_step()
+        self._poll()
         entry = self._record.get(self._phase_name)
         return None if entry is None else (Path(entry["file"]), float(entry["reward"]))
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        root = host.root_callback(self)
+        self._evaluations = Evaluations(root)
+        # A trial's files would be another trial's, but the best model must be there for restore_best.
+        self._scratch = tempfile.TemporaryDirectory(prefix="sb3_resnet_trial_") if is_trial(root) else None
         if not self._evaluations.found:
             warnings.warn(
                 "BestCheckpointCallback keeps only the newest checkpoints: to keep the best too, add an EvalCallback "
                 "(--eval-freq in RL-Zoo)",
-                stacklevel=2,
+                stacklevel=3,
             )
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for left_over in self._folder.glob(f"{_TEMPORARY}*"):
-            writer = left_over.name.removeprefix(_TEMPORARY).split("-")[0]
-            if not (writer.isdecimal() and _is_at_work(int(writer))):
-                left_over.unlink(missing_ok=True)
-        self._record = self._read_record()
-        self._last_save = self.model.num_timesteps
+        optimizer = optimizer_of(self.model)
+        prepare_folder(self._folder)
+        remove_left_overs(self._folder)
+        saved = recall(optimizer, _STATE)
+        self._run = saved.get("run") or uuid.uuid4().hex
+        self._warn_of_other_runs()
+        is_new = "run" not in saved
+        self._record = self._read_record(saved if is_new else saved["record"], is_new)
+        self._remember()
+        self._last_save, self._episodes = self.model.num_timesteps, 0
+        self._rollout_is_whole = False
+
+    def _on_rollout_start(self) -> None:
+        """The last rollout's updates are made, and nothing of the next one has happened."""
+        self._rollout_is_whole = False
+        steps = self.model.num_timesteps - self._last_save
+        if 0 < self.save_freq <= steps or 0 < self.save_freq_episodes <= self._episodes:
+            self._save_checkpoint()
 
     def _on_step(self) -> bool:
-        reward = self._evaluations.poll()
-        if reward is not None and not math.isnan(reward):
-            self._keep_if_best(reward)
+        self._episodes += int(np.sum(self.locals.get("dones", 0)))
+        self._poll()
         return True
 
     def _on_rollout_end(self) -> None:
-        self._on_step()
-        if self.save_freq and self.model.num_timesteps - self._last_save >= self.save_freq:
-            self._last_save = self.model.num_timesteps
-            self._save_checkpoint()
+        self._rollout_is_whole = True
+        self._poll()
 
     def _on_training_end(self) -> None:
         # Of an evaluation that stops training, after which SB3 calls no on_rollout_end; RL-Zoo ends training twice.
-        self._on_step()
+        self._poll()
+        # Stopped within a rollout, the model lacks its updates: the run that was not stopped never was in that state.
+        is_whole = self._rollout_is_whole and self.model.num_timesteps >= self.locals.get("total_timesteps", math.inf)
+        if is_whole and self.model.num_timesteps > self._last_save and (self.save_freq or self.save_freq_episodes):
+            self._save_checkpoint()
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
     @property
     def _folder(self) -> Path:
+        if self._scratch is not None:
+            return Path(self._scratch.name)
         folder = self.save_path or self._evaluations.folder
         if folder is None:
             raise ValueError("BestCheckpointCallback does not know where to save: write save_path=FOLDER")
@@ -115,109 +154,127 @@ class BestCheckpointCallback(BaseCallback):
     @property
     def _phase_name(self) -> str:
         """The freeze boundary names the phase, so that a resumed run finds its own."""
-        return str(getattr(self.model.policy, "freeze_boundary", None) or "frozen")
+        extractor = next(iter(extractors_of(self.model)), None)  # the online network's
+        return _ALL if extractor is None else str(extractor.freeze_boundary or "frozen")
 
-    def _read_record(self) -> dict[str, dict[str, Any]]:
-        saved: dict[str, dict[str, Any]] = recall(optimizer_of(self.model), _STATE)
+    def _poll(self) -> None:
+        reward = self._evaluations.poll()
+        if reward is not None and math.isfinite(reward):
+            self._keep_if_best(reward)
+
+    def _remember(self) -> None:
+        remember(optimizer_of(self.model), _STATE, {"run": self._run, "record": self._record})
+
+    def _warn_of_other_runs(self) -> None:
+        others = [path.name for path in checkpoints(self._folder) if run_of(path) != self._run]
+        if others:
+            warnings.warn(
+                f"{self._folder} holds checkpoints that this run has not written, so of another run ({others[-1]}"
+                f"{f' and {len(others) - 1} more' if len(others) > 1 else ''}). They stay, and newest_checkpoint may "
+                "return one of them: write another save_path to keep runs apart",
+                stacklevel=4,
+            )
+
+    def _read_record(self, saved: dict[str, dict[str, Any]], is_new: bool) -> dict[str, dict[str, Any]]:
+        """The record of the folder, else that of the model; a new run starts its own."""
         path = self._folder / RECORD
-        if not path.exists():
-            return saved
-        if not saved and self.model._n_updates == 0 and self.model.num_timesteps == 0:
-            warnings.warn(f"{path} is the record of another run; this one starts its own and replaces it", stacklevel=2)
-            return {}
-        try:
-            record = json.loads(path.read_text())
-            return {key: {**entry, "reward": float(entry["reward"])} for key, entry in record.items() if entry["file"]}
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{str(path)!r} is no record of best models ({type(error).__name__}). Delete it: a resumed model has a "
-                "copy of the record up to its own step."
-            ) from error
+        record = saved
+        if path.exists():
+            try:
+                record = {
+                    key: {**entry, "reward": float(entry["reward"]), "file": self._found_here(entry["file"])}
+                    for key, entry in json.loads(path.read_text()).items()
+                }
+            except (ValueError, TypeError, KeyError, AttributeError) as error:
+                raise ValueError(
+                    f"{str(path)!r} is no record of best models ({type(error).__name__}). Delete it: a resumed model "
+                    "has a copy of the record up to its own step."
+                ) from error
+            is_fresh = is_new and host.updates_done(self.model) == 0 and self.model.num_timesteps == 0
+            if is_fresh or any(entry.get("run", self._run) != self._run for entry in record.values()):
+                warnings.warn(
+                    f"{path} is the record of another run; this one starts its own and replaces it", stacklevel=4
+                )
+                record = saved
+        kept = {key: entry for key, entry in record.items() if math.isfinite(entry["reward"])}
+        if len(kept) < len(record):
+            warnings.warn(f"{path}: a best reward that is NaN or infinite is left out", stacklevel=4)
+        return kept
+
+    def _found_here(self, file: str) -> str:
+        """The folder may have been moved or copied since."""
+        here = self._folder / Path(file).name
+        return str(here.absolute()) if here.exists() else file
 
     def _keep_if_best(self, reward: float) -> None:
-        names = {"best": "best", self._phase_name: f"best_{self._phase_name}"}
-        better = {
-            key: name for key, name in names.items() if reward > self._record.get(key, {"reward": -math.inf})["reward"]
-        }
-        for key, name in better.items():
-            path = (self._folder / f"{name}.zip").absolute()
-            entry = {"reward": reward, "timesteps": self.model.num_timesteps, "file": str(path)}
-            self._record = {**self._record, key: entry}
+        phase = self._phase_name
+        names = {_ALL: _ALL, **({} if phase == _ALL else {phase: f"best_{phase}"})}
+        before = self._record
+        better = {key: name for key, name in names.items() if key not in before or reward > before[key]["reward"]}
         if not better:
             return
-        remember(optimizer_of(self.model), _STATE, self._record)
-        for name in better.values():
-            self._save(self._folder / f"{name}.zip")
-        # After the models: a record must never promise a model that is not there.
-        temporary = self._temporary(RECORD)
-        temporary.write_text(json.dumps(self._record, indent=1))
-        _replace(temporary, self._folder / RECORD)
+        for key, name in better.items():
+            path = (self._folder / f"{name}.zip").absolute()
+            entry = {"reward": reward, "timesteps": self.model.num_timesteps, "file": str(path), "run": self._run}
+            self._record = {**self._record, key: entry}
+        self._remember()
+        try:
+            for name in better.values():
+                with written_whole(self._folder / f"{name}.zip") as (temporary,):
+                    self.model.save(temporary)
+                self._tell(self._folder / f"{name}.zip")
+            # After the models: a record must never promise a model that is not there.
+            with written_whole(self._folder / RECORD) as (temporary,):
+                temporary.write_text(json.dumps(self._record, indent=1))
+        except BaseException:
+            self._record = before
+            self._remember()
+            raise
 
     def _save_checkpoint(self) -> None:
-        name = f"rl_model_{self.model.num_timesteps}_steps"
-        model: Any = self.model
-        if self.save_replay_buffer and getattr(model, "replay_buffer", None) is not None:
-            # Before the model: whoever finds the model finds its buffer.
-            temporary = self._temporary(f"{name}{_BUFFER}")
-            model.save_replay_buffer(temporary)
-            _replace(temporary, self._folder / f"{name}{_BUFFER}")
-        self._save(self._folder / f"{name}.zip")
-        for old in checkpoints(self._folder)[: -self.keep_last]:
-            old.unlink()
-        # Also those of a process that was killed before its model was there.
-        for buffer in self._folder.glob(f"rl_model_*_steps{_BUFFER}"):
-            if not buffer.with_name(f"{buffer.name.removesuffix(_BUFFER)}.zip").exists():
-                buffer.unlink(missing_ok=True)
+        """Whatever fails here must not end training: the last checkpoint is still there."""
+        self._last_save, self._episodes = self.model.num_timesteps, 0
+        if self._scratch is not None:
+            return
+        path = self._checkpoint_path()
+        try:
+            self._write_checkpoint(path)
+            self._prune(path)
+        except Exception as error:  # a full disk, but also a buffer that cannot be pickled
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            warnings.warn(
+                f"BestCheckpointCallback could not save {path} ({reason}). Training goes on; earlier checkpoints are "
+                "still there.",
+                stacklevel=2,
+            )
 
-    def _save(self, path: Path) -> None:
-        temporary = self._temporary(path.name)
-        self.model.save(temporary)
-        _replace(temporary, path)
+    def _write_checkpoint(self, path: Path) -> None:
+        model: Any = self.model
+        has_buffer = self.save_replay_buffer and getattr(model, "replay_buffer", None) is not None
+        # The buffer first: whoever finds the model finds its buffer.
+        with written_whole(*([buffer_of(path)] if has_buffer else []), path) as temporaries:
+            if has_buffer:
+                model.save_replay_buffer(temporaries[0])
+            model.save(temporaries[-1])
+            add_to_checkpoint(temporaries[-1], self._run, random_states(model))
+        self._tell(path)
+
+    def _checkpoint_path(self) -> Path:
+        """A name that no other run's file has."""
+        steps = self.model.num_timesteps
+        path, number = self._folder / f"rl_model_{steps}_steps.zip", 1
+        while path.exists() and run_of(path) != self._run:
+            number += 1
+            path = self._folder / f"rl_model_{number}_{steps}_steps.zip"
+        return path
+
+    def _prune(self, newest: Path) -> None:
+        """Only what this run wrote, and nothing beyond the newest: it may have been resumed from an earlier point."""
+        own = [path for path in checkpoints(self._folder) if run_of(path) == self._run]
+        for old in own[: own.index(newest) + 1][: -self.keep_last]:
+            buffer_of(old).unlink(missing_ok=True)
+            old.unlink(missing_ok=True)
+
+    def _tell(self, path: Path) -> None:
         if self.verbose:
             print(f"Saved {path}")
-
-    def _temporary(self, name: str) -> Path:
-        return self._folder / f"{_TEMPORARY}{os.getpid()}-{name}"
-
-
-def checkpoints(folder: str | Path) -> list[Path]:
-    """
-    :param folder: a folder of :class:`BestCheckpointCallback`, or of SB3's ``CheckpointCallback``
-    :return: its complete checkpoints, oldest first
-    """
-    # By time and not by the number in the name: reset_num_timesteps=True starts the numbers anew.
-    return sorted(Path(folder).glob("rl_model_*_steps.zip"), key=lambda path: (path.stat().st_mtime_ns, path.name))
-
-
-def newest_checkpoint(folder: str | Path) -> Path:
-    """
-    :param folder: a folder of :class:`BestCheckpointCallback`
-    :return: the checkpoint to resume from
-    :raises FileNotFoundError: if there is none
-    """
-    found = checkpoints(folder)
-    if not found:
-        raise FileNotFoundError(f"{str(folder)!r} holds no checkpoint (rl_model_<timesteps>_steps.zip)")
-    return found[-1]
-
-
-def _is_at_work(pid: int) -> bool:
-    """Whether a process other than this one lives, as far as the system tells."""
-    if pid == os.getpid():
-        return False
-    if os.name == "nt":  # os.kill would end it; a file left over does no harm
-        return True
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # somebody else's
-        return True
-    return True
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """Put a finished file in place, its content on the disk before its name."""
-    with open(temporary, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

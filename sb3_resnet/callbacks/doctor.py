@@ -1,4 +1,4 @@
-"""Says during training what is wrong with it, why that matters, and what to change."""
+"""Say during training what is wrong with it, why it matters, and what to change."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from typing import Any
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.utils import safe_mean
 
-from sb3_resnet.callbacks._evaluations import Evaluations, walk
+from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search, walk
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import choice, integer, no_unknown
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.findings import THRESHOLDS
@@ -18,17 +19,17 @@ from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
 
 ACTIONS = ("warn", "stop")
-#: What other callbacks and SB3 log, and a finding is made of.
-_LOGGED = ("train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
+#: Values that other callbacks and SB3 log, and rules read.
+_LOGGED = ("train/loss", "train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
 
 
 class DoctorCallback(BaseCallback):
     """
-    Watch a run and report what is wrong with it: each finding once, and all again in a summary at the end.
+    Watch a run and report what is wrong with it: each finding once, and all of them in a summary at the end.
 
-    Before the first step it looks at the model (:func:`~sb3_resnet.diagnosis.static_findings`), then every so often at
-    what it has measured (:func:`~sb3_resnet.diagnosis.history_findings`); ``sb3_resnet.diagnosis.THRESHOLDS`` holds all
-    limits with their sources. It needs no ``MonitorCallback`` beside it and does not change training. Example::
+    Before the first step it examines the model (:func:`~sb3_resnet.diagnosis.static_findings`), and during training its
+    measurements (:func:`~sb3_resnet.diagnosis.history_findings`). ``sb3_resnet.diagnosis.THRESHOLDS`` holds all limits
+    with their sources. It works without a ``MonitorCallback``, and does not change training. Example::
 
         doctor = DoctorCallback()
         model.learn(1_000_000, callback=[FeatureCacheCallback(), doctor])
@@ -41,11 +42,11 @@ class DoctorCallback(BaseCallback):
     ``amp_skips``.
 
     :param action: ``"warn"``, or ``"stop"`` to end training at the first finding
-    :param every: gradient updates between two measurements; it looks at the whole after each ten
+    :param every: gradient updates between two measurements; findings are looked for after each ten measurements
     :param slow_after: environment steps after which the reward must have risen
-    :param verbose: 1 for the summary; findings are warned of in any case
+    :param verbose: 1 to print the summary; each finding is a Python warning in any case
     :raises ValueError: for values that cannot work
-    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    :raises TypeError: for wrong types, and at the start of training for other policies
     """
 
     def __init__(
@@ -54,14 +55,12 @@ class DoctorCallback(BaseCallback):
         every: int = 100,
         slow_after: int = int(THRESHOLDS["slow_after"].value),
         verbose: int = 1,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
-        no_unknown("DoctorCallback", unknown, ("action", "every", "slow_after", "verbose"))
         self.action = choice("action", action, ACTIONS)
         self.every = integer("every", every, 1)
         self.slow_after = integer("slow_after", slow_after, 1)
-        #: What was found so far.
+        #: The findings so far.
         self.findings: list[Finding] = []
         self._probe = Probe(self.every, self._measured)
         self._updates = UpdateHook(self._before_update)
@@ -72,11 +71,12 @@ class DoctorCallback(BaseCallback):
         self._looked = False
         self._ended = False
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
             raise TypeError(f"DoctorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
         self._episodes.start()
@@ -84,7 +84,7 @@ class DoctorCallback(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         self._probe.pause()
-        if not self._looked:  # only now: other callbacks replace the buffer at the start of training
+        if not self._looked:  # only now, since other callbacks replace the buffer at the start of training
             self._looked = True
             self._report(self._before_training())
 
@@ -121,12 +121,12 @@ class DoctorCallback(BaseCallback):
             self._examine()
 
     def _before_training(self) -> list[Finding]:
-        planned = getattr(self.model, "_total_timesteps", 0) or None
-        callbacks = walk(self.locals.get("callback"))
+        planned = host.planned_timesteps(self.model)
+        callbacks = walk(host.root_callback(self))
         return static_findings(self.model, planned, next((cb for cb in callbacks if hasattr(cb, "reached_by")), None))
 
     def _context(self) -> dict[str, float]:
-        """What a measurement is to be seen against."""
+        """Values that rules need beside the measured ones."""
         model: Any = self.model
         stage = model.policy.freeze_boundary
         values = {
@@ -137,7 +137,8 @@ class DoctorCallback(BaseCallback):
         episodes = [info["r"] for info in model.ep_info_buffer or ()]
         if episodes:
             values["rollout/ep_rew_mean"] = float(safe_mean(episodes))
-        logged = model.logger.name_to_value if hasattr(model, "_logger") else {}
+        logger = host.logger_of(model)
+        logged = {} if logger is None else logger.name_to_value
         return {**values, **{key: float(logged[key]) for key in _LOGGED if key in logged}}
 
     def _note(self, values: dict[str, float]) -> None:

@@ -12,9 +12,10 @@ from sb3_resnet.buffers import with_columns
 from sb3_resnet.cache.acting import CachedEncoding
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
-from sb3_resnet.callbacks._rewards import RewardCheck
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
-from sb3_resnet.common.arguments import integer, no_unknown
+from sb3_resnet.common.arguments import integer, shown
+from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import overridden
 
@@ -41,17 +42,11 @@ class FeatureCacheCallback(BaseCallback):
     :param verbose: 1 to print a summary at the end
     :raises ValueError: for values that cannot work, at the start of training where entries would not be exact, and in
         training for NaN or infinity in rewards
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for wrong types
     """
 
-    def __init__(self, device: str = "auto", max_bytes: int | None = None, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, device: str = "auto", max_bytes: int | None = None, verbose: int = 0) -> None:
         super().__init__(verbose)
-        if "dtype" in unknown:
-            raise TypeError(
-                "FeatureCacheCallback has no argument 'dtype', since the precision belongs to the model: write "
-                f"frozen_dtype={unknown['dtype']!r} in features_extractor_kwargs"
-            )
-        no_unknown("FeatureCacheCallback", unknown, ("device", "max_bytes", "verbose"))
         self.device = _read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
         self._rewards = RewardCheck()
@@ -62,6 +57,7 @@ class FeatureCacheCallback(BaseCallback):
         self._refuse_what_is_not_exact(self._extractor())
         self._replace_buffer()
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._attach()
 
@@ -155,7 +151,7 @@ def _read_device(device: Any) -> str:
     try:
         known = "auto" if device == "auto" else str(th.device(device))
     except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {device!r}") from None
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(device)}") from None
     if known.startswith("cuda") and not th.cuda.is_available():
-        raise ValueError(f"device={device!r}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
+        raise ValueError(f"device={shown(device)}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
     return known

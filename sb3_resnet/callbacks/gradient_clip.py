@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook
-from sb3_resnet.common.arguments import no_unknown, number
+from sb3_resnet.common.arguments import number
 from sb3_resnet.extractor import extractors_of
 from sb3_resnet.optim.groups import optimizer_of
 
@@ -27,12 +26,11 @@ class GradientClipCallback(BaseCallback):
     :param max_norm: largest norm of each part; 1 to 5 is usual
     :param verbose: SB3's verbosity
     :raises ValueError: if it is not above 0
-    :raises TypeError: for unknown arguments, and before training for a policy without a ResNetExtractor
+    :raises TypeError: for a wrong type, and before training for a policy without a ResNetExtractor
     """
 
-    def __init__(self, max_norm: float = 2.0, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, max_norm: float = 2.0, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("GradientClipCallback", unknown, ("max_norm", "verbose"))
         self.max_norm = number("max_norm", max_norm, above=True)
         self._parts: list[list[th.nn.Parameter]] = []
         self._updates = UpdateHook(self._clip)
@@ -50,6 +48,7 @@ class GradientClipCallback(BaseCallback):
         held = [parameter for group in optimizer_of(self.model).param_groups for parameter in group["params"]]
         self._parts = [[p for p in held if (id(p) in backbone) is inside] for inside in (False, True)]
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._updates.attach(self.model)
 

@@ -9,9 +9,10 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
-from sb3_resnet.callbacks._evaluations import Evaluations
+from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import optimizer_of, recall, remember, set_lr_factor
 
@@ -28,25 +29,26 @@ _STATE = "lr_schedule"  # key of our state in the optimizer's groups, where it i
 
 class LRScheduleCallback(BaseCallback):
     """
-    Linear warmup, then a schedule; both multiply the learning rate of every group.
+    Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 
-    Counted in gradient updates, from the model's own counter that is saved and never reset: a second ``learn()``,
-    ``reset_num_timesteps=True`` and a resumed model go on where they stopped. Example::
+    The schedule counts gradient updates with the model's own counter, which is saved and never reset. So a second
+    ``learn()``, ``reset_num_timesteps=True`` and a resumed model continue where training stopped. Example::
 
         LRScheduleCallback(warmup_steps=1000, schedule="cosine", decay_steps=200_000)
 
     :param warmup_steps: length of the warmup in gradient updates (500 to 2000 is usual); 0 for none
     :param schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"step"`` or ``"plateau"``
-    :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: what the first
-        ``learn()`` has left, kept from then on; give it where training is cut into several calls of unknown length
-    :param min_factor: linear, cosine and plateau: the factor never falls below it (default 0)
+    :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: the rest of the first
+        ``learn()``. Write it if training consists of several calls of ``learn()``
+    :param min_factor: linear, cosine and plateau: the smallest factor (default 0)
     :param step_size: step: gradient updates between two reductions
-    :param gamma: step and plateau: factor of each reduction (default 0.1, as PyTorch's)
-    :param patience: plateau: evaluations without improvement that are tolerated (default 10, as PyTorch's)
-    :param min_delta: plateau: smallest gain in mean reward that counts (default 0); needs an ``EvalCallback``
-    :param verbose: 1 to print what it does
+    :param gamma: step and plateau: factor of each reduction (default 0.1, as in PyTorch)
+    :param patience: plateau: number of evaluations without improvement that are tolerated (default 10, as in PyTorch).
+        A plateau needs an ``EvalCallback``
+    :param min_delta: plateau: smallest gain in mean reward that counts as an improvement (default 0)
+    :param verbose: 1 to print the schedule and each reduction on a plateau
     :raises ValueError: for values that cannot work, and for arguments of another schedule
-    :raises TypeError: for unknown arguments
+    :raises TypeError: for wrong types
     """
 
     def __init__(
@@ -61,11 +63,9 @@ class LRScheduleCallback(BaseCallback):
         patience: int | None = None,
         min_delta: float | None = None,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(verbose)
         names = {name for names in SCHEDULES.values() for name in names}
-        no_unknown("LRScheduleCallback", unknown, {"warmup_steps", "schedule", "verbose", *names})
         given = {name: value for name, value in locals().items() if name in names and value is not None}
         self.schedule = choice("schedule", schedule, [*SCHEDULES])
         for name in given.keys() - {*SCHEDULES[schedule]}:
@@ -86,7 +86,10 @@ class LRScheduleCallback(BaseCallback):
         self._evaluations = Evaluations(None)
 
     def factor(self, n: int) -> float:
-        """:return: the factor of the update that follows ``n`` others, for the current plateau"""
+        """
+        :param n: gradient updates done so far
+        :return: the factor of the next update, with the reductions on plateaus up to this moment
+        """
         after = max(0, n - self.warmup_steps)
         if self.schedule in ("linear", "cosine"):
             curve = schedules.linear if self.schedule == "linear" else schedules.cosine
@@ -97,8 +100,9 @@ class LRScheduleCallback(BaseCallback):
             value = self._plateau["factor"]
         return schedules.warmup(n, self.warmup_steps) * value
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         if self.schedule == "plateau" and not self._evaluations.found:
             raise ValueError("schedule='plateau' follows the evaluation reward: add an EvalCallback to learn()")
         saved = recall(optimizer_of(self.model), _STATE)
@@ -120,7 +124,7 @@ class LRScheduleCallback(BaseCallback):
             )
             if self.verbose and self._plateau["factor"] != before:
                 print(f"LRSchedule: no gain on plateau, learning rates x {self._plateau['factor']:g}")
-            self._apply(self._updates.n)  # at once: a checkpoint of this step has it
+            self._apply(self._updates.n)  # at once, so that a checkpoint of this step contains it
         return True
 
     def _on_rollout_end(self) -> None:
@@ -131,7 +135,7 @@ class LRScheduleCallback(BaseCallback):
         record(self.model, {f"train/lr_{group.get('name', 'all')}": group["effective_lr"] for group in groups})
 
     def _on_training_end(self) -> None:
-        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
+        self._on_step()  # an evaluation may have stopped training, and then SB3 skips on_rollout_end
         self._updates.detach()
 
     def _apply(self, n: int) -> None:
@@ -142,13 +146,14 @@ class LRScheduleCallback(BaseCallback):
 
 
 def _planned_updates(model: Any) -> int:
-    """Gradient updates that this ``learn()`` has left."""
-    steps: int = model._total_timesteps - model.num_timesteps
+    """Number of gradient updates that are left in this ``learn()``."""
+    planned = host.planned_timesteps(model) or 0
+    steps: int = planned - model.num_timesteps
     if isinstance(model, OffPolicyAlgorithm):
         frequency: Any = model.train_freq
         if frequency.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError("train_freq counts episodes, so the number of updates is unknown: write decay_steps=...")
-        steps = model._total_timesteps - max(model.num_timesteps, model.learning_starts)
+        steps = planned - max(model.num_timesteps, model.learning_starts)
         rollout: int = frequency.frequency * model.n_envs
         return max(0, steps) // rollout * int(rollout if model.gradient_steps < 0 else model.gradient_steps)
     rollout = model.n_steps * model.n_envs

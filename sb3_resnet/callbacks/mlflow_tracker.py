@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import no_unknown, text
+from sb3_resnet.common.arguments import shown, text
 
-_PARAMS_A_CALL = 100  # MLflow's limits for one call
-_METRICS_A_CALL = 1000
+_PARAMS_PER_CALL = 100  # MLflow's limits for one call
+_METRICS_PER_CALL = 1000
 
 
 class MLflowTrackerCallback(TrackerCallback):
@@ -20,20 +21,20 @@ class MLflowTrackerCallback(TrackerCallback):
 
         MLflowTrackerCallback(experiment="pong", tracking_uri="sqlite:///mlflow.db")
 
-    Every line of SB3's log is logged with the timestep as its step, the hyperparameters become the run's parameters,
+    Every line of SB3's log is logged with the timestep as its step. The hyperparameters become the run's parameters,
     and the best model (of ``BestCheckpointCallback``, else of ``EvalCallback``) the artifact ``best_model``. Each
-    ``learn()`` is a run of its own; MLflow's global active run is not touched.
+    ``learn()`` is a run of its own; MLflow's global active run is not used.
 
-    :param experiment: MLflow's experiment, created where there is none
-    :param name: name of the run; ``None``: MLflow makes one up
-    :param tracking_uri: a server or ``sqlite:///FILE`` (recent MLflow refuses plain folders); ``None``: as MLflow is
-        set up
-    :param artifact_location: where a new experiment keeps files; ``None``: where the tracking server says
-    :param tags: further tags of the run
-    :param save_best: keep the best model with the run
+    :param experiment: name of the experiment; it is created if it does not exist
+    :param name: name of the run; ``None``: MLflow chooses one
+    :param tracking_uri: a server or ``sqlite:///FILE`` (recent MLflow refuses plain folders); ``None``: MLflow's own
+        setting
+    :param artifact_location: where a new experiment stores files; ``None``: the default of the tracking server
+    :param tags: tags of the run
+    :param save_best: whether to store the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if MLflow is not installed
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for wrong types
     :raises ValueError: for empty strings
     """
 
@@ -46,23 +47,21 @@ class MLflowTrackerCallback(TrackerCallback):
         tags: Mapping[str, str] | None = None,
         save_best: bool = True,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(save_best, verbose)
-        allowed = ("experiment", "name", "tracking_uri", "artifact_location", "tags", "save_best", "verbose")
-        no_unknown("MLflowTrackerCallback", unknown, allowed)
         given = {"name": name, "tracking_uri": tracking_uri, "artifact_location": artifact_location}
         for key, value in given.items():
             if value is not None:
                 text(key, value)
         if not (tags is None or isinstance(tags, Mapping)):
-            raise TypeError(f"tags must be a dict of strings, got {tags!r}")
+            raise TypeError(f"tags must be a dict of strings, got {shown(tags)}")
         for key, value in (tags or {}).items():
-            text(f"tags: {key!r}", value)
+            text(f"tags: {shown(key)}", value)
         self.experiment = text("experiment", experiment)
         self.name = name
-        self.tracking_uri = tracking_uri
-        self.artifact_location = artifact_location
+        # Both take paths beside URIs.
+        self.tracking_uri = None if tracking_uri is None else os.path.expanduser(tracking_uri)
+        self.artifact_location = None if artifact_location is None else os.path.expanduser(artifact_location)
         self.tags = dict(tags or {})
         _mlflow()
 
@@ -83,8 +82,8 @@ class _MLflowTracker(Tracker):
     """
     A run of MLflow.
 
-    :param client: of MLflow
-    :param run_id: the run
+    :param client: client of MLflow
+    :param run_id: id of the run
     """
 
     def __init__(self, client: Any, run_id: str) -> None:
@@ -96,14 +95,14 @@ class _MLflowTracker(Tracker):
     def log_hyperparameters(self, values: Mapping[str, Any]) -> None:
         param = _mlflow().entities.Param
         params = [param(key, str(value)) for key, value in values.items()]
-        for start in range(0, len(params), _PARAMS_A_CALL):
-            self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_A_CALL])
+        for start in range(0, len(params), _PARAMS_PER_CALL):
+            self._client.log_batch(self.run_id, params=params[start : start + _PARAMS_PER_CALL])
 
     def log_numbers(self, values: Mapping[str, float], step: int) -> None:
         metric, now = _mlflow().entities.Metric, int(time.time() * 1000)
         metrics = [metric(key, value, now, step) for key, value in values.items()]
-        for start in range(0, len(metrics), _METRICS_A_CALL):
-            self._client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_A_CALL])
+        for start in range(0, len(metrics), _METRICS_PER_CALL):
+            self._client.log_batch(self.run_id, metrics=metrics[start : start + _METRICS_PER_CALL])
 
     def log_file(self, path: Path) -> None:
         self._client.log_artifact(self.run_id, str(path), "best_model")

@@ -7,15 +7,17 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import integer, no_unknown
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
-GAUGES = ("lr/", "param_norm/")
+GAUGES = ("train/lr_", "param_norm/")
 
 
 class MonitorCallback(BaseCallback):
@@ -24,13 +26,19 @@ class MonitorCallback(BaseCallback):
 
     Goes through SB3's logger, so TensorBoard, CSV and every other output get it. Training with and without it is the
     same bit for bit: values are read from the batch of the update itself, nothing is sampled. Works with DQN and
-    QR-DQN, any number of environments, with and without the feature cache. Example::
+    QR-DQN, any number of environments, any replay buffer, with and without the feature cache. Example::
 
         model.learn(1_000_000, callback=[FeatureCacheCallback(), MonitorCallback()])
 
+    TD errors and loss are computed from what the two networks returned and the batch that the buffer gave, by the
+    formulas of SB3's DQN and sb3-contrib's QR-DQN, so they are those of the update. A subclass with a ``train()`` of
+    its own, such as Double DQN, may use other targets, which cannot be seen from outside: then there is a warning, and
+    in the place of ``loss`` and ``td_*`` the log has ``monitor/greedy_td_*``, the errors against the greedy value of
+    the target network. They are left out too where ``train()`` samples no batch or does not ask the target network.
+
     By optimizer group (``head``, ``head_no_decay``, ``backbone``, ...), for those that train:
 
-    * ``lr/<group>``: learning rate that the update used
+    * ``train/lr_<group>``: learning rate that the update used; ``LRScheduleCallback`` logs it too
     * ``grad_norm/<group>``, ``grad_norm_clipped/<group>``: gradient norm before and after all clipping; ``all``: of
       all groups together, which is what SB3 clips
     * ``param_norm/<group>``, ``update_ratio/<group>``: norm of the parameters, and that of the update relative to it
@@ -60,12 +68,11 @@ class MonitorCallback(BaseCallback):
         phase A, 1 costs 5 % (``benchmarks/results/monitor.json``)
     :param verbose: SB3's verbosity
     :raises ValueError: if ``every`` is not a whole number above 0
-    :raises TypeError: for unknown arguments, and at the start of training for other policies
+    :raises TypeError: if ``every`` is not a number, and at the start of training for other policies
     """
 
-    def __init__(self, every: int = 100, verbose: int = 0, **unknown: Any) -> None:
+    def __init__(self, every: int = 100, verbose: int = 0) -> None:
         super().__init__(verbose)
-        no_unknown("MonitorCallback", unknown, ("every", "verbose"))
         self.every = integer("every", every, 1)
         self._probe = Probe(self.every, self._log)
         self._updates = UpdateHook(self._before_update)
@@ -73,6 +80,7 @@ class MonitorCallback(BaseCallback):
         self._window = (0.0, 0, 0)  # clock, timesteps and updates at the last measurement
         self._cache = (0, 0)  # hits and misses, likewise
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
@@ -104,10 +112,11 @@ class MonitorCallback(BaseCallback):
 
     def _log(self, values: dict[str, float]) -> None:
         record(self.model, {key: value for key, value in values.items() if key.startswith(GAUGES)})
-        if hasattr(self.model, "_logger"):
+        logger = host.logger_of(self.model)
+        if logger is not None:
             for key, value in values.items():
                 if not key.startswith(GAUGES):
-                    self.model.logger.record_mean(key, value)
+                    logger.record_mean(key, value)
         record(self.model, {**self._episodes.measured(self.model), **self._phase(), **self._costs()})
 
     def _phase(self) -> dict[str, float]:

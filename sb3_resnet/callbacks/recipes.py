@@ -1,4 +1,4 @@
-"""The recommended fine-tuning schedule as one call."""
+"""The recommended callbacks for fine-tuning, in one call."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def fine_tuning_callbacks(
     restore_best: bool = False,
 ) -> CallbackList:
     """
-    Head first with warmup, then the upper stages at a tenth of the learning rate, clipped, the best model kept.
+    Make the callbacks that train the head first and then unfreeze the upper stages.
 
-    The backbone stays frozen for the first 40 % of training, then ``layer4`` trains, and from 70 % on ``layer3`` too;
-    what lies below sees edges and colours and is left alone. The tenth is the policy's default ``lr_backbone``.
-    Example::
+    The backbone stays frozen for the first 40 % of training. Then ``layer4`` trains, and from 70 % on ``layer3`` too;
+    the stages below detect edges and colours, and stay frozen. The backbone learns at a tenth of the head's rate, which
+    is the policy's default. Gradients are clipped, and checkpoints and the best models are saved. Example::
 
         recipe = sb3_resnet.fine_tuning_callbacks(1_000_000, save_path="logs")
         model.learn(1_000_000, callback=[recipe, EvalCallback(eval_env)])
@@ -42,13 +42,12 @@ def fine_tuning_callbacks(
 
     :param total_timesteps: environment steps of the whole training
     :param warmup_steps: gradient updates of the head's warmup (500 to 2000 is usual)
-    :param ramp: gradient updates in which the backbone's rate rises at each unfreezing
-    :param max_norm: largest gradient norm of head and of backbone (1 to 5 is usual)
+    :param ramp: gradient updates in which the backbone's rate rises after each unfreezing
+    :param max_norm: largest gradient norm of the head, and of the backbone (1 to 5 is usual)
     :param save_freq: environment steps between two checkpoints
-    :param save_path: folder of checkpoints and best models; ``None``: that of the ``EvalCallback``,
-        which has one in RL-Zoo
-    :param restore_best: start each phase from the best model of the one before
-    :return: the callbacks, as one
+    :param save_path: folder of checkpoints and best models; ``None``: that of the ``EvalCallback``, which RL-Zoo sets
+    :param restore_best: whether to begin each phase with the best model of the phase before it
+    :return: a list of callbacks, to pass to ``learn()``
     :raises ValueError: for values that cannot work
     """
     total = integer("total_timesteps", total_timesteps, 10)

@@ -12,9 +12,10 @@ from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
 
-from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, restore_best
+from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
 from sb3_resnet.callbacks._updates import UpdateHook, record
-from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
@@ -26,7 +27,18 @@ _log = logging.getLogger("sb3_resnet")
 
 @dataclass(frozen=True)
 class Phase:
-    """One step of the schedule; :class:`UnfreezeCallback` documents the fields."""
+    """
+    One phase; :class:`UnfreezeCallback` explains the values.
+
+    :param trigger: ``"at_timestep"``, ``"at_update"`` or ``"on_plateau"``
+    :param when: timestep or update at which it begins; with a plateau its latest timestep, ``None`` if there is none
+    :param unfreeze_from: the lowest stage that trains from then on
+    :param lr_backbone: learning rate of the backbone from then on; ``None``: unchanged
+    :param ramp: gradient updates in which the backbone's rate rises from 0
+    :param restore_best: whether it begins with the best weights of the phase before it
+    :param patience: plateau: number of evaluations without improvement that are tolerated
+    :param min_delta: plateau: smallest gain in reward that counts as an improvement
+    """
 
     trigger: str
     when: int | None
@@ -44,40 +56,40 @@ class Phase:
 
 class UnfreezeCallback(BaseCallback):
     """
-    Move the freeze boundary down in phases; for ``ResNetCnnPolicy``, so for DQN and QR-DQN.
+    Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy``, so with DQN and QR-DQN.
 
-    Where training stands is saved with the model: a resumed run, a second ``learn()`` and
-    ``reset_num_timesteps=True`` go on in the phase that was reached, and no phase begins twice. Example::
+    The current phase is saved with the model. A resumed run, a second ``learn()`` and ``reset_num_timesteps=True``
+    continue in that phase, and no phase begins twice. Example::
 
         UnfreezeCallback(phases=[
             {"at_timestep": 300_000, "unfreeze_from": "layer4", "ramp": 1000},
             {"on_plateau": {"patience": 5, "latest_timestep": 900_000}, "unfreeze_from": "stem", "restore_best": True},
         ])
 
-    Each phase is a dict with one trigger, ``unfreeze_from``, and what else it needs:
+    Each phase is a dict with one trigger, ``unfreeze_from``, and optional keys:
 
-    * ``at_timestep``: environment steps of the whole training; ``at_update``: gradient updates; ``on_plateau``: a
-      dict of ``patience`` (evaluations without improvement that are tolerated), ``min_delta`` (reward, default 0) and
-      ``latest_timestep`` (environment steps; begins then in any case). A plateau needs an ``EvalCallback``.
-    * ``unfreeze_from``: this stage and all above it train from then on; must be lower in each phase
+    * the trigger is ``at_timestep`` (environment steps of the whole training), ``at_update`` (gradient updates) or
+      ``on_plateau``, which needs an ``EvalCallback``: a dict of ``patience`` (number of evaluations without improvement
+      that are tolerated), ``min_delta`` (smallest gain in reward that counts, default 0) and ``latest_timestep``
+      (environment steps after which the phase begins in any case, default: never)
+    * ``unfreeze_from``: this stage and all above it train from then on; it must be lower in each phase
     * ``lr_backbone``: the backbone's learning rate from then on, as in the policy; default: unchanged
-    * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value, and then stays; default 0
-    * ``restore_best``: first return to the best weights and optimizer moments of the phase that ends (default false);
-      needs a ``BestCheckpointCallback``
+    * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value; default 0
+    * ``restore_best``: whether to begin with the best weights and optimizer moments of the phase before it, which needs
+      a ``BestCheckpointCallback``; default false
 
     :param phases: the phases in order
-    :param verbose: 1 to print a line at each transition (it is logged in any case); 0 for silence
+    :param verbose: 1 to print a line when a phase begins; Python's logging gets it in any case
     :raises ValueError: for phases that cannot work
-    :raises TypeError: for unknown arguments and wrong types
+    :raises TypeError: for unknown keys and wrong types
     """
 
-    def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1, **unknown: Any) -> None:
+    def __init__(self, phases: Sequence[Mapping[str, Any]], verbose: int = 1) -> None:
         super().__init__(verbose)
-        no_unknown("UnfreezeCallback", unknown, ("phases", "verbose"))
         if isinstance(phases, (str, Mapping)) or not isinstance(phases, Sequence) or not phases:
-            raise ValueError(f"phases must be a list of dicts, one a phase, got {phases!r}")
+            raise ValueError(f"phases must be a list of dicts, one per phase, got {shown(phases)}")
         self.phases = [_read_phase(index, phase) for index, phase in enumerate(phases)]
-        _check_order(self.phases)
+        _refuse_bad_order(self.phases)
         self._updates = UpdateHook(self._apply_ramp)
         self._evaluations = Evaluations(None)
         self._plateau = schedules.plateau_start()
@@ -86,7 +98,7 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def phase(self) -> int:
-        """How many phases have begun, read from the model."""
+        """Number of phases that have begun, read from the model."""
         policy: Any = self.model.policy
         reached = policy.freeze_boundary
         if reached is None:
@@ -96,21 +108,22 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def timesteps(self) -> int:
-        """Environment steps of the whole training; ``reset_num_timesteps`` does not reset them."""
+        """Environment steps of the whole training, which ``reset_num_timesteps`` does not reset."""
         return self._offset + self.model.num_timesteps
 
     def reached_by(self, total_timesteps: int | None) -> list[Phase]:
         """
-        Which phases ``learn()`` gets to, if updates are made and plateaus come.
+        Which phases ``learn()`` will reach, if updates are made and plateaus occur.
 
-        :param total_timesteps: environment steps at its end; ``None``: endless
-        :return: the phases that will have begun
+        :param total_timesteps: environment steps at the end of ``learn()``; ``None``: no end
+        :return: the phases that will have begun by then
         """
         end = math.inf if total_timesteps is None else self._offset + total_timesteps
         late = [phase.trigger == "at_timestep" and (phase.when or 0) > end for phase in self.phases]
-        # A phase that is due takes those before it along.
+        # When a phase is due, those before it begin too.
         return self.phases[: max((index for index, missed in enumerate(late, 1) if not missed), default=0)]
 
+    @refusals_end_the_search
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
@@ -124,7 +137,7 @@ class UnfreezeCallback(BaseCallback):
                 f"The boundary only moves down, but the model already trains from {policy.freeze_boundary!r} and "
                 f"phases[0] says {self.phases[0].unfreeze_from!r}. Write freeze_backbone=True, or name lower stages."
             )
-        self._evaluations = Evaluations(self.locals.get("callback"))
+        self._evaluations = Evaluations(host.root_callback(self))
         if any(phase.trigger == "on_plateau" for phase in self._ahead) and not self._evaluations.found:
             raise ValueError("on_plateau follows the evaluation reward: add an EvalCallback to learn()")
         if any(phase.restore_best for phase in self._ahead) and self._keeper is None:
@@ -144,13 +157,13 @@ class UnfreezeCallback(BaseCallback):
         return True
 
     def _on_rollout_end(self) -> None:
-        """After all ``on_step``, evaluations included, and before ``train()``, whatever the order of the callbacks."""
+        """Begin what is due: after all evaluations and before ``train()``, whatever the order of the callbacks."""
         self._on_step()
         self._updates.follow(self.model)
         ahead = self._ahead
         due = [index for index, phase in enumerate(ahead, 1) if self._is_due(phase)]
         if due and self._keeper is not None:
-            self._keeper.best_of_phase()  # it may come after us: what was evaluated belongs to the phase that ends
+            self._keeper.best_of_phase()  # the latest evaluation belongs to the phase that ends
         for phase in ahead[: due[-1] if due else 0]:
             self._begin(phase)
         policy: Any = self.model.policy
@@ -163,11 +176,11 @@ class UnfreezeCallback(BaseCallback):
         if self._ended:  # RL-Zoo ends training twice
             return
         self._ended = True
-        self._on_step()  # of an evaluation that stops training, after which SB3 calls no on_rollout_end
+        self._on_step()  # an evaluation may have stopped training, and then SB3 skips on_rollout_end
         for phase in self._ahead:
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
-                f"{self.model._n_updates}. Train longer, or let it begin earlier.",
+                f"{host.updates_done(self.model)}. Train longer, or let it begin earlier.",
                 stacklevel=2,
             )
 
@@ -177,7 +190,7 @@ class UnfreezeCallback(BaseCallback):
 
     @property
     def _keeper(self) -> Any:
-        return find_keeper(self.locals.get("callback"))
+        return find_keeper(host.root_callback(self))
 
     def _position(self, phase: Phase) -> int:
         policy: Any = self.model.policy
@@ -186,7 +199,7 @@ class UnfreezeCallback(BaseCallback):
 
     def _is_due(self, phase: Phase) -> bool:
         if phase.trigger == "at_update":
-            return phase.when is not None and self.model._n_updates >= phase.when
+            return phase.when is not None and host.updates_done(self.model) >= phase.when
         if phase.when is not None and self.timesteps >= phase.when:
             return True
         return phase.trigger == "on_plateau" and phase is self._ahead[0] and self._plateau["factor"] == 0.0
@@ -196,7 +209,7 @@ class UnfreezeCallback(BaseCallback):
         policy: Any = self.model.policy
         before = policy.freeze_boundary
         restored = restore_best(self.model, self._keeper) if phase.restore_best else ""
-        policy.set_freeze_boundary(phase.unfreeze_from, at_update=self.model._n_updates)
+        policy.set_freeze_boundary(phase.unfreeze_from, at_update=host.updates_done(self.model))
         optimizer = optimizer_of(self.model)
         if phase.lr_backbone is not None:
             initial = float(self.model.lr_schedule(1))
@@ -204,18 +217,18 @@ class UnfreezeCallback(BaseCallback):
                 raise ValueError("lr_backbone is relative to learning_rate at the start of training, which is 0")
             set_lr_ratio(optimizer, "backbone", phase.lr_backbone / initial)
         self._plateau = schedules.plateau_start()
-        self._apply_ramp(self.model._n_updates)
+        self._apply_ramp(host.updates_done(self.model))
         self._remember()
         line = (
             f"Phase {self.phase} of {len(self.phases)} begins at timestep {self.timesteps}, update "
-            f"{self.model._n_updates}: trains from {policy.freeze_boundary} up (was {before}){restored}"
+            f"{host.updates_done(self.model)}: trains from {policy.freeze_boundary} up (was {before}){restored}"
         )
         _log.info(line)
         if self.verbose:
             print(line)
 
     def _apply_ramp(self, n: int) -> None:
-        """The ramp's factor before the update that follows ``n`` others."""
+        """Set the ramp's factor of the update that follows ``n`` others."""
         policy: Any = self.model.policy
         reached = self.phase
         factor = 1.0
@@ -232,7 +245,7 @@ def _read_phase(index: int, phase: Any) -> Phase:
     name = f"phases[{index}]"
     if not isinstance(phase, Mapping):
         example = "{'at_timestep': 300000, 'unfreeze_from': 'layer4'}"
-        raise TypeError(f"{name} must be a dict such as {example}, got {phase!r}")
+        raise TypeError(f"{name} must be a dict such as {example}, got {shown(phase)}")
     no_unknown(name, phase, (*TRIGGERS, "unfreeze_from", "lr_backbone", "ramp", "restore_best"))
     triggers = [key for key in TRIGGERS if phase.get(key) is not None]
     if len(triggers) != 1:
@@ -244,7 +257,7 @@ def _read_phase(index: int, phase: Any) -> Phase:
     when = phase[trigger]
     if trigger == "on_plateau":
         if not isinstance(when, Mapping) or "patience" not in when:
-            raise ValueError(f"{name}: on_plateau must be a dict with patience, got {when!r}")
+            raise ValueError(f"{name}: on_plateau must be a dict with patience, got {shown(when)}")
         no_unknown(f"{name}: on_plateau", when, ("patience", "min_delta", "latest_timestep"))
         plateau, when = when, when.get("latest_timestep")
     lr = phase.get("lr_backbone")
@@ -260,9 +273,9 @@ def _read_phase(index: int, phase: Any) -> Phase:
     )
 
 
-def _check_order(phases: Sequence[Phase]) -> None:
+def _refuse_bad_order(phases: Sequence[Phase]) -> None:
     for earlier, later in pairwise(phases):
-        # "all" is the lowest stage that the model has, so nothing can follow it.
+        # "all" is the lowest stage of the model, so no other can follow it.
         if earlier.unfreeze_from == "all" or (
             later.unfreeze_from != "all" and STAGES.index(later.unfreeze_from) >= STAGES.index(earlier.unfreeze_from)
         ):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback
-from sb3_resnet.common.arguments import choice, no_unknown, text
+from sb3_resnet.common.arguments import choice, path_of, shown, text
 
 MODES = ("online", "offline", "disabled")
 
@@ -18,22 +18,23 @@ class WandbTrackerCallback(TrackerCallback):
 
         WandbTrackerCallback(project="pong", mode="offline")
 
-    Every line of SB3's log is logged with ``timesteps`` as its axis, the hyperparameters become the run's config, and
-    the best model (of ``BestCheckpointCallback``, else of ``EvalCallback``) an artifact. A run that is active already
-    is used and stays open; else one is begun, and finished with training. W&B's own ``WandbCallback`` needs
-    ``wandb.init`` before it, which YAML cannot call, gets numbers only through a patched TensorBoard, and does not know
-    the best model; for gradient histograms use it beside this one.
+    Every line of SB3's log is logged with ``timesteps`` as its axis. The hyperparameters become the run's config, and
+    the best model (of ``BestCheckpointCallback``, else of ``EvalCallback``) an artifact. If a run is active already, it
+    is used and stays open; otherwise a run is started, and finished at the end of training.
 
-    :param project: W&B's project
-    :param name: name of the run; ``None``: W&B makes one up
-    :param mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None``: as W&B is set up
-    :param folder: where W&B keeps its files; ``None``: ``wandb`` in the current folder
+    W&B's own ``WandbCallback`` needs a call of ``wandb.init`` before it, which YAML cannot make, gets its numbers only
+    through TensorBoard, and does not know the best model. For histograms of gradients, use both callbacks.
+
+    :param project: name of the project
+    :param name: name of the run; ``None``: W&B chooses one
+    :param mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None``: W&B's own setting
+    :param folder: where W&B stores its files; ``None``: ``wandb`` in the current folder
     :param init: further arguments of ``wandb.init``, such as ``{"tags": ["resnet"], "group": "seeds"}``
-    :param save_best: keep the best model with the run
+    :param save_best: whether to store the best model with the run
     :param verbose: SB3's verbosity
     :raises ImportError: if wandb is not installed
-    :raises TypeError: for unknown arguments and wrong types
-    :raises ValueError: for an unknown mode and empty names
+    :raises TypeError: for wrong types
+    :raises ValueError: for an unknown mode and for empty names
     """
 
     def __init__(
@@ -45,21 +46,22 @@ class WandbTrackerCallback(TrackerCallback):
         init: Mapping[str, Any] | None = None,
         save_best: bool = True,
         verbose: int = 0,
-        **unknown: Any,
     ) -> None:
         super().__init__(save_best, verbose)
-        allowed = ("project", "name", "mode", "folder", "init", "save_best", "verbose")
-        no_unknown("WandbTrackerCallback", unknown, allowed)
         text("project", project)
         if name is not None:
             text("name", name)
         if mode is not None:
             choice("mode", mode, MODES)
-        if not (folder is None or isinstance(folder, Path)):
-            text("folder", folder)
         if not (init is None or isinstance(init, Mapping)):
-            raise TypeError(f"init must be a dict of arguments of wandb.init, got {init!r}")
-        self._init = {"project": project, "name": name, "mode": mode, "dir": folder, **(init or {})}
+            raise TypeError(f"init must be a dict of arguments of wandb.init, got {shown(init)}")
+        self._init = {
+            "project": project,
+            "name": name,
+            "mode": mode,
+            "dir": None if folder is None else str(path_of("folder", folder)),
+            **(init or {}),
+        }
         _wandb()
 
     def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
@@ -82,7 +84,7 @@ class _WandbTracker(Tracker):
         super().__init__("wandb")
         self.run = run
         self._owned = owned
-        # An axis of its own: W&B's step must never go back, but timesteps do in a learn() that resets them.
+        # W&B's own step must not decrease, but timesteps do in a learn() that resets them.
         run.define_metric("timesteps", hidden=True)
         run.define_metric("*", step_metric="timesteps")
 

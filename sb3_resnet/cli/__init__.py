@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the command with the arguments of the process; without its libraries, say in one line what to install."""
+    """Run the command with the arguments of the process. If a library is missing, say in one line what to install."""
     try:
         import rich  # noqa: F401  # only whether it is installed
         import typer  # noqa: F401  # likewise

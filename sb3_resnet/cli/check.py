@@ -1,42 +1,59 @@
-"""Is a run set up right? Build it small, try it, and compute what it will need."""
+"""``sb3-resnet check``: build a run small before it starts, try an update, and compute what it will need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch as th
+import typer
+from rich.console import Console
+from rich.table import Table
 
-from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
+from sb3_resnet.cache import sizes
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
-from sb3_resnet.cli import sizes, trial
-from sb3_resnet.cli.extras import missing_extra
-from sb3_resnet.cli.loading import extractor_of, one_line
+from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.cli import envs, setups, trial
+from sb3_resnet.cli.check_rules import gradient_findings, memory_findings, settings_findings
+from sb3_resnet.cli.extras import import_extra, missing_extra
+from sb3_resnet.cli.loading import extractor_of
 from sb3_resnet.cli.network import ScoreNetwork
-from sb3_resnet.cli.setups import Setup
+from sb3_resnet.cli.options import Device, EnvId, Packages, Strict, Trust, Wrapper
+from sb3_resnet.cli.show import gigabytes, pairs_table, show_findings, show_groups
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.common.arguments import integer, number, shown
 from sb3_resnet.common.memory import available_bytes
-from sb3_resnet.diagnosis.findings import Finding
-from sb3_resnet.diagnosis.setup_rules import frame_buffer_arguments, static_findings
+from sb3_resnet.diagnosis import Finding
 from sb3_resnet.nn.encoder import rounding_error
-from sb3_resnet.optim.groups import param_group_summary
+from sb3_resnet.optim.summary import param_group_summary
 
+Param = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the algorithm; repeat")]
+PolicyKwarg = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the policy; repeat")]
+ExtractorKwarg = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of ResNetExtractor; repeat")
+]
+ConfFile = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="RL-Zoo's YAML; without one, the options below and defaults")
+]
 _COMPARED = 64  # observations on which precisions are compared
-_PLAYED = 200  # steps at random: enough to see how frames are stacked, and over in a second
+_PLAYED = 200  # random steps: enough to see how frames are stacked, and done within a second
+_TWO_COLUMNS = 100  # characters
 
 
 @dataclass
 class Report:
     """
-    What a check found.
+    What was found about a run before it starts.
 
     :param findings: what is wrong or doubtful
-    :param model: name and value of what was built
-    :param shapes: step of the forward pass, and the shape that leaves it
-    :param memory: what takes memory, and how many bytes
-    :param speed: what was measured, as text
+    :param model: names and values that describe the model
+    :param shapes: each step of the forward pass, with the shape of its output
+    :param memory: each buffer, with its size in bytes
+    :param speed: each part of training, with the time that it takes, as text
     :param groups: rows of :func:`~sb3_resnet.optim.groups.param_group_summary`
     """
 
@@ -47,38 +64,116 @@ class Report:
     speed: list[tuple[str, str]] = field(default_factory=list)
     groups: list[dict[str, Any]] = field(default_factory=list)
 
-    @property
-    def failed(self) -> bool:
-        """Whether there is an error among the findings."""
-        return any(finding.severity == "error" for finding in self.findings)
+
+def command(
+    context: typer.Context,
+    env: EnvId,
+    conf_file: ConfFile = None,
+    algo: Annotated[str, typer.Option(metavar="NAME", help="name of the algorithm, as for RL-Zoo")] = "dqn",
+    n_timesteps: Annotated[
+        int, typer.Option("--n-timesteps", "-n", metavar="N", help="steps of the run; 0: the YAML's, else a million")
+    ] = 0,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="torchvision ResNet, such as resnet50")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", help="observations of an update")] = None,
+    buffer_size: Annotated[int | None, typer.Option(metavar="N", help="transitions in replay memory")] = None,
+    learning_rate: Annotated[float | None, typer.Option(metavar="RATE", help="of the head")] = None,
+    param: Param = None,
+    policy_kwarg: PolicyKwarg = None,
+    extractor_kwarg: ExtractorKwarg = None,
+    n_envs: Annotated[int, typer.Option(metavar="N", help="environments side by side (without a YAML)")] = 1,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    memory: Annotated[
+        float | None, typer.Option(metavar="GB", help="memory that the run may take; default: what is free now")
+    ] = None,
+    device: Device = "auto",
+    strict: Strict = False,
+    trust: Trust = False,
+) -> bool:
+    """Before a run: build it small, try an update, and compute memory, time and what is set up wrong."""
+    n_timesteps, n_envs = integer("-n", n_timesteps), integer("--n-envs", n_envs, 1)
+    available = None if memory is None else int(1e9 * number("--memory", memory, above=True))
+    given = {"batch_size": batch_size, "buffer_size": buffer_size, "learning_rate": learning_rate}
+    arguments = setups.Arguments(
+        {**_pairs("--param", param), **{key: value for key, value in given.items() if value is not None}},
+        _pairs("--policy-kwarg", policy_kwarg),
+        {**_pairs("--extractor-kwarg", extractor_kwarg), **({} if backbone is None else {"backbone": backbone})},
+    )
+    envs.import_packages(gym_packages or [])
+    if conf_file is None:
+        build = partial(setups.from_arguments, env, algo, arguments, n_timesteps, device, n_envs, wrapper)
+    else:
+        setups.read_sections(conf_file)  # a file that cannot be read is no finding about a run
+        build = partial(setups.from_zoo, conf_file, env, algo, arguments, n_timesteps, device, trust)
+    return show_report(context.obj, check(build, available), strict)
 
 
-def check(build: Callable[[], Setup], available: int | None = None) -> Report:
+def check(build: Callable[[], setups.Setup], available: int | None = None) -> Report:
     """
-    Check a run before it starts. The full replay buffer is never allocated.
+    Examine a run before it starts. The full replay buffer is never allocated.
 
-    :param build: builds what would be trained
+    :param build: builds the model that would be trained
     :param available: bytes of memory that the run may take; ``None``: what is free now
-    :return: the report; what could not be built is a finding too
+    :return: the report; a model that cannot be built is a finding too
     """
     report = Report()
     try:
         setup = build()
         extractor_of(setup.model)
-    except Exception as error:  # of the environment, RL-Zoo, the policy or the algorithm: whatever stops a run
+    except Exception as error:  # any error of environment, RL-Zoo, policy or algorithm would stop the run
         report.findings.append(Finding("setup", one_line(error), "", missing_extra(error), "error"))
         return report
     available = available_bytes() if available is None else available
     try:
         _inspect(report, setup, available)
-    except Exception as error:  # of a forward or backward pass, such as a GPU without memory for the batch
+    except Exception as error:  # of a forward or backward pass, such as too little GPU memory for the batch
         report.findings.append(Finding("trial", f"A trial update failed: {one_line(error)}", "", "", "error"))
     finally:
         setup.model.get_env().close()
     return report
 
 
-def _inspect(report: Report, setup: Setup, available: int | None) -> None:
+def show_report(console: Console, report: Report, strict: bool) -> bool:
+    """
+    Print what was found, findings last; tables stand side by side where there is room.
+
+    :param console: where to print
+    :param report: what was found
+    :param strict: whether warnings are as bad as errors
+    :return: whether the command fails
+    """
+    memory = [(name, gigabytes(count)) for name, count in report.memory]
+    shapes = [(name, str(shape)) for name, shape in report.shapes]
+    parts = {"Model": report.model, "Memory": memory, "Shapes of a batch": shapes, "Speed, measured": report.speed}
+    tables = [pairs_table(title, rows) for title, rows in parts.items() if rows]
+    if len(tables) == len(parts) and console.width >= _TWO_COLUMNS:
+        grid = Table.grid(padding=(0, 4))
+        grid.add_row(tables[0], tables[2])
+        grid.add_row(tables[1], tables[3])
+        tables = [grid]
+    for table in tables:
+        console.print(table)
+    if report.groups:
+        show_groups(console, report.groups)
+    return show_findings(console, report.findings, strict)
+
+
+def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
+    """Read KEY=VALUE, the value as YAML."""
+    pairs = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{option} takes KEY=VALUE, got {shown(text)}")
+        yaml = import_extra("yaml")
+        try:
+            pairs[key.strip()] = yaml.safe_load(value)
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{option} {shown(text)}: the value is no YAML ({one_line(error)})") from error
+    return pairs
+
+
+def _inspect(report: Report, setup: setups.Setup, available: int | None) -> None:
     model = setup.model
     extractor = extractor_of(model)
     report.model = _describe(setup, extractor)
@@ -97,76 +192,21 @@ def _inspect(report: Report, setup: Setup, available: int | None) -> None:
         report.findings.append(Finding("feature_cache", seen, "Training would end at its start.", "", "error"))
     report.findings += gradient_findings(model)
     report.speed = _speed(speed, setup.total_timesteps)
-    told = "frozen with random weights"  # a finding of its own
+    told = "frozen with random weights"  # there is a finding about it already
     report.findings += [Finding("warned", text, "", "") for text in setup.warnings if told not in text]
 
 
-def settings_findings(setup: Setup) -> list[Finding]:
-    """:return: what can be seen without training; of the model's small buffer nothing can be said"""
-    unfreezer = setup.callback(UnfreezeCallback)
-    found = static_findings(setup.model, setup.total_timesteps, unfreezer)
-    restores = unfreezer is not None and any(phase.restore_best for phase in unfreezer.phases)
-    if restores and setup.callback(BestCheckpointCallback) is None:
-        seen = "A phase has restore_best, and no callback keeps the best model."
-        change = "Add sb3_resnet.callbacks.BestCheckpointCallback, or leave restore_best out."
-        found.append(Finding("restore_best", seen, "Training would end at its start.", change, "error"))
-    return [finding for finding in found if finding.code != "buffer_memory"]
-
-
-def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
-    """:return: what of replay and cache does not fit; ``needed`` is ``Report.memory``"""
-    if "available" not in needed or setup.buffer_size is None:
-        return []
-    cached = setup.callback(FeatureCacheCallback) is not None
-    # The cache puts such a buffer into the place of SB3's.
-    ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
-    available, frames = needed["available"], needed["FrameReplayBuffer"]
-    buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
-    why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
-    if buffer > available:
-        seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
-        change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
-        if not ours and frames < available:
-            arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
-            change += f", or {arguments}, which takes about {gigabytes(frames)}"
-        return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
-    if cached and buffer + cache > available:
-        seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
-        change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
-        return [Finding("cache_memory", seen, why, change)]
-    return []
-
-
-def gradient_findings(model: Any) -> list[Finding]:
-    """:return: whether the gradients of the trial updates are numbers, and reach all that trains"""
-    trains = {name: parameter for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
-    online = {name: parameter for name, parameter in trains.items() if "_target" not in name}
-    broken = [name for name, value in online.items() if value.grad is not None and not value.grad.isfinite().all()]
-    if broken:
-        seen = f"The gradient of {broken[0]} and {len(broken) - 1} others is not finite after some updates."
-        return [Finding("gradients", seen, "The weights become NaN.", "Write a smaller learning_rate.", "error")]
-    silent = [name for name, parameter in online.items() if parameter.grad is None]
-    if silent:
-        seen = f"No gradient reaches {silent[0]} and {len(silent) - 1} other trainable parameters."
-        return [Finding("gradients", seen, "They stay as they are.", "Freeze them, or look at the network.", "error")]
-    return []
-
-
-def gigabytes(count: float) -> str:
-    """:return: bytes as text"""
-    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def _describe(setup: Setup, extractor: Any) -> list[tuple[str, str]]:
+def _describe(setup: setups.Setup, extractor: Any) -> list[tuple[str, str]]:
     model = setup.model
     boundary = extractor.freeze_boundary
     trains = "nothing of it trains" if boundary is None else f"trains from {boundary} up"
+    backbone = (model.policy_kwargs.get("features_extractor_kwargs") or {}).get("backbone", "resnet18")
     lines = [
         ("algorithm", f"{type(model).__name__} with {type(model.policy).__name__}"),
         ("observations", f"{model.n_envs} x {model.observation_space.dtype} {model.observation_space.shape}"),
         ("actions", str(model.action_space)),
         ("device", str(model.device)),
-        ("backbone", f"{_name_of(model)}: {trains}"),
+        ("backbone", f"{backbone}: {trains}"),
         ("batch size", str(trial.batch_size_of(model))),
         ("steps of the run", f"{setup.total_timesteps:,}"),
     ]
@@ -174,16 +214,16 @@ def _describe(setup: Setup, extractor: Any) -> list[tuple[str, str]]:
     return [*lines, ("callbacks", ", ".join(names))] if names else lines
 
 
-def _memory(setup: Setup, extractor: Any, played: Array, available: int | None) -> list[tuple[str, int]]:
+def _memory(setup: setups.Setup, extractor: Any, played: Array, available: int | None) -> list[tuple[str, int]]:
     model, size = setup.model, setup.buffer_size
     assert size is not None
     flat = played.reshape(-1, *played.shape[2:])
     rows = [
         ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
-        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, played)),
+        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat))),
     ]
-    entries = sizes.cache_bytes(model, extractor, flat, min(size, setup.total_timesteps))
-    if entries is not None:
+    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor)
+    if entries:
         rows.append(("feature cache", entries))
     return rows if available is None else [*rows, ("available", available)]
 
@@ -199,7 +239,7 @@ def _precision(model: Any, extractor: Any, played: Array) -> list[tuple[str, str
 
 
 def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[int, ...]]]:
-    """A random batch, stage by stage."""
+    """Shapes of a random batch as it passes the network."""
     size = trial.batch_size_of(model)
     observations = played.reshape(-1, *played.shape[2:])
     batch = th.as_tensor(np.random.default_rng(0).choice(observations, size), device=model.device)
@@ -231,16 +271,6 @@ def _speed(speed: trial.Speed, total_timesteps: int) -> list[tuple[str, str]]:
         if rate is not None:
             rows.append((name, f"{_three_digits(rate)} steps/s, {_duration(total_timesteps / rate)}"))
     return rows
-
-
-def _name_of(model: Any) -> str:
-    return str((model.policy_kwargs.get("features_extractor_kwargs") or {}).get("backbone", "resnet18"))
-
-
-def _round_down(count: int) -> int:
-    """:return: the number with two digits and zeros: 48,712 becomes 48,000"""
-    unit = int(10 ** max(0, len(str(count)) - 2))
-    return count // unit * unit
 
 
 def _three_digits(value: float) -> str:

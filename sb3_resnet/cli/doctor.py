@@ -1,17 +1,19 @@
-"""Was a finished run healthy? From its logs and its model."""
+"""``sb3-resnet doctor``: what the logs and the model of a run say went wrong."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from sb3_resnet.cli.loading import load_model, one_line
+import typer
+
+from sb3_resnet.cli.loading import load_model
+from sb3_resnet.cli.options import Strict, Trust
 from sb3_resnet.cli.runs import find_runs, summary
-from sb3_resnet.diagnosis import history_findings, static_findings
-from sb3_resnet.diagnosis.findings import Finding
-
-# Of the replay buffer, which is loaded without its content.
-_NOT_OF_A_LOADED_MODEL = {"buffer_memory"}
+from sb3_resnet.cli.show import show_findings, show_pairs
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.diagnosis import Finding, history_findings, static_findings
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class Examination:
     """
     What was found in the folder of a run.
 
-    :param facts: names and values
+    :param facts: names and values of what is there
     :param findings: what is wrong
     """
 
@@ -27,10 +29,30 @@ class Examination:
     findings: list[Finding]
 
 
-def examine(folder: str | Path) -> Examination:
+def command(
+    context: typer.Context,
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN_FOLDER", help="such as logs/dqn/PongNoFrameskip-v4_1")],
+    strict: Strict = False,
+    trust: Trust = False,
+) -> bool:
     """
-    :param folder: of one run
-    :return: what its logs and its model say
+    What the logs of a run say went wrong, what it means, and what to change.
+
+    Reads progress.csv (written where SB3's logger has "csv"; with MonitorCallback it tells more), monitor.csv and
+    evaluations.npz, and looks at the model.
+    """
+    found = examine(run_folder, trust)
+    show_pairs(context.obj, "Run", found.facts)
+    return show_findings(context.obj, found.findings, strict)
+
+
+def examine(folder: str | Path, trust: bool = False) -> Examination:
+    """
+    Read the logs and the model of one run.
+
+    :param folder: folder of the run
+    :param trust: also run code that its model holds
+    :return: what was found
     :raises FileNotFoundError: if there is no such folder
     :raises ValueError: if it holds no logs, empty or broken ones, or those of several runs
     """
@@ -44,9 +66,12 @@ def examine(folder: str | Path) -> Examination:
     if not run.progress:
         facts.append(("log", "no progress.csv, so only rewards can be judged"))
     if run.model is not None:
+        # The replay buffer is loaded without its content, so its memory says nothing.
+        known = {"buffer_memory", *(finding.code for finding in findings)}
         try:
-            known = {finding.code for finding in findings} | _NOT_OF_A_LOADED_MODEL
-            findings += [found for found in static_findings(load_model(run.model)) if found.code not in known]
+            findings += [
+                found for found in static_findings(load_model(run.model, trust=trust)) if found.code not in known
+            ]
             facts.append(("model", str(run.model)))
         except (ValueError, ImportError) as error:
             facts.append(("model", f"not looked at: {one_line(error)}"))

@@ -13,7 +13,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_resnet.cli.extras import missing_extra
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 
 ATARI_STACK = 4
 _ATARI_HINT = "Atari games need ale-py: pip install 'sb3_resnet[atari]'"
@@ -23,40 +23,41 @@ def make_env(
     env_id: str, n_envs: int = 1, seed: int = 0, frame_stack: int | None = None, wrapper: str | None = None
 ) -> VecEnv:
     """
-    An environment for evaluation: Atari games with SB3's wrappers, but true rewards and whole episodes.
+    Make an environment for evaluation: Atari games with SB3's wrappers, but with unclipped rewards and whole episodes.
 
     :param env_id: id of gymnasium's registry
-    :param n_envs: how many of them
-    :param seed: of the first
-    :param frame_stack: frames in an observation; ``None``: 4 for Atari games, 1 for others
+    :param n_envs: number of environments
+    :param seed: seed of the first one
+    :param frame_stack: frames per observation; ``None``: 4 for Atari games, 1 for others
     :param wrapper: dotted path of a further wrapper class
-    :return: the environments, images channels first
-    :raises ValueError: if it cannot be made, with the reason in one line
+    :return: the environments, with images channels first
+    :raises ValueError: if they cannot be made, with the reason in one line
     """
     atari = is_atari(env_id)
     wrap = None if wrapper is None else class_of("--wrapper", wrapper)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 asks for one that it may not need
+            warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 sets one that not every environment has
             if atari and wrap is None:
                 kwargs = {"clip_reward": False, "terminal_on_life_loss": False}
                 env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
             else:
                 env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
-    except Exception as error:  # a missing game, package or display: each raises its own kind
+    except Exception as error:  # a missing game, package or display raises an error of its own class
         raise ValueError(f"{env_id} cannot be made: {one_line(error)} {missing_extra(error)}".rstrip()) from error
     return _stacked(env, frame_stack or (ATARI_STACK if atari else 1))
 
 
 def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) -> VecEnv:
     """
-    One environment that gives what the model was trained on; frames are stacked until the shapes agree.
+    Make one environment that fits a model; frames are stacked until the shapes agree.
 
     :param model: an SB3 model of images
     :param env_id: id of gymnasium's registry
-    :param seed: its seed
+    :param seed: seed of the environment
     :param wrapper: dotted path of a further wrapper class
-    :raises ValueError: if observations or actions differ
+    :return: the environment, as a vector of one
+    :raises ValueError: if its observations or actions differ from the model's
     """
     env = make_env(env_id, 1, seed, 1, wrapper)
     wanted, given = model.observation_space.shape, env.observation_space.shape
@@ -73,7 +74,8 @@ def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) 
 
 def is_atari(env_id: str) -> bool:
     """
-    :return: whether the id is that of a game of ALE
+    :param env_id: id of gymnasium's registry
+    :return: whether it is an Atari game
     :raises ValueError: for an id that is not registered
     """
     register_atari()
@@ -93,7 +95,7 @@ def register_atari() -> None:
         import ale_py
     except ImportError:
         return
-    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # its banner would stand between our lines
+    ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)  # hides its banner
     gym.register_envs(ale_py)
 
 
@@ -101,7 +103,8 @@ def import_packages(names: Sequence[str]) -> None:
     """
     Import packages that register environments.
 
-    :raises ValueError: for one that cannot be imported
+    :param names: names of the packages
+    :raises ValueError: if one cannot be imported
     """
     for name in names:
         try:
@@ -116,14 +119,14 @@ def _stacked(env: VecEnv, frames: int) -> VecEnv:
     if frames > 1:
         env = VecFrameStack(env, frames)
     space = env.observation_space
-    if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]  # a Box, then
+    if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]  # an image space is a Box
         env = VecTransposeImage(env)
     return env
 
 
 def class_of(option: str, path: str) -> Any:
     """
-    :param option: where the user wrote it, for the error
+    :param option: option or argument that holds the path, for the error
     :param path: dotted path, ``package.module.Class``
     :return: the class
     :raises ValueError: if it cannot be imported

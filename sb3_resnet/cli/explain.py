@@ -1,45 +1,78 @@
-"""What the agent looks at: Grad-CAM and saliency of the greedy action's score, by captum."""
+"""``sb3-resnet explain``: what the agent looks at, by Grad-CAM or saliency of the greedy action's score."""
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch as th
+import typer
 from torch.nn import functional as F
 
 from sb3_resnet.cache.frames import Array
+from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import extractor_of
+from sb3_resnet.cli.loading import extractor_of, load_model
 from sb3_resnet.cli.network import ScoreNetwork
-from sb3_resnet.common.arguments import choice
+from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
+from sb3_resnet.cli.pictures import Episode
+from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.nn.backbones import STAGES
 
 METHODS = ("gradcam", "saliency")
-#: Smallest map, in pixels of its shorter side, of which Grad-CAM still shows a place: layer4's is 3x3 at 84 pixels.
+#: Smallest map, in pixels of its shorter side, in which Grad-CAM can still locate something: at 84 pixels, the map of
+#: layer4 has 3x3.
 SMALLEST_MAP = 5
 _BATCH = 32
 
 
-@dataclass(frozen=True)
-class Episode:
-    """
-    What the agent saw and did.
-
-    :param observations: ``(steps, C, H, W)``
-    :param scores: of each action, ``(steps, actions)``: Q-values, or logits for PPO and A2C
-    :param actions: the greedy ones, which were taken, ``(steps,)``
-    :param rewards: what they earned, ``(steps,)``
-    :param names: of the actions
-    """
-
-    observations: Array
-    scores: Array
-    actions: Array
-    rewards: Array
-    names: list[str]
+def command(
+    context: typer.Context,
+    model: Model,
+    env: EnvId,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="FOLDER", help="where sheet.png and episode.mp4 go")
+    ] = Path("explain"),
+    method: Annotated[
+        str, typer.Option(metavar="NAME", help="gradcam: places that raise the score; saliency: pixels that change it")
+    ] = "gradcam",
+    layer: Annotated[
+        str | None,
+        typer.Option(metavar="STAGE", help="of Grad-CAM; default: the highest whose map has 5 pixels a side"),
+    ] = None,
+    steps: Annotated[int, typer.Option(metavar="N", help="steps to play, at most one episode")] = 500,
+    frames: Annotated[int, typer.Option(metavar="N", help="moments on the sheet")] = 12,
+    gif: Annotated[bool, typer.Option("--gif", help="episode.gif instead of episode.mp4")] = False,
+    seed: Annotated[int, typer.Option(metavar="N", help="of the environment")] = 0,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    device: Device = "auto",
+    trust: Trust = False,
+) -> None:
+    """Play an episode with the greedy actions, and show where the image decides their Q-values (PPO: logits)."""
+    # An episode may take minutes, so wrong options are refused before it.
+    steps, frames = integer("--steps", steps, 1), integer("--frames", frames, 1)
+    choice("--method", method, METHODS)
+    if layer is not None:
+        choice("--layer", layer, STAGES)
+    pictures.refuse_unwritable(output)
+    envs.import_packages(gym_packages or [])
+    agent = load_model(model, device, trust)
+    layer = layer or default_layer(agent)
+    with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
+        episode = play_greedily(agent, game, steps)
+    heat = heat_maps(agent, episode.observations, episode.actions, method, layer)
+    output.mkdir(parents=True, exist_ok=True)
+    how = f"Grad-CAM at {layer}" if method == "gradcam" else "saliency"
+    picture = pictures.sheet(episode, heat, frames, f"{env}: {how} of the greedy action's score")
+    picture.save(output / "sheet.png", optimize=True)
+    video = output / f"episode.{'gif' if gif else 'mp4'}"
+    pictures.write_video(video, episode, heat)
+    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps"
+    context.obj.print(f"{output / 'sheet.png'} and {video}: {returned}", highlight=False, soft_wrap=True)
 
 
 def play_greedily(model: Any, env: Any, steps: int) -> Episode:
@@ -47,8 +80,8 @@ def play_greedily(model: Any, env: Any, steps: int) -> Episode:
     Play one episode with the greedy actions.
 
     :param model: an SB3 model with a ResNet and discrete actions
-    :param env: one environment that fits it
-    :param steps: the most
+    :param env: one environment that fits the model
+    :param steps: largest number of steps
     :return: the episode
     """
     network = ScoreNetwork(model).eval()
@@ -73,14 +106,14 @@ def heat_maps(
     model: Any, observations: Array, actions: Array, method: str = "gradcam", layer: str | None = None
 ) -> Array:
     """
-    Where a change of the image would change the score of an action.
+    Compute where a change of the image would change the score of an action.
 
-    Grad-CAM (arXiv 1610.02391) weighs a stage's channels by their mean gradient, and shows what raises the score.
-    Saliency (arXiv 1312.6034) is the size of the gradient of each pixel, the largest of its channels.
+    Grad-CAM (arXiv 1610.02391) weighs the channels of a stage by their mean gradient, and shows what raises the score.
+    Saliency (arXiv 1312.6034) is the absolute gradient of each pixel, the largest over its channels.
 
     :param model: an SB3 model with a ResNet and discrete actions
     :param observations: ``(n, C, H, W)``
-    :param actions: the action to explain for each, ``(n,)``
+    :param actions: the action to explain for each observation, ``(n,)``
     :param method: one of :data:`METHODS`
     :param layer: the stage that Grad-CAM looks at; ``None``: see :func:`default_layer`
     :return: ``(n, H, W)``, each map scaled to 0..1; all zero where nothing raises the score
@@ -102,7 +135,10 @@ def heat_maps(
 
 
 def default_layer(model: Any) -> str:
-    """:return: the highest stage whose map is at least :data:`SMALLEST_MAP` pixels high and wide, else the lowest"""
+    """
+    :param model: an SB3 model with a ResNet
+    :return: the highest stage whose map is at least :data:`SMALLEST_MAP` pixels high and wide, else the lowest stage
+    """
     extractor = extractor_of(model)
     stages = [stage for stage in extractor.stages if stage in STAGES]
     # The map is halved twice by the stem, and once by each layer after layer1.
@@ -114,17 +150,17 @@ def default_layer(model: Any) -> str:
 
 def gradcam(network: ScoreNetwork, images: th.Tensor, targets: th.Tensor, layer: str, relu: bool = True) -> th.Tensor:
     """
-    :param network: of the model
-    :param images: float, with a gradient, ``(n, C, H, W)``
-    :param targets: an action for each
+    :param network: network of the model
+    :param images: float images that require a gradient, ``(n, C, H, W)``
+    :param targets: the action to explain for each image, ``(n,)``
     :param layer: a stage of the trunk
     :param relu: whether to show only what raises the score
-    :return: maps ``(n, H, W)``, not scaled; of the newest frame where each frame passes the trunk alone
+    :return: unscaled maps, ``(n, H, W)``; with ``adapter="per_frame"`` those of the newest frame
     """
     captum = import_extra("captum.attr")
     module = network.extractor.stage_modules(layer)[-1]
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # captum's own, about hooks
+        warnings.simplefilter("ignore")  # captum warns about its own hooks
         maps = captum.LayerGradCam(network, module).attribute(images, target=targets, relu_attributions=relu)
     newest = maps.reshape(len(images), -1, *maps.shape[-2:])[:, -1:]
     return F.interpolate(newest, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]

@@ -1,4 +1,4 @@
-"""A model as an ONNX file that takes raw observations, compared with torch in ONNX Runtime."""
+"""``sb3-resnet export``: a model as an ONNX file that takes raw observations, compared with torch."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ import logging
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch as th
+import typer
 from torch import nn
+from torchvision.ops import Permute
 
 from sb3_resnet.cache.frames import Array
+from sb3_resnet.cli import envs, trial
 from sb3_resnet.cli.extras import import_extra
+from sb3_resnet.cli.loading import load_model, model_file
 from sb3_resnet.cli.network import ScoreNetwork
+from sb3_resnet.cli.options import Model, Packages, Trust, Wrapper
+from sb3_resnet.common.arguments import integer
 
 #: Largest tolerated difference between the scores of torch and ONNX Runtime, relative to the largest score above 1.
 TOLERANCE = 1e-4
@@ -27,13 +33,13 @@ INPUT, OUTPUT = "observation", "scores"
 @dataclass(frozen=True)
 class Export:
     """
-    What was written, and how close it is.
+    The file that was written, and how far its scores are from torch's.
 
     :param path: the file
-    :param shape: of the input, the batch first
-    :param dtype: of the input
-    :param difference: largest difference of a score over the compared observations
-    :param compared: how many observations were compared
+    :param shape: shape of the input, the batch first
+    :param dtype: dtype of the input
+    :param difference: largest difference between two scores over the compared observations
+    :param compared: number of observations that were compared
     """
 
     path: Path
@@ -43,33 +49,78 @@ class Export:
     compared: int
 
 
+def command(
+    context: typer.Context,
+    model: Model,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="FILE.onnx", help="default: beside the model")
+    ] = None,
+    env: Annotated[
+        str | None, typer.Option(metavar="ID", help="compare over frames of this environment; default: over noise")
+    ] = None,
+    frames: Annotated[int, typer.Option(metavar="N", help="observations to compare over")] = 100,
+    channels_last: Annotated[
+        bool, typer.Option("--channels-last", help="input (batch, H, W, C) instead of (batch, C, H, W)")
+    ] = False,
+    wrapper: Wrapper = None,
+    gym_packages: Packages = None,
+    trust: Trust = False,
+) -> None:
+    """
+    Write preprocessing and network as ONNX that takes raw observations (uint8), and compare it with torch.
+
+    Without --channels-last the input is as in the model's observation space: channels first, frames stacked, the newest
+    last. The output is one score per action: Q-values (QR-DQN: their mean over quantiles), or logits for PPO and A2C.
+    """
+    frames = integer("--frames", frames, 2)
+    envs.import_packages(gym_packages or [])
+    agent = load_model(model, trust=trust)
+    if env is None:
+        observations = random_observations(agent, frames)
+    else:
+        with contextlib.closing(envs.env_for(agent, env, 0, wrapper)) as game:
+            observations = trial.random_play(game, frames)
+    done = export(agent, output or model_file(model).with_suffix(".onnx"), observations, channels_last)
+    context.obj.print(
+        f"{done.path}: {done.dtype} {done.shape} to scores; differs from torch by at most {done.difference:.1e} over "
+        f"{done.compared} {'random observations' if env is None else 'frames of ' + env}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def export(model: Any, path: str | Path, observations: Array, channels_last: bool = False) -> Export:
     """
     Write preprocessing and network as one graph, with any batch size, and compare it with torch.
 
     :param model: an SB3 model with a ResNet and discrete actions
-    :param path: where to write
-    :param observations: to compare with, as the model's space describes them, ``(n, C, H, W)``
+    :param path: file to write
+    :param observations: observations of the model's space to compare the scores of, ``(n, C, H, W)``
     :param channels_last: let the input be ``(batch, H, W, C)``, as most environments give it, instead of the
         ``(batch, C, H, W)`` of the model's space
     :return: what was written
-    :raises ValueError: if the two differ by more than :data:`TOLERANCE` says; then nothing is written
+    :raises FileNotFoundError: if the folder of the file does not exist
+    :raises ValueError: if scores differ by more than :data:`TOLERANCE` allows; then nothing is written
     """
     runtime = import_extra("onnxruntime")
-    path = Path(path)
+    path = Path(path).expanduser()
+    if path.suffix.lower() != ".onnx":
+        raise ValueError(f"{path}: the name of the file must end with .onnx: write another --output")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another --output")
     network = ScoreNetwork(model).eval()
     wanted = _scores(network, th.as_tensor(observations, device=model.device))
     inputs = np.ascontiguousarray(np.moveaxis(observations, 1, -1)) if channels_last else observations
-    program = _graph(_ChannelsLast(network) if channels_last else network, inputs[:2], model.device)
+    program = _graph(
+        nn.Sequential(Permute([0, 3, 1, 2]), network) if channels_last else network, inputs[:2], model.device
+    )
     program.model.metadata_props.update(_metadata(model, channels_last))
     content = program.model_proto.SerializeToString()
     session = runtime.InferenceSession(content, providers=["CPUExecutionProvider"])
     difference = float(np.abs(session.run([OUTPUT], {INPUT: inputs})[0] - wanted).max())
-    # float32 has seven digits: with scores in the hundreds, the order of a sum alone makes more than TOLERANCE.
+    # float32 has seven digits: with scores in the hundreds, another order of summation alone exceeds TOLERANCE.
     limit = TOLERANCE * max(1.0, float(np.abs(wanted).max()))
-    if not difference < limit:  # NaN is not, nor infinity
+    if not difference < limit:  # also for NaN
         raise ValueError(
             f"ONNX Runtime and torch differ by {difference:.2g} over {len(inputs)} observations, more than "
             f"{limit:.2g}: nothing was written"
@@ -80,7 +131,11 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
 
 
 def random_observations(model: Any, count: int) -> Array:
-    """:return: noise of the model's space, ``(count, C, H, W)``"""
+    """
+    :param model: an SB3 model of images
+    :param count: number of observations
+    :return: random observations of the model's space, ``(count, C, H, W)``
+    """
     space = model.observation_space
     random = np.random.default_rng(0)
     low, high = float(space.low.min()), float(space.high.max())
@@ -89,19 +144,9 @@ def random_observations(model: Any, count: int) -> Array:
     return random.integers(int(low), int(high) + 1, (count, *space.shape), dtype=space.dtype)
 
 
-class _ChannelsLast(nn.Module):
-    """Takes ``(batch, H, W, C)``."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, observations: th.Tensor) -> Any:
-        return self.network(observations.permute(0, 3, 1, 2))
-
-
 def _graph(network: nn.Module, example: Array, device: th.device) -> Any:
-    """The exporter reports its progress on the terminal, and warns about what it does not use."""
+    """Export quietly: the exporter reports its progress on the terminal, and warns about parts that it does not use."""
+    import_extra("onnx")
     import_extra("onnxscript")
     batch = th.export.Dim("batch")
     disabled = logging.root.manager.disable

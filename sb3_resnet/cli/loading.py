@@ -1,54 +1,82 @@
-"""Load a saved model of any algorithm, and say in one line what is wrong with a file."""
+"""Load saved models, and say in one line what is wrong with a file."""
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch as th
 from stable_baselines3 import A2C, DQN, PPO
 
 from sb3_resnet.cli.extras import import_extra
+from sb3_resnet.cli.pickles import unpickled_data
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.common.arguments import shown
 from sb3_resnet.extractor import ResNetExtractor
 
-#: Attributes by which the saved data of an algorithm is told from the others', the most special first.
+#: An attribute that only the saved data of this algorithm has, or of it and those above.
 _MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip_range", "a2c": "normalize_advantage"}
-# What a model allocates for training, and nobody needs to look at it.
+# What a model needs for training alone is kept small.
 _SMALL: dict[str, Any] = {"buffer_size": 1, "n_envs": 1, "tensorboard_log": None, "verbose": 0}
 
 
-def load_model(path: str | Path, device: str = "cpu") -> Any:
+def load_model(path: str | Path, device: str = "cpu", trust: bool = False) -> Any:
     """
-    Load a model that Stable-Baselines3 saved, without its replay memory.
+    Load a model that Stable-Baselines3 saved, without a replay buffer of its size and without its environment.
 
-    Tensors are read with ``weights_only=True``; SB3 unpickles the rest, so load files only from people you trust.
+    Tensors are read with ``weights_only=True``. SB3 would unpickle the rest, and so run code that the file may hold.
+    Here only the classes that an ordinary model needs are accepted.
 
     :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C
-    :param device: where to put it
+    :param device: device of the model: ``"auto"``, ``"cpu"`` or ``"cuda"``
+    :param trust: also run code that the file holds, such as a learning rate that is a function
     :return: the model
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is not such a model, or has no ResNet
+    :raises ValueError: if it is not such a model, has no ResNet, or names other code than ``trust`` allows
     """
+    device = read_device(device)
     path = model_file(path)
     algorithm = algorithm_class(algorithm_name(path))
+    content = path.read_bytes()  # once: what is looked at is what is loaded
+    parts = None if trust else unpickled_data(content, path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as those about attributes that this version of SB3 does not have
-            model = algorithm.load(path, device=device, **_SMALL)
+            model = algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **_SMALL)
     except Exception as error:  # damaged archives and foreign pickles raise almost anything
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
     extractor_of(model, str(path))
     return model
 
 
+def read_device(name: str) -> str:
+    """
+    :param name: what the user wrote
+    :return: the same; SB3 takes the CPU in silence where there is no GPU
+    :raises ValueError: if there is no such device
+    """
+    if name == "auto":
+        return name
+    try:
+        device = th.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu or cuda, got {shown(name)}") from None
+    if device.type == "cuda" and (device.index or 0) >= th.cuda.device_count():
+        found = f"{th.cuda.device_count()} GPUs" if th.cuda.device_count() else "no GPU"
+        raise ValueError(f"--device {name}, but PyTorch finds {found}: write --device auto or cpu")
+    return name
+
+
 def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
     """
     :param model: an SB3 model
-    :param name: what to call it in the error
-    :return: the features extractor with which it acts
-    :raises ValueError: if that is no ResNet
+    :param name: name of the model in the error
+    :return: the features extractor of the network that acts
+    :raises ValueError: if it is no ``ResNetExtractor``
     """
     policy = model.policy
     owner = getattr(policy, "online", policy)
@@ -66,7 +94,7 @@ def model_file(path: str | Path) -> Path:
     """
     :param path: what the user wrote, with or without ``.zip``
     :return: an existing file
-    :raises FileNotFoundError: with the models nearby
+    :raises FileNotFoundError: with the models in the same folder
     """
     path = Path(path).expanduser()
     with_suffix = path.with_name(f"{path.name}.zip")
@@ -90,7 +118,7 @@ def algorithm_name(path: Path) -> str:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
             data = json.loads(archive.read("data")) if "data" in names else None
-    except (zipfile.BadZipFile, ValueError) as error:
+    except (zipfile.BadZipFile, ValueError, RecursionError, NotImplementedError) as error:
         raise ValueError(f"{path} is no model of Stable-Baselines3 ({one_line(error)})") from error
     if not isinstance(data, dict) or "policy.pth" not in names:
         raise ValueError(f"{path} is a zip, but no model of Stable-Baselines3: it lacks 'data' or 'policy.pth'")
@@ -109,8 +137,3 @@ def algorithm_class(name: str) -> Any:
     if name == "qrdqn":
         return import_extra("sb3_contrib", "contrib").QRDQN
     return {"dqn": DQN, "ppo": PPO, "a2c": A2C}[name]
-
-
-def one_line(error: BaseException) -> str:
-    """:return: the message of an error without line breaks; its class where there is no message"""
-    return " ".join(str(error).split()) or type(error).__name__

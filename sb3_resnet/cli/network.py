@@ -1,4 +1,4 @@
-"""The network of a model as one differentiable function of observations."""
+"""The network of a model as one differentiable function from observations to scores."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from sb3_resnet.cli.loading import extractor_of
 
 class ScoreNetwork(nn.Module):
     """
-    Preprocessing, trunk and head: observations as the space describes them to one score an action.
+    Preprocessing, trunk and head: from raw observations to one score per action.
 
-    Scores are Q-values for DQN, their mean over quantiles for QR-DQN, logits for PPO and A2C; the greedy action has the
-    highest. Unlike in the policy's own pass, gradients cross frozen stages.
+    Scores are Q-values for DQN, their mean over quantiles for QR-DQN, and logits for PPO and A2C. The greedy action has
+    the highest score. Unlike in the policy's own forward pass, gradients flow through frozen stages.
 
     :param model: an SB3 model with a ResNet
     :raises ValueError: if its actions are not discrete
@@ -26,7 +26,7 @@ class ScoreNetwork(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         if not isinstance(model.action_space, spaces.Discrete):
-            raise ValueError(f"This needs one score an action, so discrete actions, not {model.action_space}")
+            raise ValueError(f"This needs one score per action, so discrete actions, not {model.action_space}")
         self.extractor = extractor_of(model)
         self.n_actions = int(model.action_space.n)
         model.policy.set_training_mode(False)
@@ -36,7 +36,7 @@ class ScoreNetwork(nn.Module):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         """
-        :param observations: ``(batch, C, H, W)``, raw values of the space; floats may need a gradient
+        :param observations: ``(batch, C, H, W)``, raw values of the space; floats may require a gradient
         :return: scores ``(batch, actions)``
         """
         extractor = self.extractor
@@ -50,9 +50,10 @@ class ScoreNetwork(nn.Module):
 
 class _Resize(nn.Module):
     """
-    The extractor's antialiased resize as two matrix products, which every ONNX runtime has.
+    The extractor's antialiased resize as two matrix products, which every ONNX runtime supports.
 
-    The resize is linear and separable, so its matrix for rows is what it makes of the unit matrix, and so for columns.
+    The resize is linear, and rows and columns are resized independently. So resizing a unit matrix yields the matrix
+    that resizes the rows of any image, and another one that resizes its columns.
     """
 
     rows: th.Tensor
@@ -72,6 +73,6 @@ class _Resize(nn.Module):
 
 def _head_of(policy: Any) -> nn.Module:
     if hasattr(policy, "online"):
-        head: nn.Module = getattr(policy.online, policy.online._head)
+        head: nn.Module = policy.online.head
         return head
     return nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)

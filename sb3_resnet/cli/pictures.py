@@ -3,27 +3,46 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.cli.explain import Episode
 from sb3_resnet.cli.extras import import_extra
 
 _SIDE = 256  # pixels of a frame's longer side
 _LINE = 18  # pixels of a line of text
 _COLUMNS = 4
 _PANEL = 240  # pixels of the scores beside a frame
-_STRENGTH = 0.6  # of the colours where the map is 1
-FPS = 15  # frames a second; Atari games run at 60, of which AtariWrapper shows every fourth
+_STRENGTH = 0.6  # opacity of the colours where the map is 1
+FPS = 15  # frames per second; Atari games run at 60, and AtariWrapper shows every fourth frame
 
 
-def check_folder(path: Path) -> None:
+@dataclass(frozen=True)
+class Episode:
+    """
+    What the agent saw and did.
+
+    :param observations: observations, ``(steps, C, H, W)``
+    :param scores: score of each action, ``(steps, actions)``: Q-values, or logits for PPO and A2C
+    :param actions: the greedy actions, which were taken, ``(steps,)``
+    :param rewards: the rewards, ``(steps,)``
+    :param names: names of the actions
+    """
+
+    observations: Array
+    scores: Array
+    actions: Array
+    rewards: Array
+    names: list[str]
+
+
+def refuse_unwritable(path: Path) -> None:
     """
     :param path: a folder to write into, which need not exist yet
-    :raises ValueError: if it cannot be made, or written into
+    :raises ValueError: if it cannot be created, or is not writable
     """
     there = next(part for part in (path.absolute(), *path.absolute().parents) if part.exists())
     if not there.is_dir():
@@ -34,11 +53,11 @@ def check_folder(path: Path) -> None:
 
 def sheet(episode: Episode, heat: Array, count: int, title: str) -> Any:
     """
-    :param episode: what was played
+    :param episode: the episode that was played
     :param heat: a map for each step, ``(steps, H, W)`` in 0..1
-    :param count: moments to show, evenly spread over the episode
-    :param title: first line
-    :return: a picture, of Pillow
+    :param count: number of moments to show, evenly spread over the episode
+    :param title: first line of the picture
+    :return: a Pillow image
     """
     image = import_extra("PIL.Image")
     draw = import_extra("PIL.ImageDraw")
@@ -62,8 +81,8 @@ def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
     Write the whole episode, each frame with its map and the scores of all actions beside it.
 
     :param path: ``.mp4`` or ``.gif``
-    :param episode: what was played
-    :param heat: a map for each step
+    :param episode: the episode that was played
+    :param heat: a map for each step, ``(steps, H, W)`` in 0..1
     """
     path = Path(path)
     imageio = import_extra("imageio.v2")
@@ -72,7 +91,9 @@ def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
     else:
         import_extra("imageio_ffmpeg")
         options = {"fps": FPS, "macro_block_size": 2}
-    low, high = np.percentile(episode.scores, (2, 98))  # the first observations, half empty, have scores of their own
+    low, high = np.percentile(
+        episode.scores, (2, 98)
+    )  # the first observations are half empty, and their scores differ widely
     with imageio.get_writer(path, **options) as writer:
         for step in range(len(heat)):
             frame = overlay(episode.observations[step], heat[step])
@@ -81,9 +102,9 @@ def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
 
 def overlay(observation: Array, heat: Array) -> Array:
     """
-    :param observation: ``(C, H, W)``; the newest frame is shown: the last three channels where they are RGB, else one
-    :param heat: ``(H, W)`` in 0..1
-    :return: ``(h, w, 3)`` uint8, enlarged; where the map is 0 the frame is left as it is
+    :param observation: ``(C, H, W)``, of which the newest frame is shown
+    :param heat: its map, ``(H, W)`` in 0..1
+    :return: enlarged frame with the map over it, ``(h, w, 3)`` uint8; where the map is 0 the frame is unchanged
     """
     image = import_extra("PIL.Image")
     frame = newest_frame(observation)
@@ -99,7 +120,11 @@ def overlay(observation: Array, heat: Array) -> Array:
 
 
 def newest_frame(observation: Array) -> Array:
-    """:return: ``(H, W, 3)`` uint8"""
+    """
+    :param observation: ``(C, H, W)``
+    :return: the newest frame, ``(H, W, 3)`` uint8: the last three channels if their number is a multiple of three, else
+        the last one
+    """
     channels = len(observation)
     frame = observation[-3:] if channels % 3 == 0 else np.repeat(observation[-1:], 3, axis=0)
     if np.issubdtype(frame.dtype, np.floating):
@@ -108,7 +133,7 @@ def newest_frame(observation: Array) -> Array:
 
 
 def _beside(frame: Array, episode: Episode, step: int, low: float, high: float) -> Array:
-    """The frame, and at its right a bar for each action; the greedy one is marked."""
+    """The frame, with a bar for the score of each action to its right; the greedy action is marked."""
     image, draw = import_extra("PIL.Image"), import_extra("PIL.ImageDraw")
     height = max(frame.shape[0], (len(episode.names) + 2) * _LINE + 8) // 2 * 2
     picture = image.new("RGB", (frame.shape[1] + _PANEL, height), "white")

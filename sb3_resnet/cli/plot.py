@@ -1,17 +1,19 @@
-"""Learning curves of runs, with confidence bands over seeds."""
+"""``sb3-resnet plot``: learning curves of runs, with confidence bands over seeds."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.runs import Run, rolling_mean
+from sb3_resnet.cli.runs import Run, find_runs, rolling_mean
+from sb3_resnet.common.arguments import integer, number
 
 _POINTS = 200
 _RESAMPLES = 2000
@@ -23,12 +25,12 @@ class Curve:
     """
     A mean and its band.
 
-    :param label: of the experiment
+    :param label: name of the experiment
     :param steps: environment steps, ``(n,)``
-    :param mean: of the runs
-    :param low: lower edge of the band
-    :param high: upper edge
-    :param runs: how many
+    :param mean: mean over the runs, ``(n,)``
+    :param low: lower edge of the band, ``(n,)``
+    :param high: upper edge of the band, ``(n,)``
+    :param runs: number of runs
     """
 
     label: str
@@ -39,17 +41,41 @@ class Curve:
     runs: int
 
 
+def command(
+    context: typer.Context,
+    run_folders: Annotated[
+        list[Path], typer.Argument(metavar="RUN_FOLDER", help="of runs, or of folders with runs in them")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="picture: .png, .svg or .pdf")] = Path(
+        "curves.png"
+    ),
+    window: Annotated[int, typer.Option(metavar="N", help="training episodes in a mean")] = 100,
+    confidence: Annotated[float, typer.Option(metavar="PERCENT", help="of the band")] = 95.0,
+) -> None:
+    """
+    Learning curves from evaluations.npz and monitor.csv.
+
+    Runs whose folders differ in the number at the end (Pong_1, Pong_2) are one curve: their mean, and as the band its
+    percentile bootstrap interval over the runs, which is too narrow for fewer than about five. For a single run the
+    band is over its episodes.
+    """
+    refuse_bad_picture(output)
+    runs = {run.folder.resolve(): run for folder in run_folders for run in find_runs(folder)}
+    drawn = draw(output, [*runs.values()], integer("--window", window, 1), number("--confidence", confidence, 1, 99.9))
+    context.obj.print(f"{output}: {len(drawn)} curves of {len(runs)} runs", highlight=False, soft_wrap=True)
+
+
 def curves(runs: Sequence[Run], source: str, window: int, confidence: float) -> list[Curve]:
     """
-    One curve for each experiment, that is for all runs whose folders differ in the number at the end.
+    Compute one curve per experiment: for all runs whose folders differ only in the number at the end.
 
-    The band is the percentile bootstrap of the mean over runs. A single run has only its episodes: those of an
-    evaluation, or of the window. That says how well the mean is known, and nothing about other seeds.
+    The band is the percentile bootstrap interval of the mean over runs. For a single run it is over the episodes of an
+    evaluation, or of the window. That says how well the mean of this run is known, and nothing about other seeds.
 
     :param runs: the runs
     :param source: ``"evaluations"`` or ``"training"``
-    :param window: training episodes in a mean
-    :param confidence: of the band, in percent
+    :param window: number of training episodes per mean
+    :param confidence: confidence level of the band, in percent
     :return: the curves of experiments that have such data
     """
     experiments: dict[Path, list[Run]] = {}
@@ -66,9 +92,9 @@ def curves(runs: Sequence[Run], source: str, window: int, confidence: float) -> 
 
 def bootstrap(values: Array, confidence: float) -> tuple[Array, Array]:
     """
-    :param values: ``(samples, points)``
-    :param confidence: in percent
-    :return: lower and upper edge of the mean's percentile interval, ``(points,)`` each
+    :param values: values, ``(samples, points)``
+    :param confidence: confidence level, in percent
+    :return: lower and upper edge of the percentile interval of the mean, ``(points,)`` each
     """
     random = np.random.default_rng(0)
     means = np.stack([values[random.integers(len(values), size=len(values))].mean(axis=0) for _ in range(_RESAMPLES)])
@@ -76,11 +102,11 @@ def bootstrap(values: Array, confidence: float) -> tuple[Array, Array]:
     return low, high
 
 
-def check_output(path: Path) -> None:
+def refuse_bad_picture(path: Path) -> None:
     """
-    :param path: where a picture shall be written
-    :raises FileNotFoundError: if there is no such folder
-    :raises ValueError: if it is a folder itself, or its suffix names no format
+    :param path: picture to write
+    :raises FileNotFoundError: if its folder does not exist
+    :raises ValueError: if it is a folder itself, or if its suffix is no picture format
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: write the name of a picture, such as {path / 'curves.png'}")
@@ -96,11 +122,11 @@ def draw(path: str | Path, runs: Sequence[Run], window: int = 100, confidence: f
     """
     Write a picture of the evaluations and of the training episodes.
 
-    :param path: of the picture; its suffix names the format
-    :param runs: of one or several experiments
-    :param window: training episodes in a mean
-    :param confidence: of the bands, in percent
-    :return: what was drawn
+    :param path: picture to write; its suffix names the format
+    :param runs: runs of one or several experiments
+    :param window: number of training episodes per mean
+    :param confidence: confidence level of the bands, in percent
+    :return: the curves that were drawn
     :raises ValueError: if there is nothing to draw
     """
     import_extra("matplotlib").use("Agg")
@@ -126,7 +152,7 @@ def draw(path: str | Path, runs: Sequence[Run], window: int = 100, confidence: f
 
 
 def _several_runs(label: str, runs: Sequence[Run], source: str, window: int, confidence: float) -> Curve:
-    """On the steps that all runs have reached, between their points by linear interpolation."""
+    """Over the steps that all runs have reached; values between the points of a run are interpolated."""
     lines = [_line(run, source, window) for run in runs]
     start, end = max(steps[0] for steps, _ in lines), min(steps[-1] for steps, _ in lines)
     same = all(np.array_equal(steps, lines[0][0]) for steps, _ in lines)
@@ -155,7 +181,7 @@ def _line(run: Run, source: str, window: int) -> tuple[Array, Array]:
 
 
 def _labels(experiments: Sequence[Path]) -> list[str]:
-    """As short as they can be and still differ."""
+    """The shortest ends of the paths that differ from each other."""
     parts = [path.resolve().parts for path in experiments]
     shortest = 1
     while len({path[-shortest:] for path in parts}) < len(parts):

@@ -14,29 +14,29 @@ from typing import Any
 import numpy as np
 
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 from sb3_resnet.diagnosis.log import read_log
 
-#: Files by which a folder is known as that of a run.
+#: Files that mark a folder as that of a run.
 MONITOR, EVALUATIONS, PROGRESS = "*monitor.csv", "evaluations.npz", "progress.csv"
-#: Episodes over which SB3 takes the mean that it logs.
+#: Number of episodes of the mean that SB3 logs.
 WINDOW = 100
 _LOG_INTERVAL = 4  # episodes between two lines of SB3's log
 _ATARI_SKIP = 4  # AtariWrapper's default
-# The end of a name that only counts: Pong_3, Pong-seed2, run_1.
+# A number at the end of a name: Pong_3, Pong-seed2, run_1.
 _COUNTER = re.compile(r"(^|[_-])(seed|run|s)?[_-]?\d+$")
 
 
 @dataclass(frozen=True)
 class Run:
     """
-    What a run left behind.
+    The logs of a run.
 
-    :param folder: where
+    :param folder: folder of the run
     :param episodes: environment steps at the end of each training episode, and its reward, ``(n, 2)``
-    :param evaluations: environment steps of each evaluation, ``(k,)``
-    :param results: rewards of its episodes, ``(k, episodes)``
-    :param progress: SB3's log by column; empty if it logged no CSV
+    :param evaluations: environment steps at each evaluation, ``(k,)``
+    :param results: rewards of the episodes of each evaluation, ``(k, episodes)``
+    :param progress: SB3's log by column; empty if there is no ``progress.csv``
     """
 
     folder: Path
@@ -47,20 +47,20 @@ class Run:
 
     @property
     def experiment(self) -> Path:
-        """The folder without the number at its end: runs that have the same differ in the seed alone."""
+        """The folder without the number at its end: runs of one experiment differ only in the seed."""
         name = _COUNTER.sub("", self.folder.name)
         return self.folder.parent / name if name else self.folder.parent
 
     @property
     def model(self) -> Path | None:
-        """The model at the end of training, else the best, else the newest; ``None`` if there is none."""
+        """The last model, else the best one, else the newest file; ``None`` if there is none."""
         zips = sorted(self.folder.glob("*.zip"), key=lambda file: file.stat().st_mtime)
         final = [file for file in zips if self.folder.name.startswith(file.stem)]
         best = [file for file in zips if file.stem == "best_model"]
         return next(iter([*final, *best, *zips[::-1]]), None)
 
     def columns(self) -> dict[str, list[float | None]]:
-        """:return: SB3's log by column, or what it would have said about rewards"""
+        """:return: SB3's log by column; without one, its columns about rewards, made from the other files"""
         if self.progress:
             return self.progress
         means = rolling_mean(self.episodes[:, 1], WINDOW)
@@ -82,7 +82,7 @@ class Run:
 
 def find_runs(folder: str | Path) -> list[Run]:
     """
-    :param folder: of a run, or of several
+    :param folder: folder of one or several runs
     :return: the runs in it
     :raises FileNotFoundError: if there is no such folder
     :raises ValueError: if it holds no logs, or broken ones
@@ -102,8 +102,8 @@ def find_runs(folder: str | Path) -> list[Run]:
 
 def read_run(folder: Path) -> Run:
     """
-    :param folder: of one run; logs may also lie one folder deeper
-    :return: what they say
+    :param folder: folder of one run; logs may also be one folder deeper
+    :return: its logs
     :raises ValueError: for logs that cannot be read
     """
     monitors = _either(folder, MONITOR)
@@ -113,7 +113,11 @@ def read_run(folder: Path) -> Run:
 
 
 def rolling_mean(values: Array, window: int) -> Array:
-    """:return: at each position the mean of the last ``window`` values, fewer at the start"""
+    """
+    :param values: values in order, ``(n,)``
+    :param window: number of values per mean
+    :return: at each position the mean of the last ``window`` values, of fewer at the start, ``(n,)``
+    """
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
     ends = np.arange(1, len(values) + 1)
     starts = np.maximum(ends - window, 0)
@@ -148,9 +152,9 @@ def _monitor_rows(file: Path) -> list[tuple[float, float, float]]:
             header = json.loads(stream.readline().removeprefix("#"))
             start = float(header["t_start"])
             lines = list(csv.DictReader(stream))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             raise ValueError(f"{file} is no monitor file of SB3 ({one_line(error)})") from error
-    # Below AtariWrapper, where Monitor is, a step of the agent is four of the game.
+    # Monitor is below AtariWrapper, where one step of the agent is four steps of the game.
     skip = _ATARI_SKIP if "NoFrameskip" in str(header.get("env_id")) else 1
     rows = []
     for number, line in enumerate(lines, 3):
@@ -176,7 +180,10 @@ def _evaluations(files: Sequence[Path]) -> tuple[Array, Array]:
 
 
 def summary(run: Run) -> list[tuple[str, str]]:
-    """:return: what was found in the folder, as text"""
+    """
+    :param run: the logs of a run
+    :return: names and values of what they hold, as text
+    """
     rows: list[tuple[str, Any]] = [("folder", run.folder)]
     if len(run.episodes):
         last = run.episodes[-WINDOW:, 1]

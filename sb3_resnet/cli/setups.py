@@ -1,4 +1,4 @@
-"""Build what a training command would train, with a replay buffer of a few rows."""
+"""Build the model that a training command would train, with a replay buffer of a few rows."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from typing import Any, TypeVar
 from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import algorithm_class, one_line
+from sb3_resnet.cli.loading import algorithm_class, read_device
+from sb3_resnet.cli.texts import one_line
+from sb3_resnet.cli.zoo_code import refuse_code
+from sb3_resnet.common.arguments import shown
 from sb3_resnet.policies import POLICY_NAME
 
 #: Algorithms that :func:`from_arguments` builds.
 ALGORITHMS = ("dqn", "qrdqn")
 Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
-_ROWS = 8  # of the small replay buffer, for each environment
+_ROWS = 8  # rows of the small replay buffer, per environment
 
 
 @dataclass(frozen=True)
 class Arguments:
     """
-    Hyperparameters beside those of a configuration file.
+    Hyperparameters that go before those of a configuration file.
 
-    :param model: of the algorithm, such as ``batch_size``
+    :param model: arguments of the algorithm, such as ``batch_size``
     :param policy: ``policy_kwargs``
     :param extractor: ``features_extractor_kwargs``
     """
@@ -41,7 +44,10 @@ class Arguments:
     extractor: Mapping[str, Any] = field(default_factory=dict)
 
     def onto(self, hyperparams: Mapping[str, Any]) -> dict[str, Any]:
-        """:return: what replaces values of a configuration"""
+        """
+        :param hyperparams: hyperparameters of the configuration file
+        :return: those that replace some of them
+        """
         model = dict(self.model)
         if isinstance(model.get("replay_buffer_class"), str):
             model["replay_buffer_class"] = envs.class_of("replay_buffer_class", model["replay_buffer_class"])
@@ -64,10 +70,10 @@ class Setup:
 
     :param model: the model
     :param total_timesteps: environment steps of the run
-    :param buffer_size: transitions that its replay buffer would hold; ``None`` without one
-    :param callbacks: what the configuration names
-    :param warnings: what was warned about during construction
-    :param from_yaml: whether RL-Zoo's YAML is where its arguments are written
+    :param buffer_size: number of transitions that its replay buffer would hold; ``None`` if it has no replay buffer
+    :param callbacks: callbacks of the configuration
+    :param warnings: warnings during construction
+    :param from_yaml: whether the arguments are written in RL-Zoo's YAML
     """
 
     model: Any
@@ -83,7 +89,10 @@ class Setup:
         return [child for callback in self.callbacks for child in walk(callback)]
 
     def callback(self, kind: type[Callback]) -> Callback | None:
-        """:return: the first callback of a class, if there is one"""
+        """
+        :param kind: class of the callback
+        :return: the first callback of this class, or ``None``
+        """
         return next((callback for callback in self.all_callbacks if isinstance(callback, kind)), None)
 
 
@@ -94,19 +103,24 @@ def from_zoo(
     arguments: Arguments | None = None,
     total_timesteps: int = 0,
     device: str = "auto",
+    trust: bool = False,
 ) -> Setup:
     """
-    What RL-Zoo would train with a configuration; RL-Zoo itself reads it.
+    Build what RL-Zoo would train with a configuration; RL-Zoo itself reads it.
 
     :param conf_file: YAML of RL-Zoo, by algorithm
     :param env_id: id of the environment, which chooses the section
     :param algo: name of the algorithm, as for RL-Zoo
     :param arguments: hyperparameters to replace
-    :param total_timesteps: instead of the section's ``n_timesteps``; 0: that
-    :param device: where the model goes
-    :raises ValueError: if the configuration cannot be read or built, with the reason in one line
+    :param total_timesteps: environment steps of the run; 0: the section's ``n_timesteps``
+    :param device: device of the model
+    :param trust: also run code that the configuration holds or names
+    :return: the set-up
+    :raises ValueError: if the configuration would run code without it, or cannot be read or built, with the reason in
+        one line
     """
-    read_sections(conf_file)
+    sections = read_sections(conf_file)
+    device = read_device(device)
     manager = import_extra("rl_zoo3.exp_manager", "zoo")
     algorithms = import_extra("rl_zoo3.utils", "zoo").ALGOS
     if algo not in algorithms:
@@ -114,22 +128,27 @@ def from_zoo(
     envs.is_atari(env_id)  # raises where RL-Zoo would fail with a KeyError
 
     with tempfile.TemporaryDirectory() as folder, _quiet() as caught:
+        # A copy of what was read as YAML: RL-Zoo runs files whose name ends otherwise, and imports what is no file.
+        config = Path(folder) / "config.yml"
+        config.write_text(import_extra("yaml").safe_dump(sections))
 
         def experiment(**replaced: Any) -> Any:
             options = {"n_timesteps": total_timesteps, "eval_freq": -1, "device": device, "verbose": 0}
             return manager.ExperimentManager(
-                argparse.Namespace(), algo, env_id, folder, hyperparams=replaced, config=str(conf_file), **options
+                argparse.Namespace(), algo, env_id, folder, hyperparams=replaced, config=str(config), **options
             )
 
         try:
             hyperparams, _ = experiment().read_hyperparameters()
         except KeyError as error:
             raise ValueError(f"{conf_file} has no section for {env_id}: it needs {env_id!r} or {error}") from error
+        if not trust:
+            refuse_code(hyperparams, conf_file)
         changes = (arguments or Arguments()).onto(hyperparams)
         hyperparams = {**hyperparams, **changes}
         if "n_timesteps" not in hyperparams:
             raise ValueError(f"{conf_file} has no n_timesteps for {env_id}: write it, RL-Zoo wants it even beside -n")
-        _check_counts(hyperparams)
+        _refuse_bad_counts(hyperparams)
         small, buffer_size = _small_buffer(algorithms[algo], hyperparams, hyperparams.get("n_envs", 1))
         final = experiment(**{**changes, **small})
         model, _ = final.setup_experiment()
@@ -146,22 +165,24 @@ def from_arguments(
     wrapper: str | None = None,
 ) -> Setup:
     """
-    What a script would train: ``DQN("ResNetCnnPolicy", env, ...)``.
+    Build what a script would train: ``DQN("ResNetCnnPolicy", env, ...)``.
 
     :param env_id: id of the environment, wrapped as :func:`~sb3_resnet.cli.envs.make_env` does
     :param algo: one of :data:`ALGORITHMS`
     :param arguments: hyperparameters other than the defaults
     :param total_timesteps: environment steps of the run; 0: a million
-    :param device: where the model goes
-    :param n_envs: environments side by side
+    :param device: device of the model
+    :param n_envs: number of environments
     :param wrapper: dotted path of a wrapper class
+    :return: the set-up
     :raises ValueError: if it cannot be built
     """
     if algo not in ALGORITHMS:
-        raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {algo!r}; others need a --conf-file")
+        raise ValueError(f"--algo must be one of {', '.join(ALGORITHMS)}, got {shown(algo)}; others need a --conf-file")
+    device = read_device(device)
     algorithm: Any = algorithm_class(algo)
     kwargs = (arguments or Arguments()).onto({})
-    _check_counts(kwargs)
+    _refuse_bad_counts(kwargs)
     small, buffer_size = _small_buffer(algorithm, kwargs, n_envs)
     with _quiet() as caught:
         env = envs.make_env(env_id, n_envs, 0, None, wrapper)
@@ -182,25 +203,25 @@ def read_sections(conf_file: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{path} is no file: write the path of an RL-Zoo YAML such as zoo_configs/dqn.yml")
     try:
         sections = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {one_line(error)}") from error
     if not isinstance(sections, dict) or not all(isinstance(values, dict) for values in sections.values()):
         raise ValueError(f"{path} is no configuration of RL-Zoo: it must hold sections of hyperparameters")
     return sections
 
 
-def _check_counts(hyperparams: Mapping[str, Any]) -> None:
-    """SB3 takes whole numbers only, and fails far from where they are written."""
+def _refuse_bad_counts(hyperparams: Mapping[str, Any]) -> None:
+    """SB3 takes whole numbers only; with others it fails late, in a place that does not name them."""
     for name in ("n_envs", "batch_size", "buffer_size"):
         value = hyperparams.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {value!r}")
+            raise TypeError(f"{name} must be a whole number, with neither point nor exponent, got {shown(value)}")
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")
 
 
 def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) -> tuple[dict[str, Any], int | None]:
-    """:return: what to replace so that nothing large is allocated, and the size that was asked for"""
+    """:return: arguments that keep the replay buffer small, and the size that was asked for"""
     parameter = inspect.signature(algorithm).parameters.get("buffer_size")
     if parameter is None:
         return {}, None
@@ -209,12 +230,12 @@ def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[list[str]]:
-    """Keep what hosts print and warn about; the warnings end up in the list."""
+    """Hide what other libraries print, and collect their warnings in the list."""
     found: list[str] = []
     with warnings.catch_warnings(record=True) as caught, contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("always")
         yield found
-    # Gymnasium's are about its own API, such as an environment that names no render mode.
+    # Gymnasium's warnings are about its own API, such as an environment without a render mode.
     found += [
         one_line(entry.message)
         for entry in caught

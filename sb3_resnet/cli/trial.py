@@ -1,4 +1,4 @@
-"""Try out a model: random play, a real update, and how long each takes."""
+"""Try a model out: random steps, real updates, and how long each takes."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.cli.loading import one_line
+from sb3_resnet.cli.texts import one_line
 
 _REPEATS = 3
 _LONG = 3.0  # seconds; what takes longer is timed once
-_ENCODED = 64  # images a pass, as in the cache
+_ENCODED = 64  # images per pass, as in the cache
 
 
 @dataclass(frozen=True)
 class Speed:
     """
-    Measured seconds, and what follows from them.
+    How long the parts of training take.
 
-    :param env_step: of one step of all environments
-    :param act: of choosing their actions
-    :param update: of one gradient update
-    :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` where it refuses
-    :param cache_refusal: why it does
-    :param encode: of one image (of one frame with ``adapter="per_frame"``) in the frozen stages; ``None`` where none is
-        frozen
-    :param updates: gradient updates for each step of all environments; ``None`` where it depends on the episodes
-    :param n_envs: environments side by side
+    :param env_step: seconds per step of all environments
+    :param act: seconds for choosing their actions
+    :param update: seconds per gradient update
+    :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` if the callback refuses the model
+    :param cache_refusal: why it refuses; ``None`` if it does not
+    :param encode: seconds per image (with ``adapter="per_frame"`` per frame) in the frozen stages; ``None`` if no stage
+        is frozen
+    :param updates: gradient updates per step of all environments; ``None`` if it depends on the episodes
+    :param n_envs: number of environments
     """
 
     env_step: float
@@ -48,7 +48,10 @@ class Speed:
     n_envs: int
 
     def steps_per_second(self, update: float | None) -> float | None:
-        """:return: environment steps a second with updates that take so long"""
+        """
+        :param update: seconds per gradient update
+        :return: environment steps per second; ``None`` if it is not known
+        """
         if update is None or self.updates is None:
             return None
         return self.n_envs / (self.env_step + self.act + self.updates * update)
@@ -56,11 +59,11 @@ class Speed:
 
 def play(model: Any, steps: int) -> tuple[Array, float]:
     """
-    Act at random, and put what happens into the model's replay buffer, if it has one.
+    Act at random, and add the transitions to the model's replay buffer, if it has one.
 
     :param model: a model with environments
-    :param steps: steps of all environments
-    :return: observations ``(steps + 1, envs, C, H, W)``, and seconds a step
+    :param steps: number of steps of all environments
+    :return: observations ``(steps + 1, envs, C, H, W)``, and seconds per step
     """
     env, buffer = model.get_env(), getattr(model, "replay_buffer", None)
     observation, seconds = env.reset(), 0.0
@@ -78,7 +81,11 @@ def play(model: Any, steps: int) -> tuple[Array, float]:
 
 
 def random_play(env: Any, count: int) -> Array:
-    """:return: successive observations of one environment under random actions, ``(count, C, H, W)``"""
+    """
+    :param env: one environment
+    :param count: number of observations
+    :return: successive observations under random actions, ``(count, C, H, W)``
+    """
     seen = [env.reset()[0]]
     while len(seen) < count:
         seen.append(env.step([env.action_space.sample()])[0][0])
@@ -89,13 +96,13 @@ def measure(
     model: Any, extractor: Any, played: Array, env_step: float, callback: FeatureCacheCallback | None = None
 ) -> Speed:
     """
-    Do real updates, which change the model.
+    Make real updates, which change the model, and measure them.
 
     :param model: a model whose replay buffer is not empty
     :param extractor: its ``ResNetExtractor``
     :param played: observations of :func:`play`
-    :param env_step: seconds of :func:`play`
-    :param callback: the run's own feature cache, if it has one
+    :param env_step: seconds per step, of :func:`play`
+    :param callback: the feature cache of the run, if it has one
     :return: how long each part takes
     """
     update = _update_of(model, played)
@@ -112,18 +119,21 @@ def measure(
         callback.on_training_start({}, {})
         cached = _timed(model, update)
         callback.on_training_end()
-    except ValueError as error:  # it refuses where entries would not be exact, or nothing is replayed
+    except ValueError as error:  # entries would not be exact, or there is no replay buffer
         refusal = one_line(error)
     return Speed(env_step, act, plain, cached, refusal, encode, _updates_of(model), model.n_envs)
 
 
 def batch_size_of(model: Any) -> int:
-    """:return: observations in an update; A2C takes a whole rollout"""
+    """
+    :param model: an SB3 model
+    :return: number of observations per update; for A2C those of a whole rollout
+    """
     return int(getattr(model, "batch_size", 0) or model.n_steps * model.n_envs)
 
 
 def _update_of(model: Any, played: Array) -> Callable[[], Any]:
-    """One gradient update: the algorithm's own where it has replay, else its loss without the advantages."""
+    """A function that makes one gradient update: the algorithm's own if it is off-policy, else one of similar cost."""
     model.set_logger(Logger(None, []))
     if isinstance(model, OffPolicyAlgorithm):
         return lambda: model.train(gradient_steps=1, batch_size=model.batch_size)
@@ -152,7 +162,7 @@ def _updates_of(model: Any) -> float | None:
 
 
 def _timed(model: Any, act: Callable[[], Any]) -> float:
-    """:return: median seconds, without the first time, which sets things up"""
+    """:return: median of the seconds; the first time is left out, since much is set up in it"""
     taken: list[float] = []
     for _ in range(_REPEATS + 1):
         _wait(model)

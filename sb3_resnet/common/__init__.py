@@ -1,1 +1,1 @@
-"""What has nothing to do with networks: checks of arguments, memory, seeds."""
+"""What has nothing to do with networks: argument checks, memory, seeds."""

@@ -1,7 +1,8 @@
-"""How much memory this process takes, and how much is left for it. Elsewhere than on Linux psutil tells."""
+"""How much memory this process takes, and how much is left for it: from Linux itself, elsewhere from psutil."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch as th
 
 _STATM = Path("/proc/self/statm")
 _MEMINFO = Path("/proc/meminfo")
-#: Limit and use of the container, in cgroup version 2 and 1.
+#: Files with limit and use of a container, in versions 2 and 1 of cgroups.
 _CGROUPS = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -17,22 +18,25 @@ _CGROUPS = (
 
 
 def process_bytes() -> int | None:
-    """:return: resident memory of this process; ``None`` where neither Linux nor psutil tells"""
+    """:return: resident memory of this process in bytes; ``None`` if it is not known"""
     if _STATM.exists():
-        return int(_STATM.read_text().split()[1]) * _page_size()
+        return int(_STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     psutil = _psutil()
     return None if psutil is None else int(psutil.Process().memory_info().rss)
 
 
 def device_bytes(device: th.device | str) -> int | None:
-    """:return: memory that tensors take on a GPU; ``None`` for the CPU, whose memory is the process's"""
+    """
+    :param device: device of a model
+    :return: memory of the tensors on this GPU in bytes; ``None`` for a CPU, where they are part of the process's memory
+    """
     if th.device(device).type != "cuda":
         return None
     return int(th.cuda.memory_allocated(device))
 
 
 def available_bytes() -> int | None:
-    """:return: memory that can still be taken, within the container's limit; ``None`` if nothing tells"""
+    """:return: memory in bytes that can still be taken, within the limit of a container; ``None`` if it is not known"""
     known = [value for value in (_system_available(), _container_available()) if value is not None]
     return min(known, default=None)
 
@@ -56,15 +60,9 @@ def _container_available() -> int | None:
 
 
 def _page_cache(stat: Path) -> int:
-    """What files in memory take that nobody used lately: counted as used, and given up when there is need."""
+    """Memory of cached files that were not used lately. It counts as used, but Linux frees it when it is needed."""
     values = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
     return int(values.get("total_inactive_file", values.get("inactive_file", 0)))  # cgroup version 1 and 2
-
-
-def _page_size() -> int:
-    import resource  # not on Windows, where there is no /proc either
-
-    return resource.getpagesize()
 
 
 def _psutil() -> Any:

@@ -1,4 +1,4 @@
-"""Is a training run healthy? From the model alone before it starts, from its log while it runs and afterwards."""
+"""Find what is wrong with a training run: from its model before it starts, and from its log during and after it."""
 
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding, Threshold
 from sb3_resnet.diagnosis.log import read_log

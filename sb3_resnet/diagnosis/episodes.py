@@ -1,4 +1,4 @@
-"""What the agent expects at the start of an episode, and what it then gets."""
+"""Compare the Q-value at the start of an episode with the return that follows."""
 
 from __future__ import annotations
 
@@ -11,55 +11,62 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-_KEPT = 20  # episodes that the means are taken over
+_KEPT = 20  # episodes per mean
 
 
 class EpisodeValues:
     """
-    Compares the greedy Q-value of first observations with the discounted return of the rest of their episodes.
+    Compare the greedy Q-value of first observations with the discounted return of their episodes.
 
-    :param min_gap: environment steps between two measured starts: each costs a pass through the network
+    :param min_gap: smallest number of environment steps between two measured starts, since each costs a forward pass
     """
 
     def __init__(self, min_gap: int) -> None:
         self.min_gap = min_gap
         self.finished: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self.largest_reward = 0.0
-        self._episodes: dict[int, list[float]] = {}  # by environment: value, return so far, discount
-        self._fresh: set[int] = set()
+        # By environment: Q-value, return so far, discount of the next reward.
+        self._episodes: dict[int, list[float]] = {}
+        self._fresh: dict[int, Any] = {}  # by environment: the first observation of its episode
         self._last = -math.inf
 
     def start(self) -> None:
-        """Forget episodes that an earlier ``learn()`` has left open."""
+        """Forget episodes that did not end in an earlier ``learn()``."""
         self._episodes.clear()
-        self._fresh.clear()  # where training goes on, the first observation may be in the midst of an episode
+        self._fresh.clear()  # after a resume, the first observation may be in the middle of an episode
 
     def step(self, model: BaseAlgorithm, local: Mapping[str, Any]) -> None:
         """
         Call in ``on_step``.
 
         :param model: an SB3 model with a ResNet policy
-        :param local: local variables of ``collect_rollouts()``
+        :param local: the callback's ``self.locals``
         """
-        if "rewards" not in local or "dones" not in local:
-            return  # driven without an environment
+        if not {"rewards", "dones", "infos", "new_obs"} <= {*local}:
+            return  # called without an environment
         rewards, dones = local["rewards"], local["dones"]
         self.largest_reward = max(self.largest_reward, float(np.abs(rewards).max()))
         if self._fresh and model.num_timesteps - self._last >= self.min_gap:
             self._last = model.num_timesteps
             self._episodes.update({env: [value, 0.0, 1.0] for env, value in self._values(model).items()})
-        self._fresh = {env for env, done in enumerate(dones) if done}
+        # Of environments that are done, what comes back is the first observation of the next episode.
+        self._fresh = {env: local["new_obs"][env] for env, done in enumerate(dones) if done}
         for env in [*self._episodes]:
             episode = self._episodes[env]
             episode[1] += episode[2] * float(rewards[env])
             episode[2] *= float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
             if dones[env]:
                 del self._episodes[env]
-                if not local["infos"][env].get("TimeLimit.truncated", False):  # the rest of its return is unknown
+                if not local["infos"][env].get(
+                    "TimeLimit.truncated", False
+                ):  # the return after a time limit is not known
                     self.finished.append((episode[0], episode[1]))
 
     def measured(self, model: BaseAlgorithm) -> dict[str, float]:
-        """:return: by log key: mean value and return of the latest episodes, largest reward, largest possible return"""
+        """
+        :param model: an SB3 model with a ResNet policy
+        :return: by log key: mean Q-value and return of the latest episodes, largest reward, largest possible return
+        """
         values: dict[str, float] = {}
         if self.finished:
             expected, got = np.mean(self.finished, axis=0)
@@ -74,7 +81,7 @@ class EpisodeValues:
     def _values(self, model: BaseAlgorithm) -> dict[int, float]:
         policy: Any = model.policy
         envs = sorted(self._fresh)
-        observations, _ = policy.obs_to_tensor(model._last_obs[envs])  # type: ignore[index]  # there is one while an environment runs
+        observations, _ = policy.obs_to_tensor(np.stack([self._fresh[env] for env in envs]))
         # Not predict(), whose feature cache remembers what it is asked: asking more would change which observations
         # are encoded in which batch.
         with th.no_grad():

@@ -1,22 +1,20 @@
-"""What a finding about a training run is, and the limits beyond which a number is one."""
+"""A finding about a training run, and the limits beyond which a number becomes one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-SEVERITIES = ("warning", "error")
-
 
 @dataclass(frozen=True)
 class Finding:
     """
-    Something that is wrong with a run, or about to be.
+    Something that is wrong with a run, or will be.
 
-    :param code: short name, the same for all findings of a kind
+    :param code: short name of this kind of finding
     :param seen: what was seen, with numbers
     :param why: why it matters
-    :param change: the argument and value to change
-    :param severity: ``"warning"``, or ``"error"`` where going on is of no use
+    :param change: which argument to change, and to what value
+    :param severity: ``"warning"``, or ``"error"`` if there is no use in training on
     """
 
     code: str
@@ -32,17 +30,17 @@ class Finding:
 @dataclass(frozen=True)
 class Threshold:
     """
-    A limit, and who says so.
+    A limit, and where it comes from.
 
     :param value: the limit
-    :param source: paper, property of the arithmetic, or own judgement
+    :param source: a paper, a property of the arithmetic, a measurement, or own judgement
     """
 
     value: float
     source: str
 
 
-#: Limits, and who says so.
+#: All limits by name, with their sources.
 THRESHOLDS: dict[str, Threshold] = {
     "values": Threshold(10, "own judgement: fewer logged values than this say nothing"),
     "loss_growth": Threshold(10.0, "own judgement: factor between the first and the last third of the log"),

@@ -9,15 +9,15 @@ from pathlib import Path
 
 def read_log(path: str | Path) -> dict[str, list[float | None]]:
     """
-    Read SB3's ``progress.csv``, also that of a run that was killed while it wrote its last row.
+    Read SB3's ``progress.csv``, also if the run was killed while it wrote the last row.
 
     :param path: the file
-    :return: its columns; ``None`` where a cell is empty or cut off; columns that hold other than numbers are left out
+    :return: values by column, ``None`` where a cell is empty or cut off; only columns that hold nothing but numbers
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it cannot be read
     """
     try:
-        text = Path(path).read_text().replace("\0", "")  # a crash of the machine leaves such
+        text = Path(path).read_text().replace("\0", "")  # a crash of the machine may leave some
         header, *rows = [row for row in csv.reader(io.StringIO(text)) if row] or [[]]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         if isinstance(error, FileNotFoundError):

@@ -1,4 +1,4 @@
-"""What the log of a run says about its health; pure functions of the logged numbers."""
+"""What the log of a run says about its health: pure functions of the logged numbers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 
-#: Logged values by key, a row a line of the log; ``None`` where a line has no such value. NaN is a logged NaN.
+#: Logged values by key, one per line of the log; ``None`` where a line has no such value. NaN is a logged NaN.
 Columns = Mapping[str, Sequence[float | None]]
 
 _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
@@ -17,11 +17,11 @@ _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
 
 def history_findings(columns: Columns, finished: bool = False, slow_after: int | None = None) -> list[Finding]:
     """
-    What the log of a run tells.
+    Find what is wrong with a run from its log.
 
-    :param columns: as ``MonitorCallback`` and SB3 log it (``sb3_resnet.diagnosis.read_log`` reads it); what is not
-        there is not checked
-    :param finished: whether the run has ended, so that epsilon must have
+    :param columns: the log of ``MonitorCallback`` and SB3, as ``sb3_resnet.diagnosis.read_log`` reads it; a rule whose
+        columns are missing finds nothing
+    :param finished: whether the run has ended, so that epsilon must have reached its final value
     :param slow_after: environment steps after which the reward must have risen; ``None``: as in :data:`THRESHOLDS`
     :return: the findings
     """
@@ -54,7 +54,7 @@ def _loss_explodes(columns: Columns) -> Finding | None:
     if len(loss) < _enough():
         return None
     first, middle, last = (float(np.median(part)) for part in np.array_split(loss, 3))
-    # Huber's loss leaves its square at 1, an error of one reward where rewards are clipped.
+    # Below 1, where Huber's loss is a square, errors are smaller than one clipped reward.
     if last <= 1.0 or not (first < middle < last and last > THRESHOLDS["loss_growth"].value * first):
         return None
     seen = f"The loss grew from {first:.3g} to {middle:.3g} and {last:.3g} (medians of the thirds of the log)."
@@ -63,14 +63,14 @@ def _loss_explodes(columns: Columns) -> Finding | None:
 
 def _q_explodes(columns: Columns) -> Finding | None:
     bound = _values(columns, "monitor/q_bound")
-    extremes = [_recent(columns, key) for key in ("monitor/q_max", "monitor/q_min")]
-    largest = max((float(np.median(np.abs(values))) for values in extremes if len(values) >= _enough()), default=0.0)
+    extremes = [np.abs(_recent(columns, key)) for key in ("monitor/q_max", "monitor/q_min")]
+    largest = max((float(np.median(values)) for values in extremes if len(values) >= _enough()), default=0.0)
     if not len(bound) or not largest > THRESHOLDS["q_bound"].value * bound[-1]:
         return None
     return Finding(
         "q_explodes",
         f"Q-values of {largest:.3g} exceed {bound[-1]:.3g}, the largest reward seen / (1 - gamma).",
-        "No policy can earn that: bootstrapping has diverged.",
+        "No policy can earn that much: Q-learning has diverged.",
         "Write a smaller learning_rate (a third) and target_update_interval=10000, and clip with GradientClipCallback.",
         "error",
     )
@@ -82,35 +82,33 @@ def _loss_oscillates(columns: Columns) -> Finding | None:
     if len(loss) < _enough():
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
-    error, reward = _recent(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
-    if len(error) >= _enough() and len(reward):
-        ratio = float(np.median(error)) / reward[-1]
+    error, reward = _median(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
+    if not math.isnan(error) and len(reward):
+        ratio = error / reward[-1]
         sick = ratio > THRESHOLDS["td_size"].value and swing > THRESHOLDS["loss_swing"].value
         size = f", and the typical TD error is {ratio:.3g} times the largest reward"
-    else:  # without the monitor's numbers: rare rewards alone make a healthy loss swing
+    else:  # without the monitor's numbers: with rare rewards, a healthy loss swings too
         sick, size = swing > THRESHOLDS["loss_swing_alone"].value, ""
     if not sick:
         return None
     return Finding(
         "loss_oscillates",
         f"The loss typically changes by a factor of {swing:.3g} from one logged value to the next{size}.",
-        "Steps overshoot: what one update learns, the next one destroys.",
+        "Steps are too large: what one update learns, the next one destroys.",
         "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0).",
     )
 
 
 def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
-    key = next(
-        (key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()), ""
-    )
+    keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()]
     steps = _values(columns, "time/total_timesteps")
-    if not key or not len(steps) or steps[-1] - steps[0] < slow_after:
+    if not keys or not len(steps) or steps[-1] - steps[0] < slow_after:
         return None
-    reward = _values(columns, key)
+    reward = _values(columns, keys[0])
     first, _, last = np.array_split(reward, 3)
     error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
     gain = float(last.mean() - first.mean())
-    if not gain <= THRESHOLDS["slow_curve"].value * error:  # NaN is no gain, and no lack of one
+    if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
         return None
     frozen = _values(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
     unfreeze = (
@@ -118,8 +116,8 @@ def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
     )
     return Finding(
         "slow_curve",
-        f"{key} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and {last.mean():.4g} in "
-        "the last.",
+        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
+        f"{last.mean():.4g} in the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
         f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
     )
@@ -144,48 +142,44 @@ def _overfitting(columns: Columns) -> Finding | None:
     return Finding(
         "overfitting",
         f"In the last three evaluations the mean reward was {evaluation_mean:.4g}, in training {train_mean:.4g}.",
-        "The agent has learned its own episodes by heart.",
+        "The agent has memorised its training episodes.",
         "Try dropout=0.1, weight_decay=1e-3, augmentation, or a lower boundary of what trains (freeze_backbone=True).",
     )
 
 
 def _q_overestimation(columns: Columns) -> Finding | None:
-    expected, got = _recent(columns, "monitor/q_start"), _recent(columns, "monitor/return_start")
+    expected, got = _median(columns, "monitor/q_start"), _median(columns, "monitor/return_start")
     bound = _values(columns, "monitor/q_bound")
-    if min(len(expected), len(got)) < _enough() or not len(bound):
-        return None
-    gap = float(np.median(expected) - np.median(got))
-    if not gap > THRESHOLDS["q_overestimation"].value * bound[-1]:
+    if not len(bound) or not expected - got > THRESHOLDS["q_overestimation"].value * bound[-1]:
         return None
     return Finding(
         "q_overestimation",
-        f"At the start of episodes the agent expects {np.median(expected):.3g} and gets {np.median(got):.3g} "
-        "(discounted).",
+        f"At the start of episodes the agent expects {expected:.3g} and gets {got:.3g} (discounted).",
         "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
         "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
     )
 
 
 def _dead(columns: Columns, name: str, what: str) -> Finding | None:
-    share = _recent(columns, f"monitor/{name}")
-    if len(share) < _enough() or not np.median(share) > THRESHOLDS[name].value:
+    share = _median(columns, f"monitor/{name}")
+    if not share > THRESHOLDS[name].value:
         return None
     change = {
         "dead_features": "Check image_size and use_imagenet_norm, or write pooling='flatten', or other weights.",
         "dormant_units": "Write a smaller learning_rate, or activation_fn='LeakyReLU'.",
     }
-    seen = f"{np.median(share):.0%} of the {what}."
-    return Finding(name, seen, "They carry nothing from image to Q-value, and get no gradient.", change[name])
+    seen = f"{share:.0%} of the {what}."
+    return Finding(name, seen, "They carry nothing from the image to the Q-values, and get no gradient.", change[name])
 
 
 def _gradients_vanish(columns: Columns) -> Finding | None:
     for key in _keys(columns, "grad_norm/"):
-        norm = _recent(columns, key)
-        if len(norm) >= _enough() and np.median(norm) < THRESHOLDS["vanishing"].value:
+        norm = _median(columns, key)
+        if norm < THRESHOLDS["vanishing"].value:
             return Finding(
                 "gradients_vanish",
-                f"The gradient norm of {key.partition('/')[2]} is {np.median(norm):.2e}.",
-                "Too small to move a weight: either the loss is zero or nothing of it arrives there.",
+                f"The gradient norm of {key.partition('/')[2]} is {norm:.2e}.",
+                "This is too small to change a weight: either the loss is zero, or its gradient does not arrive there.",
                 "Check that the env gives rewards, and the head's feature_norm='standardize'; for a backbone, "
                 "norm='frozen' with pretrained weights or norm='group'.",
             )
@@ -202,15 +196,15 @@ def _gradients_explode(columns: Columns) -> Finding | None:
     return Finding(
         "gradients_explode",
         f"The gradient norm is {np.median(before):.3g} before clipping and {np.median(after):.3g} after.",
-        "Clipping hides steps that point anywhere: hardly anything of a batch's proportions is left.",
+        "Clipping hides how large the steps would be: little of the gradient is left.",
         "Write a smaller learning_rate (a third), scale the rewards (VecNormalize(norm_obs=False)), or lr_backbone "
         "a hundredth of the head's.",
     )
 
 
 def _lr_zero(columns: Columns) -> Finding | None:
-    keys = [*_keys(columns, "lr/"), *_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
-    # A third of the log: a schedule that ends at zero, as it should, is there at the end.
+    keys = [*_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
+    # Over a third of the log, since a schedule may well end at zero.
     rates = [_last_third(columns, key) for key in keys]
     rates = [rate for rate in rates if len(rate) >= _enough()]
     highest = max((float(rate.max()) for rate in rates), default=math.inf)
@@ -229,7 +223,7 @@ def _lr_zero(columns: Columns) -> Finding | None:
 
 def _batchnorm_drift(columns: Columns) -> Finding | None:
     drift = _recent(columns, "monitor/batchnorm_drift")
-    # The smallest: running means begin at 0 and need some ten updates to come near.
+    # The smallest one, since running means begin at 0 and need about ten updates to adapt.
     if len(drift) < _enough() or not drift.min() > THRESHOLDS["batchnorm_drift"].value:
         return None
     return Finding(
@@ -247,7 +241,7 @@ def _epsilon(columns: Columns) -> Finding | None:
     return Finding(
         "epsilon_never_ends",
         f"Epsilon was still {rate[-1]:.2g} at the end.",
-        "The agent hardly ever played what it had learned.",
+        "The agent seldom acted by what it had learned.",
         "Write exploration_final_eps=0.05 and exploration_fraction=0.1, or train on.",
     )
 
@@ -255,7 +249,7 @@ def _epsilon(columns: Columns) -> Finding | None:
 def _amp_skips(columns: Columns) -> Finding | None:
     rows = zip(columns.get("train/amp_skipped", ()), columns.get("train/n_updates", ()), strict=False)
     known = [(skipped, updates) for skipped, updates in rows if skipped is not None and updates is not None]
-    # The latest rows that span enough updates: GradScaler's first scale is too large by design.
+    # Only the latest updates, since GradScaler's first scale is too large by design.
     start = next((row for row in reversed(known) if known[-1][1] - row[1] >= THRESHOLDS["amp_updates"].value), None)
     if start is None:
         return None
@@ -277,13 +271,19 @@ def _enough() -> float:
 
 
 def _loss(columns: Columns) -> np.ndarray:
-    """The monitor's mean over several updates, or SB3's of the last ``train()``."""
+    """The monitor's mean over several updates, or else SB3's mean over the last ``train()``."""
     measured = _values(columns, "monitor/loss")
     return measured if len(measured) else _values(columns, "train/loss")
 
 
 def _recent(columns: Columns, key: str) -> np.ndarray:
     return _values(columns, key)[-int(_enough()) :]
+
+
+def _median(columns: Columns, key: str) -> float:
+    """:return: median of the latest values; NaN, which exceeds no limit, if there are too few of them"""
+    values = _recent(columns, key)
+    return float(np.median(values)) if len(values) >= _enough() else math.nan
 
 
 def _last_third(columns: Columns, key: str) -> np.ndarray:

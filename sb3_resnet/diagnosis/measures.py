@@ -1,4 +1,4 @@
-"""What the health of a network is read from: functions of tensors, without SB3."""
+"""Measures of the health of a network: functions of tensors, without SB3."""
 
 from __future__ import annotations
 
@@ -14,15 +14,18 @@ DEAD = 1e-3
 
 
 def joint_norm(tensors: Sequence[th.Tensor]) -> th.Tensor:
-    """:return: the Euclidean norm of all tensors as one vector, in float32"""
+    """
+    :param tensors: tensors of any shape
+    :return: the Euclidean norm of all of them as one vector, in float32
+    """
     norm: th.Tensor = th.linalg.vector_norm(th.stack([th.linalg.vector_norm(tensor).float() for tensor in tensors]))
     return norm
 
 
 def relative_distance(pairs: Sequence[tuple[th.Tensor, th.Tensor]]) -> th.Tensor:
     """
-    :param pairs: parameters of two networks
-    :return: the norm of the difference relative to that of the first
+    :param pairs: the same parameters of two networks
+    :return: the norm of the difference, relative to the norm of the first network
     """
     with th.no_grad():
         distance = joint_norm([mine - other for mine, other in pairs])
@@ -31,8 +34,8 @@ def relative_distance(pairs: Sequence[tuple[th.Tensor, th.Tensor]]) -> th.Tensor
 
 def dead_features(features: th.Tensor) -> th.Tensor:
     """
-    :param features: ``(batch, dim)``
-    :return: share of the features that hardly vary over the batch; what does not vary tells nothing
+    :param features: features, ``(batch, dim)``
+    :return: share of the features that hardly vary over the batch, and so carry no information
     """
     spread = features.float().std(dim=0, unbiased=False)
     return (spread <= DEAD * spread.mean()).float().mean()
@@ -54,8 +57,8 @@ def batchnorm_drift(layer: nn.Module, x: th.Tensor) -> th.Tensor:
     """
     :param layer: a BatchNorm layer with running statistics
     :param x: its input, ``(batch, channels, ...)``
-    :return: mean over the channels of the distance between the batch's mean and the running mean, in running standard
-        deviations: how far the function that trains is from the one that acts
+    :return: distance between the batch's mean and the running mean, in running standard deviations, averaged over the
+        channels: how much the network that trains differs from the one that acts
     """
     mean, var, eps = layer.running_mean, layer.running_var, layer.eps
     assert isinstance(mean, th.Tensor)
@@ -65,7 +68,12 @@ def batchnorm_drift(layer: nn.Module, x: th.Tensor) -> th.Tensor:
 
 
 def norms_of(values: Mapping[str, th.Tensor | float]) -> dict[str, float]:
-    """:return: the same as floats, all tensors read at once: on a GPU each reading waits for the device"""
+    """
+    Read all tensors at once, since on a GPU each read waits for the device.
+
+    :param values: scalars by name
+    :return: the same as floats
+    """
     names = [name for name, value in values.items() if isinstance(value, th.Tensor)]
     read = th.stack([th.as_tensor(values[name], dtype=th.float32) for name in names]).tolist() if names else []
     plain = {name: float(value) for name, value in values.items() if name not in names}

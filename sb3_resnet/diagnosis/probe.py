@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_resnet.common.sampling import unwatch_samples, watch_samples
+from sb3_resnet.common.step_hooks import StepHooks, after_step
 from sb3_resnet.diagnosis.measures import (
     batchnorm_drift,
     dead_features,
@@ -18,11 +19,10 @@ from sb3_resnet.diagnosis.measures import (
     norms_of,
     relative_distance,
 )
+from sb3_resnet.diagnosis.td_errors import loss_of, predictions_and_targets, train_rule
 from sb3_resnet.optim.groups import optimizer_of
 
-#: Predictions and targets, as the host's ``train()`` names them: DQN and QR-DQN.
-_TD_NAMES = (("current_q_values", "target_q_values"), ("current_quantiles", "target_quantiles"))
-_TD_QUANTILES = {"monitor/td_p50": 0.5, "monitor/td_p90": 0.9, "monitor/td_max": 1.0}
+_TD_QUANTILES = {"p50": 0.5, "p90": 0.9, "max": 1.0}
 
 
 class Probe:
@@ -42,7 +42,7 @@ class Probe:
         self._next = 0
         self._armed: _Armed | None = None
         self._model: BaseAlgorithm | None = None
-        self._handle: th.utils.hooks.RemovableHandle | None = None
+        self._hooks: StepHooks | None = None
         self._warned = False
 
     def start(self, model: BaseAlgorithm, n: int) -> None:
@@ -50,17 +50,25 @@ class Probe:
         self.end()
         self._model = model
         self._next = n
-        # All the time, since torch calls its step hooks in a loop that allows no change of them.
-        optimizer = optimizer_of(model)
-        _forget_earlier(optimizer, self)
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._hooks = after_step(optimizer_of(model))
+        # A learn() that was interrupted never reached its end: its hooks are still there.
+        earlier = getattr(self._hooks.get(self._key), "__self__", None)
+        if isinstance(earlier, Probe):
+            earlier.end()
+        self._hooks.add(self._key, self._after_step)
 
     def end(self) -> None:
         """Stop for good; may be called again."""
         self.pause()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._hooks is not None:
+            self._hooks.remove(self._key, self._after_step)
+            self._hooks = None
+
+    @property
+    def _key(self) -> Any:
+        """One probe for each class of callbacks."""
+        owner = getattr(self._sink, "__self__", None)
+        return self if owner is None else type(owner)
 
     def pause(self) -> None:
         """Take the hooks of a measured update away."""
@@ -82,11 +90,12 @@ class Probe:
         elif not self._armed.before_step() and not self._warned:
             self._warned = True
             warnings.warn(
-                f"TD errors are not measured: train() of {type(self._model).__name__} has none of {_TD_NAMES}",
+                f"TD errors are not measured: train() of {type(self._model).__name__} is not that of DQN or QRDQN, "
+                "so its targets are not known",
                 stacklevel=2,
             )
 
-    def _after_step(self, optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    def _after_step(self, optimizer: th.optim.Optimizer) -> None:
         armed = self._armed
         if armed is None or not armed.began:
             return  # none was measured, or the next one will be
@@ -95,16 +104,6 @@ class Probe:
         self._next = armed.n + self.every
         self._sink(values)
         self.prepare(armed.n + 1)
-
-
-def _forget_earlier(optimizer: th.optim.Optimizer, probe: Probe) -> None:
-    """A ``learn()`` that was interrupted never reached its end: the hooks of its callback are still there."""
-    owner = type(getattr(probe._sink, "__self__", None))
-    for key, hook in [*optimizer._optimizer_step_post_hooks.items()]:
-        other = getattr(hook, "__self__", None)
-        if isinstance(other, Probe) and type(getattr(other._sink, "__self__", None)) is owner:
-            other.pause()
-            del optimizer._optimizer_step_post_hooks[key]
 
 
 class _Armed:
@@ -120,23 +119,28 @@ class _Armed:
         self._before: dict[int, th.Tensor] = {}
         self._drifts: list[th.Tensor] = []
         self._units: list[th.Tensor] = []
+        self._output: th.Tensor | None = None  # of the online network
+        self._following: th.Tensor | None = None  # of the target network
+        self._batch: Any = None
+        self._buffer: Any = getattr(model, "replay_buffer", None)
         self._handles = self._register()
 
     @property
     def stale(self) -> bool:
-        """Whether other parameters train than those that are watched."""
+        """Whether other parameters train than those that are watched, or batches come from another buffer."""
         before, now = (
             [id(p) for _, some in groups for p in some] for groups in (self._trainable, trainable(self._model))
         )
-        return before != now
+        return before != now or self._buffer is not getattr(self._model, "replay_buffer", None)
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        unwatch_samples(self._buffer, self)
 
     def before_step(self) -> bool:
-        """:return: whether the host's ``train()`` showed its TD errors"""
+        """:return: whether it is known what ``train()`` computed, so that its TD errors can be"""
         self.began = True
         policy = self._model.policy
         pairs = [
@@ -147,15 +151,18 @@ class _Armed:
         self._values["monitor/target_lag"] = relative_distance(pairs)
         for _, parameters in self._trainable:
             self._before.update({id(parameter): parameter.detach().clone() for parameter in parameters})
-        return self._see_train(train_locals(self._model))
+        return self._measure_td_errors()
 
     def _register(self) -> list[th.utils.hooks.RemovableHandle]:
         online = self._model.policy.online
-        head = getattr(online, online._head)
+        head = online.head
         activations = [module for module in head if isinstance(module, self._model.policy.activation_fn)]
         norms = online.features_extractor.boundary.live_norms
+        if hasattr(self._buffer, "sample"):
+            watch_samples(self._buffer, self, self._see_batch)
         return [
             online.register_forward_hook(self._see_values),
+            self._model.policy.target.register_forward_hook(self._see_target),
             head.register_forward_pre_hook(self._see_head),
             *(module.register_forward_hook(self._see_units) for module in activations),
             *(module.register_forward_pre_hook(self._see_norm) for module in norms),
@@ -171,7 +178,8 @@ class _Armed:
     def _see_values(self, module: Any, args: Any, output: th.Tensor) -> None:
         if not output.requires_grad:
             return  # a pass for the targets
-        values = output.detach().float()
+        self._output = output.detach()
+        values = self._output.float()
         values = values.mean(dim=1) if values.ndim == 3 else values  # QR-DQN: (batch, quantiles, actions)
         greedy = values.max(dim=1).values
         self._values.update(
@@ -181,6 +189,12 @@ class _Armed:
             self._values["monitor/dormant_units"] = dormant_units(self._units)
         if self._drifts:
             self._values["monitor/batchnorm_drift"] = th.stack(self._drifts).max()
+
+    def _see_target(self, module: Any, args: Any, output: th.Tensor) -> None:
+        self._following = output.detach()
+
+    def _see_batch(self, batch: Any) -> None:
+        self._batch = batch
 
     def _see_head(self, module: Any, args: Any) -> None:
         if th.is_grad_enabled():
@@ -199,18 +213,20 @@ class _Armed:
         if parameter.grad is not None:
             self._norms[id(parameter)] = th.linalg.vector_norm(parameter.grad.detach()).float()
 
-    def _see_train(self, local: Mapping[str, Any]) -> bool:
-        if local.get("losses"):
-            self._values["monitor/loss"] = float(local["losses"][-1])
-        for current, target in _TD_NAMES:
-            if current in local and target in local:
-                error = (local[target].detach() - local[current].detach()).float()
-                error = error.reshape(len(error), -1).mean(dim=1)  # QR-DQN: of the means over the quantiles
-                size = error.abs()
-                self._values.update({key: th.quantile(size, share) for key, share in _TD_QUANTILES.items()})
-                self._values["monitor/td_mean"] = error.mean()
-                return True
-        return False
+    @th.no_grad()
+    def _measure_td_errors(self) -> bool:
+        rule = train_rule(self._model)
+        if self._output is None or self._following is None or self._batch is None:
+            return rule is not None
+        pair = predictions_and_targets(self._output, self._following, self._batch, self._model.gamma)
+        if rule is not None:
+            self._values["monitor/loss"] = loss_of(rule, *pair)
+        error = (pair[1] - pair[0]).float()
+        error = error.reshape(len(error), -1).mean(dim=1)  # QR-DQN: of the means over the quantiles
+        size, name = error.abs(), "monitor/td" if rule is not None else "monitor/greedy_td"
+        self._values.update({f"{name}_{key}": th.quantile(size, share) for key, share in _TD_QUANTILES.items()})
+        self._values[f"{name}_mean"] = error.mean()
+        return rule is not None
 
     @th.no_grad()
     def after_step(self, optimizer: th.optim.Optimizer) -> dict[str, float]:
@@ -233,7 +249,7 @@ class _Armed:
         if "grad_norm/all" in values:
             values["monitor/clip_share"] = float(values["grad_norm_clipped/all"] < values["grad_norm/all"] * (1 - 1e-4))
         for group in optimizer.param_groups:
-            values[f"lr/{group['name']}"] = float(group["lr"])
+            values[f"train/lr_{group['name']}"] = float(group["lr"])
         return values
 
     def _gradient_norms(self, name: str, parameters: list[th.Tensor]) -> dict[str, th.Tensor]:
@@ -248,18 +264,3 @@ def trainable(model: BaseAlgorithm) -> list[tuple[str, list[Any]]]:
         (str(group["name"]), [parameter for parameter in group["params"] if parameter.requires_grad])
         for group in optimizer_of(model).param_groups
     ]
-
-
-def train_locals(model: BaseAlgorithm) -> Mapping[str, Any]:
-    """
-    Local variables of the model's ``train()``, to be called from within it; empty elsewhere.
-
-    SB3 hands callbacks those of ``learn()`` and ``collect_rollouts()``, but not these, and they alone hold the batch's
-    TD errors: computing them again would need the batch and, with dropout, the random generator.
-    """
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code.co_name == "train" and frame.f_locals.get("self") is model:
-            return dict(frame.f_locals)
-    return {}

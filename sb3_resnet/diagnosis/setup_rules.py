@@ -1,4 +1,4 @@
-"""What can be seen to be wrong with a set-up, from the model alone, before anything is trained."""
+"""What is wrong with a set-up, as far as the model shows it before training."""
 
 from __future__ import annotations
 
@@ -8,25 +8,23 @@ from typing import Any
 
 from stable_baselines3.common.buffers import NStepReplayBuffer
 
+from sb3_resnet.cache.sizes import growth_bytes
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
-
-_ENTRY_BYTES = 4  # of a cached feature
-_MEASURED = 2000  # observations from which on the buffer's own use is a better guess than the shapes
 
 
 def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
     """
-    What can be seen without training.
+    Find what is wrong with a model before it trains.
 
-    :param model: an SB3 model with ResNet features; what the model has not (PPO has no replay buffer) is not checked
+    :param model: an SB3 model with ResNet features; what it does not have (PPO has no replay buffer) is not judged
     :param total_timesteps: planned environment steps, if known
     :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
-    :return: the findings, in the order of the list in the README
+    :return: the findings
     """
     network = getattr(model.policy, "online", model.policy)
     extractor = getattr(network, "features_extractor", None)
-    optimizer = getattr(model.policy, "optimizer", None)  # SAC has several
+    optimizer = getattr(model.policy, "optimizer", None)  # SAC has several, and none here
     reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
     found = [
         _frozen_random(extractor, reached[-1].unfreeze_from if reached else None),
@@ -43,14 +41,14 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
 
 def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
     """
-    Whether stages of the trunk are as they were initialised.
+    Whether stages of the trunk still have their initial weights.
 
-    Told by the norm layers, which begin as exactly mean 0, variance 1, weight 1 and bias 0: no trained network keeps
-    all of them. So it also holds for a loaded model, which does not say where its weights came from.
+    Norm layers begin with exactly mean 0, variance 1, weight 1 and bias 0, and no trained network keeps all of them.
+    This also works for a loaded model, which does not say where its weights came from.
 
     :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`
     :param stages: some of its stages
-    :return: whether they have norm layers and none of them has ever changed
+    :return: whether they have norm layers, and all of these are as initialised
     """
     layers = [layer for name in stages for module in extractor.stage_modules(name) for layer in module.modules()]
     initial = {"running_mean": 0.0, "running_var": 1.0, "weight": 1.0, "bias": 0.0}
@@ -63,56 +61,25 @@ def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
     )
 
 
-def buffer_bytes(model: Any) -> int:
-    """
-    :param model: an SB3 model with a replay buffer
-    :return: memory that the buffer, and the feature cache if it has one, will take beyond what they take now
-    """
-    buffer = model.replay_buffer
-    rows = buffer.buffer_size * buffer.n_envs
-    left = 1.0 - (1.0 if buffer.full else buffer.pos / buffer.buffer_size)
-    if not hasattr(buffer, "shared"):
-        arrays = [getattr(buffer, name, None) for name in ("observations", "next_observations")]
-        parts = [part for array in arrays for part in (array.values() if isinstance(array, dict) else [array])]
-        return int(left * sum(part.nbytes for part in parts if part is not None))
-    store, cache = buffer.shared.store, buffer.shared.cache
-    channels, *plane = store.shape
-    # Until the buffer has seen some: stacks move on by one grey frame a step, single images share nothing.
-    planes = store.n_planes / len(store) if len(store) > _MEASURED else (channels if channels <= 3 else 1.0)
-    size = planes * buffer.observation_space.dtype.itemsize
-    for length in plane:
-        size *= length
-    if cache is not None:
-        size += _entry_bytes(model.policy.online.features_extractor, cache)
-    return int(left * rows * size)
-
-
 def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
     """
     :param buffer: a buffer of SB3
-    :param yaml: as RL-Zoo's YAML, whose strings RL-Zoo evaluates in a module of its own
-    :return: the arguments with which each frame is stored once, as the user writes them
+    :param yaml: write them for RL-Zoo's YAML, whose strings RL-Zoo evaluates in a module of its own
+    :return: the arguments that make the model store each frame once, as the user writes them
     """
     n_step = isinstance(buffer, NStepReplayBuffer)
     name = "FrameNStepReplayBuffer" if n_step else "FrameReplayBuffer"
     path = f"\"importlib.import_module('sb3_resnet.buffers').{name}\"" if yaml else f"sb3_resnet.buffers.{name}"
     equals = ": " if yaml else "="
     text = f"replay_buffer_class{equals}{path}"
-    if n_step:  # SB3 sets n_steps up for its own class only
+    if n_step:  # SB3 passes n_steps to its own class only
         kwargs = {"n_steps": buffer.n_steps, "gamma": buffer.gamma}
         text += f" with replay_buffer_kwargs{equals}{kwargs} instead of n_steps"
     return text
 
 
-def _entry_bytes(extractor: Any, cache: Any) -> float:
-    if extractor.freeze_boundary is None:
-        pooled = getattr(extractor.projection, "in_features", extractor.features_dim)
-        return float(_ENTRY_BYTES * pooled / extractor.preprocessing.n_frames)  # a transition has one frame that is new
-    return float(cache.nbytes / len(cache)) if len(cache) > _MEASURED else 0.0
-
-
 def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
-    """Of the stages that will never train."""
+    """Judge the stages that will never train."""
     if not hasattr(extractor, "boundary") or unfrozen_from == "all":
         return None
     below = takewhile(lambda name: name != unfrozen_from, extractor.boundary.frozen_stages)
@@ -122,7 +89,7 @@ def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
     return Finding(
         "frozen_random_backbone",
         f"The stages {', '.join(frozen)} are frozen and their weights random.",
-        "Frozen, they stay so: the agent sees through a random filter and learns little.",
+        "They stay random, so the agent sees little of the image and learns little.",
         "Write pretrained=True or weights=PATH in features_extractor_kwargs, or unfreeze: freeze_backbone=False, or an "
         "UnfreezeCallback down to unfreeze_from='all'.",
     )
@@ -152,7 +119,7 @@ def _lr_order(optimizer: Any) -> Finding | None:
     return Finding(
         "lr_order",
         f"The backbone's learning rate is {backbone / head:.3g} times the head's.",
-        "The backbone holds what was learned before and the head begins at random: it is the head that must move.",
+        "The head begins with random weights, so it must learn faster than the backbone.",
         "Write lr_backbone=None, which is a tenth of the head's.",
         "error",
     )
@@ -188,7 +155,7 @@ def _epsilon(model: Any) -> Finding | None:
     return Finding(
         "epsilon_never_ends",
         f"Epsilon falls from {model.exploration_initial_eps:g} to {final:g} in {fraction:.0%} of training.",
-        "The agent hardly ever plays what it has learned, and so sees little of the states that its policy leads to.",
+        "The agent seldom acts by what it has learned, so it sees little of the states that its policy leads to.",
         f"Write {'exploration_final_eps=0.05' if too_high else 'exploration_fraction=0.1'}.",
     )
 
@@ -214,7 +181,7 @@ def _buffer(model: Any, extractor: Any) -> Finding | None:
     room = available_bytes()
     if getattr(model, "replay_buffer", None) is None or room is None:
         return None
-    needed = buffer_bytes(model)
+    needed = growth_bytes(model)
     limit = THRESHOLDS["buffer_memory"].value * room
     if needed <= limit:
         return None
@@ -237,7 +204,7 @@ def _micro_batch(model: Any, extractor: Any) -> Finding | None:
     return Finding(
         "micro_batch",
         f"batch_size is {batch} and micro_batch_size {micro}.",
-        "A batch is cut into micro-batches, so one that is larger never comes about and saves nothing.",
+        "A batch is cut into micro-batches, so micro-batches that are larger than it save nothing.",
         f"Write micro_batch_size={max(1, batch // 4)}, or batch_size={4 * micro}.",
         "error",
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch as th
 from torchvision.transforms import v2
 
-from sb3_resnet.common.arguments import choice, no_unknown, number
+from sb3_resnet.common.arguments import choice, no_unknown, number, shown
 
 Transform = Callable[[th.Tensor], th.Tensor]
 
@@ -75,14 +75,14 @@ def read_augment(value: Any, size: tuple[int, int], frame_channels: int, quiet: 
         return Augmentation(v2.Compose(transforms), frame_channels, one_by_one=True) if transforms else None
     if callable(value):
         return Augmentation(value, frame_channels, one_by_one=False)
-    raise TypeError(f"augment must be a list such as {_EXAMPLE}, or a callable, got {value!r}")
+    raise TypeError(f"augment must be a list such as {_EXAMPLE}, or a callable, got {shown(value)}")
 
 
 def _read_step(index: int, step: Any) -> tuple[str, dict[str, Any]]:
     name, arguments = next(iter(step.items())) if isinstance(step, Mapping) and len(step) == 1 else (step, None)
     if not isinstance(name, str) or not isinstance(arguments, (Mapping, type(None))):
         raise TypeError(
-            f"augment[{index}] must be a name or {{name: {{argument: value}}}}, as in {_EXAMPLE}; got {step!r}"
+            f"augment[{index}] must be a name or {{name: {{argument: value}}}}, as in {_EXAMPLE}; got {shown(step)}"
         )
     choice(f"augment[{index}]", name, [*_BUILDERS])
     arguments = dict(arguments or {})
@@ -93,7 +93,7 @@ def _read_step(index: int, step: Any) -> tuple[str, dict[str, Any]]:
 def _random_shift(size: tuple[int, int], *, padding: Any = 4) -> v2.Transform:
     pixels = number("random_shift: padding", padding, 1, min(size))
     if pixels != int(pixels):
-        raise ValueError(f"random_shift: padding must be a whole number of pixels, got {padding!r}")
+        raise ValueError(f"random_shift: padding must be a whole number of pixels, got {shown(padding)}")
     return v2.RandomCrop(size, padding=int(pixels), padding_mode="edge")
 
 
@@ -102,7 +102,7 @@ def _random_resized_crop(
 ) -> v2.Transform:
     low, high = _range("random_resized_crop: scale", scale)
     if high > 1.0:
-        raise ValueError(f"random_resized_crop: scale is a part of the area, at most 1, got {scale!r}")
+        raise ValueError(f"random_resized_crop: scale is a part of the area, at most 1, got {shown(scale)}")
     return v2.RandomResizedCrop(
         size, scale=(low, high), ratio=_range("random_resized_crop: ratio", ratio), antialias=True
     )
@@ -135,10 +135,10 @@ _BUILDERS: dict[str, Callable[..., v2.Transform]] = {
 
 def _range(name: str, value: Any) -> tuple[float, float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
-        raise ValueError(f"{name} must be two numbers, smallest and largest, got {value!r}")
+        raise ValueError(f"{name} must be two numbers, smallest and largest, got {shown(value)}")
     low, high = (number(name, bound, above=True) for bound in value)
     if low > high:
-        raise ValueError(f"{name} must be smallest and largest, got {value!r}")
+        raise ValueError(f"{name} must be smallest and largest, got {shown(value)}")
     return low, high
 
 

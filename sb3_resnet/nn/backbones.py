@@ -11,7 +11,7 @@ import torchvision.models as tvm
 from torch import distributed as dist
 from torch import nn
 
-from sb3_resnet.common.arguments import choice, nearest
+from sb3_resnet.common.arguments import choice, nearest, shown
 
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -147,15 +147,21 @@ def pretrained_source(name: str, weights: str | None = None) -> str | None:
     """
     if not hasattr(tvm, "get_model_weights"):
         if weights is not None:
-            raise ValueError(f"weights={weights!r} needs torchvision >= 0.14; write pretrained=True or weights=PATH")
+            raise ValueError(
+                f"weights={shown(weights)} needs torchvision >= 0.14; write pretrained=True or weights=PATH"
+            )
         return None
     enum = tvm.get_model_weights(name)
-    member = "DEFAULT" if weights is None else weights.removeprefix(f"{enum.__name__}.")
-    if member not in enum.__members__:
+    owner, _, member = ("" if weights is None else f".{weights}").rpartition(".")
+    owner, member = owner.removeprefix("."), member or "DEFAULT"
+    if owner not in ("", enum.__name__) or member not in enum.__members__:
         known = [*enum.__members__]
+        what = f"is neither a file nor one of {enum.__name__}"
+        if owner.endswith("_Weights") and owner != enum.__name__:
+            what = f"is of another network: backbone={name!r} has {enum.__name__}"
         raise ValueError(
-            f"weights={weights!r} is neither a file nor one of {enum.__name__}: {', '.join(known)}"
-            f"{nearest(member, known)}. Write one of these names, or the path of a .pth, .pt or .safetensors file."
+            f"weights={shown(weights)} {what}: {', '.join(known)}{nearest(member, known)}. Write one of these names, "
+            "or the path of a .pth, .pt or .safetensors file."
         )
     return str(enum[member].url)
 

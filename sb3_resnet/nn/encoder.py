@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
 from torch import nn
 
+from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
 from sb3_resnet.nn.inference import fold_norms, from_raw_input, is_native, pack
 from sb3_resnet.nn.trunk import Trunk
 
-_VERSION = attrgetter("_version")
 _PASSED_OVER = ("preprocess", "scale_raw", "frozen_part", "run_stages")  # methods that it takes the place of
 _JUDGED = 64  # images after each build that are searched for overflow
 _SAMPLED = 16  # numbers of each tensor that are compared by value
-_Holders = list[Mapping[str, th.Tensor | None]]
 
 
 class FrozenEncoder:
@@ -54,7 +52,7 @@ class FrozenEncoder:
     def can_replace_modules(self) -> bool:
         """Whether it gains, and no hook waits for a frozen module to be called."""
         layers = self._layers if self._frozen == self.trunk.frozen_stages else _layers(self.trunk)
-        return self.can_gain and not any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+        return self.can_gain and not any(map(host.has_forward_hooks, layers))
 
     @property
     def device(self) -> th.device:
@@ -97,7 +95,7 @@ class FrozenEncoder:
         self._fingerprint: tuple[Any, ...] | None = None
         self._frozen: tuple[str, ...] | None = None
         self._layers: list[nn.Module] = []
-        self._holders: _Holders = []
+        self._holders: list[Any] = []
         self._probe: list[th.Tensor] = []
         self._probed: th.Tensor | None = None
         self._stages: list[nn.Module] = []
@@ -197,7 +195,7 @@ def _arranged(trunk: Trunk) -> list[nn.Module]:
     return [*stages.values()]
 
 
-def _fingerprint(trunk: Trunk, holders: Sequence[Mapping[str, th.Tensor | None]]) -> tuple[Any, ...]:
+def _fingerprint(trunk: Trunk, holders: Sequence[Any]) -> tuple[Any, ...]:
     """
     What an encoder and its entries depend on: boundary, precision, and identity and version of each frozen tensor.
 
@@ -205,7 +203,7 @@ def _fingerprint(trunk: Trunk, holders: Sequence[Mapping[str, th.Tensor | None]]
     reading a weight.
     """
     tensors = [tensor for holder in holders for tensor in holder.values() if tensor is not None]
-    addresses, versions = map(th.Tensor.data_ptr, tensors), map(_VERSION, tensors)
+    addresses, versions = map(th.Tensor.data_ptr, tensors), host.tensor_versions(tensors)
     return (trunk.boundary.stage, trunk.frozen_dtype.name, *addresses, *versions)
 
 
@@ -214,11 +212,9 @@ def _layers(trunk: Trunk) -> list[nn.Module]:
     return [layer for module in trunk.modules(trunk.frozen_stages) for layer in module.modules()]
 
 
-def _holders(trunk: Trunk, layers: Sequence[nn.Module]) -> _Holders:
+def _holders(trunk: Trunk, layers: Sequence[nn.Module]) -> list[Any]:
     """Where modules keep the frozen tensors: looking there is faster than walking the modules (choices.json)."""
-    holders: _Holders = [trunk.statistics]
-    for layer in layers:
-        holders += [layer._parameters, layer._buffers]
+    holders = [trunk.statistics, *(holder for layer in layers for holder in host.tensor_holders(layer))]
     return [holder for holder in holders if holder]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch as th
@@ -113,3 +114,12 @@ class FreezeBoundary(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]  # nn.Module's own hook
         super()._load_from_state_dict(*args, **kwargs)
         self._enforce()
+
+
+def warn_that_it_learns_little() -> None:
+    """Say how to get a trunk that has learnt something, or does."""
+    warnings.warn(
+        "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
+        "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",
+        stacklevel=3,
+    )

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
+
+from sb3_resnet.common.arguments import shown
 
 #: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
 FEATURE_NORMS = ("standardize", "layer", "none")
@@ -64,6 +68,34 @@ class FeatureStandardizer(nn.Module):
         self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
         self.running_mean.add_(share * delta)
         self.running_count.add_(len(features)).clamp_(max=self.horizon)
+
+
+def activation_of(value: Any) -> type[nn.Module]:
+    """
+    :param value: a class of activations, or its name in ``torch.nn``
+    :return: the class
+    :raises ValueError: if there is none of that name, or it is no activation: it needs arguments, or its output has
+        another shape than its input
+    """
+    found = getattr(nn, value.removeprefix("torch.nn.").removeprefix("nn."), None) if isinstance(value, str) else value
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"activation_fn must be a class of torch.nn or its name, such as 'ReLU', got {shown(value)}")
+    features = th.linspace(-1.0, 1.0, 6).reshape(2, 3)
+    try:
+        with warnings.catch_warnings(), th.random.fork_rng(devices=[]), th.no_grad():
+            warnings.simplefilter("ignore")  # such as Softmax's, about its axis
+            shape = found()(features).shape
+    except Exception as error:  # whatever a layer says of missing arguments, or of features without height and width
+        raise ValueError(
+            f"activation_fn={found.__name__} is no activation that can be built without arguments "
+            f"({' '.join(str(error).split())[:200]}). Write one such as 'ReLU', 'Tanh' or 'SiLU'."
+        ) from error
+    if shape != features.shape:
+        raise ValueError(
+            f"activation_fn={found.__name__} makes {tuple(shape)} of {tuple(features.shape)}, and an activation must "
+            "keep the shape: write one such as 'ReLU', 'Tanh' or 'SiLU'"
+        )
+    return found
 
 
 def make_head(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from sb3_resnet.nn.precision import cpu_has_bfloat16
+from sb3_resnet.common import host
 
 
 class PackedConv2d(nn.Module):
@@ -58,15 +58,9 @@ class PackedConv2d(nn.Module):
 
     def _with_onednn(self, x: th.Tensor, relu: bool, added: th.Tensor | None) -> th.Tensor:
         if self._packed is None:
-            reorder: Any = th._C._nn.mkldnn_reorder_conv2d_weight
-            self._packed = reorder(self.weight.to_mkldnn(), *self._geometry, [*x.shape])
-        weights = (self._packed, self.bias if added is None else self.rounded_bias, *self._geometry)
-        after, convolve = "relu" if relu else "none", th.ops.mkldnn._convolution_pointwise
-        if added is None:
-            out: th.Tensor = convolve(x, *weights, after, [], "")
-        else:
-            out = convolve.binary(x, added, *weights, "add", 1.0, after if relu else None, [], "")
-        return out
+            self._packed = host.pack_convolution(self.weight, self._geometry, x.shape)
+        bias = self.bias if added is None else self.rounded_bias
+        return host.packed_convolution(x, self._packed, bias, self._geometry, relu, added)
 
     def _plain(self, x: th.Tensor, relu: bool, added: th.Tensor | None) -> th.Tensor:
         padding, stride, dilation, groups = self._geometry
@@ -153,11 +147,10 @@ def fold_norms(module: nn.Module) -> None:
     """Fold each BatchNorm into the convolution before it; other norms stay."""
     for child in module.children():
         fold_norms(child)
-    for name, following in pairwise([*module._modules]):
-        conv, norm = module._modules[name], module._modules[following]
-        if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.modules.batchnorm._BatchNorm):
-            module._modules[name] = fuse_conv_bn_eval(conv, norm)
-            module._modules[following] = nn.Identity()
+    for (name, conv), (following, norm) in pairwise([*module.named_children()]):
+        if isinstance(conv, nn.Conv2d) and isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)):
+            setattr(module, name, fuse_conv_bn_eval(conv, norm))
+            setattr(module, following, nn.Identity())
 
 
 def from_raw_input(
@@ -216,17 +209,14 @@ def pack(module: nn.Module, blocks: tuple[type[nn.Module], ...] = (), dtype: th.
 
 def is_native(dtype: th.dtype, device: th.device) -> bool:
     """:return: whether the hardware multiplies in this precision"""
-    return dtype == th.float32 or device.type != "cpu" or (dtype == th.bfloat16 and cpu_has_bfloat16())
+    return dtype == th.float32 or device.type != "cpu" or (dtype == th.bfloat16 and host.cpu_has_bfloat16())
 
 
 def can_pack(weight: th.Tensor) -> bool:
     """:return: whether oneDNN computes with such weights here; PyTorch's own compiler uses the same functions"""
     if weight.device.type != "cpu" or not th.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]  # PyTorch's
         return False
-    if not hasattr(th.ops.mkldnn, "_convolution_pointwise") or not hasattr(th._C._nn, "mkldnn_reorder_conv2d_weight"):
-        return False
-    has_bfloat16 = getattr(th.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    return weight.dtype == th.float32 or (weight.dtype == th.bfloat16 and bool(has_bfloat16()))
+    return weight.dtype in (th.float32, th.bfloat16) and host.can_pack_convolutions(weight.dtype)
 
 
 def _is_folded(block: nn.Module) -> bool:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch as th
 
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.common.nonfinite import FIND_THE_STEP, any_non_finite, gradients
 
@@ -31,7 +33,7 @@ def resolve_dtype(name: str, device: th.device | str) -> th.dtype:
         return DTYPES[name]
     if th.device(device).type == "cuda":
         return th.bfloat16 if th.cuda.get_device_capability(device) >= (8, 0) else th.float16
-    return th.bfloat16 if cpu_has_bfloat16() else th.float32
+    return th.bfloat16 if host.cpu_has_bfloat16() else th.float32
 
 
 class LossScaler:
@@ -99,10 +101,14 @@ class LossScaler:
         return False
 
     def _update(self, overflow: bool) -> None:
-        scale, tracker = th.tensor(self.scale), th.tensor(self.growth_tracker, dtype=th.int32)
-        factors = (self._growth_factor, self._backoff_factor, self._growth_interval)
-        th._amp_update_scale_(scale, tracker, th.tensor(float(overflow)), *factors)
-        self.scale, self.growth_tracker = scale.item(), int(tracker.item())
+        """The rule of GradScaler, whose scale is a float32."""
+        self.growth_tracker = 0 if overflow else self.growth_tracker + 1
+        if overflow:
+            self.scale = _float32(self.scale * self._backoff_factor)
+        elif self.growth_tracker == self._growth_interval:
+            grown = _float32(self.scale * self._growth_factor)
+            self.scale = grown if math.isfinite(grown) else self.scale
+            self.growth_tracker = 0
 
 
 class MixedPrecision:
@@ -190,7 +196,5 @@ def _nothing() -> None:
     """What a pickled one comes back as."""
 
 
-def cpu_has_bfloat16() -> bool:
-    """Emulated bfloat16 is several times slower than float32, so ask for the instructions and not for support."""
-    supported = [getattr(th.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
-    return any(check() for check in supported if check is not None)
+def _float32(value: float) -> float:
+    return float(th.tensor(value, dtype=th.float32))

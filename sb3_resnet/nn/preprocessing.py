@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_resnet.common.arguments import flag, integer, number
+from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.augment import Augmentation
 from sb3_resnet.nn.backbones import smallest_size
@@ -162,9 +163,12 @@ def read_image_size(value: Any) -> tuple[int, int] | None:
     """
     if value is None:
         return None
-    sides = [value] * 2 if isinstance(value, (int, float, str)) else list(value)
+    try:
+        sides = [value] * 2 if isinstance(value, (Real, str)) else [*value]
+    except TypeError:
+        sides = []
     if len(sides) != 2:
-        raise ValueError(f"image_size must be one number or [height, width], got {value!r}")
+        raise ValueError(f"image_size must be one number or [height, width], got {shown(value)}")
     return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
 
 
@@ -226,7 +230,7 @@ def statistics(
 
 def _three(name: str, values: Any, *, above: bool) -> tuple[float, ...]:
     if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
-        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {values!r}")
+        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {shown(values)}")
     return tuple(number(name, value, 0.0 if above else -1e6, above=above) for value in values)
 
 

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+import io
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import Enum
+from os import PathLike
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import torch as th
-from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.policies import BaseModel
 from torch import nn
 
-#: Keys under which checkpoints hide their state dict; ``r3m`` is R3M's (arXiv 2203.12601).
-WRAPPERS = ("state_dict", "model", "r3m")
-_SHOWN = 8  # names listed per kind of mismatch; a ResNet-50 for a ResNet-18 has hundreds
+from sb3_resnet.common import host
+from sb3_resnet.common.arguments import path_of, shown
+from sb3_resnet.nn import backbones
+from sb3_resnet.nn.state_dicts import choose, shorten, unwrap, without_copies
+
+#: Endings by which a value of ``weights=`` is known as a path, beside those of files that exist.
+SUFFIXES = (".pth", ".pt", ".safetensors", ".zip", ".ckpt", ".bin", ".tar", ".th", ".pkl")
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path of a URL has one slash
+_WHAT = "Write the path of a .pth, .pt or .safetensors file, or pretrained=True for torchvision's ImageNet weights."
 
 _overwritten: ContextVar[bool] = ContextVar("overwritten", default=False)
-# Called by SB3 to rebuild a saved object; the state dict follows at once.
-_LOADERS = {vars(owner)["load"].__func__.__code__ for owner in (BaseAlgorithm, BaseModel)}
 
 
 @contextmanager
@@ -43,35 +48,76 @@ def checkpoint_follows() -> bool:
     nor extractor that they are loading. Reading the original weights there would need the network, or a file that
     the machine may no longer have, only to throw them away.
     """
-    if _overwritten.get():
-        return True
-    frame = sys._getframe()
-    while frame.f_back is not None:
-        frame = frame.f_back
-        if frame.f_code in _LOADERS:
-            return True
-    return False
+    return _overwritten.get() or host.is_loading()
 
 
-def read_file(path: str | Path) -> dict[str, th.Tensor]:
+def read_into(
+    resnet: nn.Module, backbone: str, weights: str | PathLike[str] | Enum | None = None, prefix: str | None = None
+) -> None:
+    """
+    Copy the weights that an argument names into the trunk.
+
+    :param resnet: a trunk without ``fc``
+    :param backbone: torchvision's name of it
+    :param weights: path of a file, or a member of torchvision's enum or its name; ``None``: the enum's ``DEFAULT``
+    :param prefix: which ResNet of a file, where it holds several
+    :raises ValueError: if they do not fit, or cannot be read
+    :raises TypeError: for a value of another type
+    :raises FileNotFoundError: if they are not there
+    """
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(f"weights_prefix must be a string such as 'module.encoder_q.', got {shown(prefix)}")
+    if isinstance(weights, Enum):
+        weights = f"{type(weights).__name__}.{weights.name}"
+    if weights is not None and _is_path(weights):
+        load_into(resnet, read_file(weights), str(weights), prefix)
+        return
+    if prefix is not None:
+        raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH, or leave it out")
+    url = backbones.pretrained_source(backbone, None if weights is None else str(weights))
+    state = backbones.legacy_pretrained_state(backbone) if url is None else read_url(url)
+    load_into(resnet, state, f"{backbone} weights {url or ''}".strip())
+
+
+def read_file(path: str | PathLike[str]) -> dict[str, th.Tensor]:
     """
     Read a checkpoint file as a flat state dict; pickles with ``weights_only=True``.
 
-    :param path: a ``.safetensors`` file, or a torch pickle (``.pth``, ``.pt``)
-    :return: tensors on the CPU, keys as in the file, wrappers (:data:`WRAPPERS`) removed
+    :param path: a ``.safetensors`` file, a torch pickle (``.pth``, ``.pt``), or a model that SB3 saved (``.zip``)
+    :return: tensors on the CPU, keys as in the file, wrappers such as ``state_dict`` removed; of an SB3 model those of
+        its policy, without target networks
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is empty, cut off, or not a checkpoint
+    :raises PermissionError: if it may not be read
+    :raises ValueError: if it is a URL, empty, cut off, or not a checkpoint
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights={str(path)!r}: no such file. Write the path of a .pth, .pt or .safetensors file, "
-            "or pretrained=True for torchvision's ImageNet weights."
+    if _URL.match(str(path)):
+        raise ValueError(
+            f"weights={shown(str(path))} is a URL, and weights are read from files: download it, for example with "
+            "torch.hub.download_url_to_file(url, path), and write that path. pretrained=True downloads torchvision's."
         )
-    if path.stat().st_size == 0:
-        raise ValueError(f"weights={str(path)!r}: the file is empty. Download it again.")
-    raw = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    return _unwrap(raw, str(path))
+    path = path_of("weights", path)
+    name = f"weights={shown(str(path))}"
+    try:
+        if path.is_dir():
+            files = sorted(file.name for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+            there = f" Such files in it: {shorten(files)}." if files else ""
+            raise FileNotFoundError(f"{name} is a folder, not a file. {_WHAT}{there}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{name}: no such file. {_WHAT}")
+        with path.open("rb") as file:
+            if not file.read(1):
+                raise ValueError(f"{name}: the file is empty. Download it again.")
+        raw = _read_safetensors(path) if path.suffix.lower() == ".safetensors" else _read_pickle(path)
+    except PermissionError as error:
+        raise PermissionError(
+            f"{name}: no permission to read it (chmod u+r lets its owner read a file). {_WHAT}"
+        ) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # such as a name that is too long, or a disk that fails
+        raise FileNotFoundError(f"{name} cannot be read ({error.strerror or error}). {_WHAT}") from error
+    state = unwrap(raw, str(path))
+    return without_copies(state) if any(".features_extractor." in f".{key}" for key in state) else state
 
 
 def read_url(url: str) -> dict[str, th.Tensor]:
@@ -96,42 +142,89 @@ def read_url(url: str) -> dict[str, th.Tensor]:
             f"Could not download {name} ({error}). Put the file into {folder} yourself, or name another file with "
             "weights=PATH, or write pretrained=False."
         ) from error
-    return _unwrap(raw, name)
+    return unwrap(raw, name)
 
 
-def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str) -> None:
+def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, prefix: str | None = None) -> None:
     """
     Copy weights into the trunk; every key must match by name and shape. ``fc.*`` and stages above the last are ignored.
 
     :param resnet: a trunk, with ``Identity`` in the place of what it lacks
-    :param state: keys plain or under one common prefix such as ``module.``; keys outside of that prefix are ignored
+    :param state: keys plain, under one common prefix such as ``module.``, or numbered by ``nn.Sequential``; keys
+        outside of the prefix are ignored
     :param source: name of the file, for the errors
-    :raises ValueError: with all that is missing, unexpected, of another shape, or not finite
+    :param prefix: which ResNet, where there are several
+    :raises ValueError: with all that is missing, unexpected, of another shape or kind, or not finite
     """
     wanted = resnet.state_dict()
-    prefix = _prefix(state, wanted, source)
-    given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     absent = tuple(f"{name}." for name, child in resnet.named_children() if isinstance(child, nn.Identity))
-    given = {key: value for key, value in given.items() if not key.startswith(absent)}
+    chosen = choose(state, wanted, source, prefix)
+    given = {key: value for key, value in chosen.items() if not key.startswith(absent)}
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in given if key not in wanted]
+    known = {key: (value, wanted[key]) for key, value in given.items() if key in wanted}
     other = [
-        f"{key} {tuple(value.shape)} instead of {tuple(wanted[key].shape)}"
-        for key, value in given.items()
-        if key in wanted and value.shape != wanted[key].shape
+        f"{key} {tuple(value.shape)} instead of {tuple(old.shape)}"
+        for key, (value, old) in known.items()
+        if value.shape != old.shape
     ]
-    broken = [key for key, value in given.items() if value.is_floating_point() and not value.isfinite().all()]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": other, "not finite": broken}
+    problems = {
+        "missing": missing,
+        "unexpected": [key for key in given if key not in wanted],
+        "of another shape": other,
+        **_broken(known),
+    }
     if any(problems.values()):
-        text = "; ".join(f"{kind}: {_shorten(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"{source} does not fit the backbone. {text}. Is backbone= the network that it was made for?")
+        text = "; ".join(f"{kind}: {shorten(names)}" for kind, names in problems.items() if names)
+        held = f" The file holds {shorten([*state])}." if 2 * len(missing) > len(wanted) else ""
+        raise ValueError(
+            f"{source} does not fit the backbone. {text}. Is backbone= the network that it was made for?{held}"
+        )
     resnet.load_state_dict({**wanted, **given})
+
+
+def _broken(known: Mapping[str, tuple[th.Tensor, th.Tensor]]) -> dict[str, list[str]]:
+    """Names of tensors that would be copied in silence and compute nonsense, by kind; each with its dtype."""
+    kinds: dict[str, list[str]] = {"no floating point numbers": [], "not dense": [], "not finite": [], "negative": []}
+    for key, (value, old) in known.items():
+        if value.is_complex() or (old.is_floating_point() and not value.is_floating_point()):
+            kinds["no floating point numbers"].append(f"{key} ({str(value.dtype).removeprefix('torch.')})")
+        elif value.layout != th.strided:
+            kinds["not dense"].append(key)
+        elif old.is_floating_point():
+            read = value.to(old.dtype)  # what float64 can hold may be infinite in float32
+            if not read.isfinite().all():
+                kinds["not finite"].append(key)
+            elif key.endswith("running_var") and (read < 0).any():
+                kinds["negative"].append(key)
+    return kinds
+
+
+def _is_path(weights: str | PathLike[str]) -> bool:
+    if not isinstance(weights, (str, PathLike)):
+        raise TypeError(
+            "weights must be a path, or a member of torchvision's enum or its name such as 'DEFAULT', got "
+            f"{shown(weights)}"
+        )
+    if _URL.match(str(weights)):
+        return True
+    path = path_of("weights", weights)
+    try:
+        return path.suffix.lower() in SUFFIXES or len(path.parts) > 1 or path.exists()
+    except OSError:  # such as a folder that may not be looked into
+        return True
 
 
 def _read_pickle(path: Path) -> Any:
     try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                if "policy.pth" in archive.namelist():  # SB3's; torch's own files are archives too
+                    policy = io.BytesIO(archive.read("policy.pth"))
+                    return th.load(policy, map_location="cpu", weights_only=True)
         return th.load(path, map_location="cpu", weights_only=True)
+    except (PermissionError, MemoryError):
+        raise
     except Exception as error:  # damaged pickles raise almost anything: IndexError, struct.error, AssertionError
         reason = type(error).__name__
         raise ValueError(
@@ -148,38 +241,7 @@ def _read_safetensors(path: Path) -> Any:
         raise ImportError(f"{str(path)!r} needs safetensors: pip install safetensors") from error
     try:
         return load_file(path)
+    except PermissionError:
+        raise
     except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{str(path)!r} is not a whole safetensors file ({error}). Download it again.") from error
-
-
-def _unwrap(raw: Any, source: str) -> dict[str, th.Tensor]:
-    for key in WRAPPERS:
-        if isinstance(raw, Mapping) and isinstance(raw.get(key), Mapping):
-            raw = raw[key]
-    tensors = isinstance(raw, Mapping) and all(isinstance(k, str) and isinstance(v, th.Tensor) for k, v in raw.items())
-    if not tensors or not raw:
-        raise ValueError(
-            f"{source!r} holds no state dict: expected tensors by name, plain or under {', '.join(WRAPPERS)}."
-        )
-    return dict(raw)
-
-
-def _prefix(state: Mapping[str, th.Tensor], wanted: Iterable[str], source: str) -> str:
-    """The prefix under which a whole ResNet lies; ``conv1.weight`` alone also ends every block's first conv."""
-    found = [
-        key.removesuffix("conv1.weight")
-        for key in state
-        if key.endswith("conv1.weight") and key.removesuffix("conv1.weight") + "layer1.0.conv1.weight" in state
-    ]
-    if len(found) > 1:
-        raise ValueError(f"{source} holds several ResNets, under {', '.join(map(repr, found))}. Save the one you want.")
-    if found:
-        return found[0]
-    # Something is missing, so this will be an error: under the prefix of most names it lists that alone.
-    counts = Counter(key.removesuffix(name) for key in state for name in wanted if key.endswith(name))
-    return counts.most_common(1)[0][0] if counts else ""
-
-
-def _shorten(names: list[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -11,8 +11,8 @@ import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from sb3_resnet.common.arguments import choice, flag, number
-from sb3_resnet.common.nonfinite import check_gradients, check_sampled_rewards
+from sb3_resnet.common.arguments import choice, number, shown
+from sb3_resnet.common.step_hooks import before_step
 
 #: Optimizers that YAML can name.
 OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
@@ -24,7 +24,18 @@ OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
 #: Ratio of the backbone's learning rate to the head's; the field uses 0.01 to 0.1 (SGI, VRL3, fastai).
 BACKBONE_RATIO = 0.1
 
+_RATES = "learning rates"  # key of our hook
+
 Group = dict[str, Any]
+
+
+class EffectiveRate(float):
+    """
+    A learning rate that :func:`install_effective_lr` has put into a group: any other number there is the host's.
+
+    The value alone cannot tell: where all groups have one ratio and a step schedule's factor equals it, the host
+    writes the very number that stands there. State dicts hold plain numbers, which ``weights_only=True`` can load.
+    """
 
 
 def optimizer_class_of(value: str | type[th.optim.Optimizer]) -> type[th.optim.Optimizer]:
@@ -36,7 +47,8 @@ def optimizer_class_of(value: str | type[th.optim.Optimizer]) -> type[th.optim.O
     if isinstance(value, str):
         return OPTIMIZERS[choice("optimizer_class", value.removeprefix("torch.optim."), [*OPTIMIZERS])]
     if not (isinstance(value, type) and issubclass(value, th.optim.Optimizer)):
-        raise TypeError(f"optimizer_class must be a torch optimizer or one of {', '.join(OPTIMIZERS)}, got {value!r}")
+        known = ", ".join(OPTIMIZERS)
+        raise TypeError(f"optimizer_class must be a torch optimizer or one of {known}, got {shown(value)}")
     return value
 
 
@@ -92,7 +104,8 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
-    kwargs = {**_fused(optimizer_class, groups), **kwargs}
+    if all(kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")):
+        kwargs = {**kwargs, **_fused(optimizer_class, groups)}
     optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
     if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
         raise ValueError(f"{optimizer_class.__name__} knows no weight decay: write weight_decay=0.0")
@@ -125,17 +138,17 @@ def install_effective_lr(optimizer: th.optim.Optimizer) -> None:
     Keep each group's learning rate at host rate x group ratio x schedule factors.
 
     SB3 writes one rate into all groups at the start of each ``train()``; before the step, a hook puts the right ones
-    back, so that after any update ``group["lr"]`` is the rate that was used. The same hook refuses NaN and infinity in
-    the gradient and in the rewards of the batch. Works for any optimizer, also one that :func:`build_optimizer` did not
-    make, and may be called again: hooks are in no state dict and lost by ``deepcopy``.
+    back, so that after any update ``group["lr"]`` is the rate that was used. Works for any optimizer, also one that
+    :func:`build_optimizer` did not make, and may be called again: hooks are in no state dict and lost by ``deepcopy``.
 
     :param optimizer: the optimizer of a policy
     """
     _recognise(optimizer)
-    if _before_step not in optimizer._optimizer_step_pre_hooks.values():
-        optimizer.register_step_pre_hook(_before_step)
-    if _recognise not in optimizer._optimizer_load_state_dict_post_hooks.values():
+    hooks = before_step(optimizer)
+    if hooks.get(_RATES) is None:
+        hooks.add(_RATES, _put_back_rates)
         optimizer.register_load_state_dict_post_hook(_recognise)
+        optimizer.register_state_dict_post_hook(_save_plain_numbers)
 
 
 def set_lr_factor(
@@ -196,33 +209,6 @@ def remember(optimizer: th.optim.Optimizer, key: str, state: Mapping[str, Any]) 
         group[key] = dict(state)
 
 
-def param_group_summary(model: Any, show: bool = True) -> list[dict[str, Any]]:
-    """
-    What each optimizer group trains, and how fast.
-
-    :param model: an SB3 model, a policy, or an optimizer
-    :param show: also print it as a table
-    :return: a row a group: ``name``, ``lr``, ``weight_decay``, ``parameters``, ``trainable_parameters`` (counts)
-    """
-    policy = getattr(model, "policy", model)
-    optimizer = getattr(policy, "optimizer", policy)
-    if not isinstance(optimizer, th.optim.Optimizer):
-        raise TypeError(f"param_group_summary takes a model, a policy or an optimizer, got {type(model).__name__}")
-    rows = [
-        {
-            "name": group.get("name", f"group {index}"),
-            "lr": float(group["lr"]),
-            "weight_decay": float(group.get("weight_decay", 0.0)),
-            "parameters": sum(parameter.numel() for parameter in group["params"]),
-            "trainable_parameters": sum(parameter.numel() for parameter in group["params"] if parameter.requires_grad),
-        }
-        for index, group in enumerate(optimizer.param_groups)
-    ]
-    if flag("show", show):
-        print(_table(rows))
-    return rows
-
-
 def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:
     """
     :param model: an SB3 model
@@ -260,39 +246,31 @@ def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> di
     return {"fused": True}
 
 
-def _before_step(optimizer: th.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    check_gradients(optimizer)
-    check_sampled_rewards()
+def _put_back_rates(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
-        if group["lr"] is not group["effective_lr"]:
+        if not isinstance(group["lr"], EffectiveRate):
             _refresh(group)
 
 
 def _refresh(group: Group) -> None:
-    # A rate that is not the very object that we wrote was written by the host. Comparing values cannot tell: where a
-    # step schedule's factor equals the group's ratio, the host writes what already stands there.
-    if group["lr"] is not group["effective_lr"]:
+    if not isinstance(group["lr"], EffectiveRate):
         group["base_lr"] = float(group["lr"])
     rate = math.prod([group["base_lr"], group["lr_ratio"], *group["lr_factors"].values()])
-    group["lr"] = group["effective_lr"] = rate
+    group["lr"] = group["effective_lr"] = EffectiveRate(rate)
+
+
+def _save_plain_numbers(optimizer: th.optim.Optimizer, state: dict[str, Any]) -> None:
+    """In a state dict, whose groups are copies."""
+    for group in state["param_groups"]:
+        group.update({key: float(value) for key, value in group.items() if isinstance(value, EffectiveRate)})
 
 
 def _recognise(optimizer: th.optim.Optimizer) -> None:
-    """Complete the groups, and take a loaded rate that equals ours for ours: loading makes two objects of the one."""
+    """Complete the groups, and take a rate that equals ours for ours: a state dict holds plain numbers."""
     for group in optimizer.param_groups:
         group.setdefault("lr_ratio", 1.0)
         group.setdefault("lr_factors", {})
         group.setdefault("base_lr", float(group["lr"]))
         group.setdefault("effective_lr", group["lr"])
         if group["lr"] == group["effective_lr"]:
-            group["lr"] = group["effective_lr"]
-
-
-def _table(rows: list[dict[str, Any]]) -> str:
-    head = f"{'group':<24}{'lr':>12}{'weight decay':>14}{'parameters':>14}{'trainable':>14}"
-    lines = [
-        f"{row['name']:<24}{row['lr']:>12.3g}{row['weight_decay']:>14.3g}"
-        f"{row['parameters']:>14,}{row['trainable_parameters']:>14,}"
-        for row in rows
-    ]
-    return "\n".join([head, *lines])
+            group["lr"] = group["effective_lr"] = EffectiveRate(group["lr"])

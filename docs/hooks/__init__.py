@@ -1,0 +1,1 @@
+"""What the site adds to MkDocs while it is built; `mkdocs.yml` names these files."""

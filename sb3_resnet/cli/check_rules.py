@@ -1,0 +1,80 @@
+"""What ``sb3-resnet check`` finds wrong with a run, beside what can be seen from its model alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
+from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.cli.setups import Setup
+from sb3_resnet.cli.show import gigabytes
+from sb3_resnet.diagnosis import Finding, static_findings
+from sb3_resnet.diagnosis.setup_rules import frame_buffer_arguments
+
+
+def settings_findings(setup: Setup) -> list[Finding]:
+    """
+    :param setup: what would be trained
+    :return: what is wrong with it and can be seen without training
+    """
+    unfreezer = setup.callback(UnfreezeCallback)
+    found = static_findings(setup.model, setup.total_timesteps, unfreezer)
+    restores = unfreezer is not None and any(phase.restore_best for phase in unfreezer.phases)
+    if restores and setup.callback(BestCheckpointCallback) is None:
+        seen = "A phase has restore_best, and no callback keeps the best model."
+        change = "Add sb3_resnet.callbacks.BestCheckpointCallback, or leave restore_best out."
+        found.append(Finding("restore_best", seen, "Training would end at its start.", change, "error"))
+    # The buffer of the set-up has a few rows only; memory_findings judges the real one.
+    return [finding for finding in found if finding.code != "buffer_memory"]
+
+
+def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
+    """
+    :param setup: what would be trained
+    :param needed: bytes that each buffer would take, and those that are available, as in ``Report.memory``
+    :return: whether replay buffer and feature cache fit into memory
+    """
+    if "available" not in needed or setup.buffer_size is None:
+        return []
+    cached = setup.callback(FeatureCacheCallback) is not None
+    # FeatureCacheCallback replaces SB3's buffer by one of these.
+    ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
+    available, frames = needed["available"], needed["FrameReplayBuffer"]
+    buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
+    why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
+    if buffer > available:
+        seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
+        change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
+        if not ours and frames < available:
+            arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
+            change += f", or {arguments}, which takes about {gigabytes(frames)}"
+        return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
+    if cached and buffer + cache > available:
+        seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
+        change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
+        return [Finding("cache_memory", seen, why, change)]
+    return []
+
+
+def gradient_findings(model: Any) -> list[Finding]:
+    """
+    :param model: a model after some updates
+    :return: whether its gradients are finite, and whether each trainable parameter has one
+    """
+    trains = {name: parameter for name, parameter in model.policy.named_parameters() if parameter.requires_grad}
+    online = {name: parameter for name, parameter in trains.items() if "_target" not in name}
+    broken = [name for name, value in online.items() if value.grad is not None and not value.grad.isfinite().all()]
+    if broken:
+        seen = f"The gradient of {broken[0]} and {len(broken) - 1} others is not finite after some updates."
+        return [Finding("gradients", seen, "The weights become NaN.", "Write a smaller learning_rate.", "error")]
+    silent = [name for name, parameter in online.items() if parameter.grad is None]
+    if silent:
+        seen = f"No gradient reaches {silent[0]} and {len(silent) - 1} other trainable parameters."
+        return [Finding("gradients", seen, "They stay as they are.", "Freeze them, or look at the network.", "error")]
+    return []
+
+
+def _round_down(count: int) -> int:
+    """:return: the number with two digits followed by zeros: 48,712 becomes 48,000"""
+    unit = int(10 ** max(0, len(str(count)) - 2))
+    return count // unit * unit

@@ -1,0 +1,266 @@
+"""What README, pages and docstrings say must be there: names, files, tables, code."""
+
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+import sb3_resnet
+import sb3_resnet.callbacks
+import sb3_resnet.diagnosis
+from docs.hooks import tables
+from docs.hooks.docstrings import markdown_of, parameters_of
+
+ROOT = Path(__file__).parent.parent
+GUIDES = sorted((ROOT / "docs").rglob("*.md"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
+PUBLIC = (
+    [f"sb3_resnet.{name}" for name in sb3_resnet.__all__]
+    + [f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__]
+    + [f"sb3_resnet.diagnosis.{name}" for name in sb3_resnet.diagnosis.__all__]
+    + [f"sb3_resnet.buffers.{name}" for name in ("FrameReplayBuffer", "FrameNStepReplayBuffer")]
+)
+WITH_TABLE = ["sb3_resnet.ResNetExtractor", "sb3_resnet.ResNetCnnPolicy", "sb3_resnet.fine_tuning_callbacks"] + [
+    f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__ if name.endswith("Callback")
+]
+
+
+def page_id(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+pages = pytest.mark.parametrize("page", PAGES, ids=page_id)
+
+
+def blocks(page, *languages):
+    """:return: the code blocks of these languages"""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
+    return [code for language, code in found if language in languages]
+
+
+def asked_for(kind):
+    """:return: what the pages ask a table of"""
+    marker = re.compile(rf"^<!-- {kind}: (\S+) -->$", re.MULTILINE)
+    return {name for page in GUIDES for name in marker.findall(page.read_text())}
+
+
+def test_the_readme_fits_on_a_few_screens():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+@pages
+def test_documented_names_import(page):
+    for name in {*re.findall(r"\bsb3_resnet(?:\.[A-Za-z]\w*)+", page.read_text())}:
+        pkgutil.resolve_name(name)
+
+
+@pages
+def test_imports_in_examples_import(page):
+    for statement in re.findall(r"^from sb3_resnet\S* import (?:\([^)]*\)|.*$)", page.read_text(), re.MULTILINE):
+        exec(statement, {})
+
+
+@pages
+def test_links_and_pictures_exist(page):
+    for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text()):
+        if "://" not in link:
+            assert (page.parent / link).exists(), link
+
+
+@pages
+def test_named_files_of_the_repository_exist(page):
+    for path in re.findall(r"\b(?:benchmarks|zoo_configs|scripts)/[\w./-]*\w", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+@pages
+def test_python_blocks_compile(page):
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+@pages
+def test_yaml_blocks_parse(page):
+    for code in blocks(page, "yaml"):
+        assert yaml.safe_load(code)
+
+
+@pages
+def test_code_blocks_fit_a_narrow_screen(page):
+    # What the package prints is as wide as it is; Python's imports are not broken for a phone.
+    lines = [line for code in blocks(page, "", "python") for line in code.splitlines() if "import" not in line]
+    assert max((len(line) for line in lines), default=0) <= 80
+
+
+@pages
+def test_calls_in_examples_have_arguments_that_exist(page):
+    for code in blocks(page, "python"):
+        for name, call in re.findall(r"\b(\w+Callback|seed_everything|fine_tuning_callbacks)\(([^()]*)\)", code):
+            owner = sb3_resnet.callbacks if hasattr(sb3_resnet.callbacks, name) else sb3_resnet
+            if hasattr(owner, name):
+                known = tables.arguments_of(f"{owner.__name__}.{name}")
+                assert {*re.findall(r"(\w+)=", call)} <= {*known}, call
+
+
+@pytest.mark.parametrize("name", WITH_TABLE)
+def test_a_page_shows_all_arguments(name):
+    assert name in asked_for("options")
+    # Of the signature itself, of whatever class of ours has the constructor.
+    target = pkgutil.resolve_name(name)
+    classes = [c for c in getattr(target, "__mro__", ()) if c.__module__.startswith("sb3_resnet")]
+    functions = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [target]
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    expected = {
+        parameter.name: parameter.default
+        for function in functions
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind in plain and parameter.name != "self"
+    }
+    assert expected
+    rows = [line.split(" | ") for line in tables.options_table(name).splitlines()[2:]]
+    shown = {row[0].strip("| `"): row for row in rows}
+    assert {*expected} <= {*shown}
+    for argument in expected:
+        assert len(shown[argument]) == 3
+        assert shown[argument][2].strip(" |"), f"{argument} has no :param: line"
+
+
+@pytest.mark.parametrize("name", [n for n in PUBLIC if callable(pkgutil.resolve_name(n))])
+def test_docstrings_name_no_argument_that_is_not_there(name):
+    target = pkgutil.resolve_name(name)
+    documented = {*parameters_of(inspect.cleandoc(target.__doc__ or ""))}
+    parameters = inspect.signature(target).parameters
+    passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    assert passes_on or documented <= {*parameters}
+
+
+def test_tables_show_defaults_as_python_writes_them():
+    assert "| `save_freq` | `10_000` |" in tables.options_table("sb3_resnet.callbacks.BestCheckpointCallback")
+    assert '| `backbone` | `"resnet18"` |' in tables.options_table("sb3_resnet.ResNetExtractor")
+    policy = tables.options_table("sb3_resnet.ResNetCnnPolicy")
+    assert "| `optimizer_class` | `AdamW` |" in policy
+    assert "| `lr_schedule` | from SB3 |" in policy
+    assert "| `phases` | required |" in tables.options_table("sb3_resnet.callbacks.UnfreezeCallback")
+
+
+def test_every_command_has_a_page_with_all_its_options():
+    import typer
+
+    from sb3_resnet.cli.app import app
+
+    commands = typer.main.get_command(app).commands
+    assert asked_for("command") == {*commands}
+    for name, command in commands.items():
+        table = tables.command_table(name)
+        for parameter in command.params:
+            for option in parameter.opts if parameter.param_type_name == "option" else [parameter.metavar]:
+                assert f"`{option}`" in table
+
+
+def test_every_limit_of_the_diagnosis_is_in_its_table():
+    table = tables.thresholds_table()
+    for name, limit in sb3_resnet.diagnosis.THRESHOLDS.items():
+        assert f"| `{name}` | {limit.value:g} |" in table
+        assert limit.source in table
+
+
+def test_every_finding_of_the_doctor_is_in_its_guide():
+    code = "\n".join(path.read_text() for path in (ROOT / "sb3_resnet" / "diagnosis").glob("*.py"))
+    findings = {*re.findall(r"\bFinding\(\s*\"(\w+)\"", code)}
+    assert {"loss_explodes", "frozen_random_backbone"} <= findings
+    guide = (ROOT / "docs" / "guides" / "diagnose.md").read_text()
+    assert [finding for finding in findings if f"`{finding}`" not in guide] == []
+
+
+def test_what_sb3_passes_comes_last():
+    rows = tables.options_table("sb3_resnet.ResNetExtractor").splitlines()
+    assert rows[2].startswith("| `backbone` |")
+    assert rows[-1].startswith("| `observation_space` | from SB3 |")
+
+
+def test_markers_become_tables():
+    text = tables.on_page_markdown("before\n\n<!-- options: sb3_resnet.seed_everything -->\n\nafter")
+    assert text.startswith("before\n\n| argument | default | meaning |\n| --- | --- | --- |\n| `seed` | ")
+    assert text.endswith("\n\nafter")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_every_public_name_is_on_a_reference_page(name):
+    assert pkgutil.resolve_name(name).__doc__
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "reference").glob("*.md"))
+    others = {"sb3_resnet.callbacks.newest_checkpoint": "sb3_resnet.newest_checkpoint"}
+    assert re.search(rf"^::: {re.escape(others.get(name, name))}$", text, re.MULTILINE)
+
+
+def test_every_page_is_in_the_navigation():
+    navigation = re.search(r"^nav:.*", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE | re.DOTALL).group()
+    assert [page for page in GUIDES if page.relative_to(ROOT / "docs").as_posix() not in navigation] == []
+
+
+@pytest.mark.parametrize(
+    ("sphinx", "markdown"),
+    [
+        ("``None``: as :class:`~a.b.Name` says", "`None`: as `Name` says"),
+        ("An example::\n\n    if x:\n        g(x)\n\nMore", "An example:\n\n```python\nif x:\n    g(x)\n```\n\nMore"),
+        ("In RL-Zoo's YAML::\n\n    a: 1\n", "In RL-Zoo's YAML:\n\n```yaml\na: 1\n```\n\n"),
+    ],
+)
+def test_docstrings_become_markdown(sphinx, markdown):
+    assert markdown_of(sphinx) == markdown
+
+
+def test_params_are_read_across_lines():
+    text = "Title.\n\n:param one: first\n    line, ``x``\n:param two: second\n:return: nothing\n"
+    assert parameters_of(text) == {"one": "first line, `x`", "two": "second"}
+
+
+def build(config, folder):
+    """Run what `make docs` runs, with another configuration and into another folder."""
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        pytest.importorskip(package, reason="pip install -e '.[docs]'")
+    arguments = re.search(r"\$\(PY\) (-m mkdocs build.*)", (ROOT / "Makefile").read_text()).group(1).split()
+    command = [sys.executable, *arguments, "--config-file", str(config), "--site-dir", str(folder)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("[a](nothing.md)", "nothing.md"),
+        ("[a](#nowhere)", "#nowhere"),
+        ("[a](../benchmarks/results/none.json)", "none.json"),
+        ("::: sb3_resnet.Nobody", "Nobody"),
+    ],
+)
+def test_a_broken_page_fails_the_build(text, complaint, tmp_path):
+    pages = tmp_path / "pages"
+    pages.mkdir()
+    (pages / "index.md").write_text(f"# Title\n\n{text}\n")
+    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text())
+    config.update(docs_dir=str(pages), nav=[{"Home": "index.md"}], hooks=[], extra_css=[])
+    config["plugins"][1]["mkdocstrings"]["handlers"]["python"].update(paths=[str(ROOT)], options={})
+    (tmp_path / "mkdocs.yml").write_text(yaml.safe_dump(config))
+    done = build(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert done.returncode == 1
+    assert complaint in done.stderr
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path):
+    done = build(ROOT / "mkdocs.yml", tmp_path)
+    assert done.returncode == 0, done.stderr
+    options = (tmp_path / "options" / "extractor" / "index.html").read_text()
+    assert "micro_batch_size" in options
+    assert "<!-- options" not in options
+    assert (tmp_path / "benchmarks" / "results" / "throughput.json").is_file()
+    html = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
+    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', html)
+    reference = "".join(page.read_text() for page in (tmp_path / "reference").rglob("*.html"))
+    assert "FeatureCacheCallback" in reference
+    assert [markup for markup in (":param", ":class:", ":func:", "::</p>") if markup in reference] == []
