@@ -69,7 +69,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         parts of the map, of the same length for images of any size
     :param grid_size: rows and columns of ``pooling="grid"``
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
-        the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm, from scratch only
+        the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm with 32 groups,
+        ``"layer"``: LayerNorm over channels and space (GroupNorm with one group), both from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
     :param input_mean: own mean of three channels, on the 0..1 scale; goes before ``use_imagenet_norm``
     :param input_std: own standard deviation, likewise

@@ -16,13 +16,14 @@ from torch import nn
 
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
+from sb3_resnet.common.arguments import choice, no_unknown, number, shown
 from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head
+from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
-from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, optimizer_class_of
+from sb3_resnet.optim import classes
+from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, split_by_stage
 
 POLICY_NAME = "ResNetCnnPolicy"
 _FOR_QRDQN = (
@@ -51,8 +52,12 @@ class ResNetPolicyMixin:
     :param lr_head: the head's learning rate at the start; ``None``: SB3's ``learning_rate``
     :param lr_backbone: the backbone's and adapter's at the start; ``None``: a tenth of the head's
     :param lr_decay_per_stage: each stage below the last learns by this factor more slowly than the one above it
-    :param weight_decay: of weights; norm layers and biases do not decay
+    :param weight_decay: of weights; norm layers and biases do not decay. ``None``: 0 with Adam, 1e-4 with AdamW and
+        all other optimizers. Read from the policy, it is the head's number
     :param optimizer_class: a torch optimizer, or its name: AdamW, Adam, SGD, RMSprop
+    :param backbone_optimizer_class: another one for the backbone and adapter, whose ``optimizer_kwargs`` are the next
+        argument; ``None``: the head's
+    :param backbone_optimizer_kwargs: further arguments of that one, such as ``{"momentum": 0.9}``
     :param activation_fn: activation of the head, or its name in ``torch.nn``
     :param features_extractor_class: :class:`ResNetExtractor` or a subclass
     :param kwargs: SB3's own arguments, such as ``features_extractor_kwargs`` and ``optimizer_kwargs``
@@ -80,8 +85,10 @@ class ResNetPolicyMixin:
         lr_head: float | None = None,
         lr_backbone: float | None = None,
         lr_decay_per_stage: float = 1.0,
-        weight_decay: float = 1e-4,
+        weight_decay: float | None = None,
         optimizer_class: str | type[th.optim.Optimizer] = th.optim.AdamW,
+        backbone_optimizer_class: str | type[th.optim.Optimizer] | None = None,
+        backbone_optimizer_kwargs: dict[str, Any] | None = None,
         activation_fn: str | type[nn.Module] = nn.ReLU,
         features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
         **kwargs: Any,
@@ -100,20 +107,22 @@ class ResNetPolicyMixin:
             no_unknown("ResNetExtractor", given, _EXTRACTOR_ARGUMENTS, own, "policy_kwargs")
         if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
             raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
-        for name in {"lr", "weight_decay"} & {*(kwargs.get("optimizer_kwargs") or {})}:
-            raise ValueError(f"optimizer_kwargs must not hold {name!r}: write lr_head, lr_backbone or weight_decay")
+        classes.optimizer_arguments_of(kwargs.get("optimizer_kwargs"), "optimizer_kwargs")
         self.dropout = number("dropout", dropout, 0.0, 0.99)
         self.feature_norm = choice("feature_norm", feature_norm, FEATURE_NORMS)
         self.lr_head = lr_head
         self.lr_backbone = lr_backbone
         self.lr_decay_per_stage = number("lr_decay_per_stage", lr_decay_per_stage, 0.0, 1.0, above=True)
-        self.weight_decay = number("weight_decay", weight_decay)
+        chosen = classes.optimizer_class_of(optimizer_class)
+        self.backbone_optimizer = classes.backbone_optimizer_of(backbone_optimizer_class, backbone_optimizer_kwargs)
+        self._given_weight_decay = None if weight_decay is None else number("weight_decay", weight_decay)
+        self.weight_decay = classes.weight_decay_of(chosen, self._given_weight_decay)
         super().__init__(
             observation_space,  # type: ignore[call-arg]  # SB3's policy is next in the MRO
             action_space,
             lr_schedule,
-            net_arch=[256] if net_arch is None else _widths(net_arch),
-            optimizer_class=optimizer_class_of(optimizer_class),
+            net_arch=[256] if net_arch is None else widths_of(net_arch),
+            optimizer_class=chosen,
             activation_fn=activation_of(activation_fn),
             features_extractor_class=features_extractor_class,
             **kwargs,
@@ -179,7 +188,12 @@ class ResNetPolicyMixin:
         relative_to_nothing = lr == 0 and checkpoint_follows()
         ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        backbone, scales = self._backbone_parts()
+        extractor = self.online.features_extractor
+        stages = {
+            stage: [parameter for module in extractor.stage_modules(stage) for parameter in module.parameters()]
+            for stage in extractor.stages
+        }
+        backbone, scales = split_by_stage(stages, self.lr_decay_per_stage)
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
         head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
         self.optimizer = build_optimizer(
@@ -187,8 +201,9 @@ class ResNetPolicyMixin:
             {"head": head, **backbone},
             lr,
             ratios,
-            self.weight_decay,
+            self._given_weight_decay,
             scales,
+            self.backbone_optimizer,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
         install_gradient_check(self.optimizer)
@@ -204,21 +219,6 @@ class ResNetPolicyMixin:
         found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]  # of SB3's policy
         return found
 
-    def _backbone_parts(self) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
-        """The backbone's parameters, by stage where stages learn at rates of their own, and the stages' scales."""
-        extractor = self.online.features_extractor
-        stages = {
-            stage: [parameter for module in extractor.stage_modules(stage) for parameter in module.parameters()]
-            for stage in extractor.stages
-        }
-        if self.lr_decay_per_stage == 1.0:
-            return {"backbone": [parameter for parameters in stages.values() for parameter in parameters]}, {}
-        scales = {
-            f"backbone.{stage}": self.lr_decay_per_stage**depth
-            for depth, stage in enumerate(reversed(extractor.stages))
-        }
-        return {f"backbone.{stage}": parameters for stage, parameters in stages.items()}, scales
-
     def _make_network(self, network_class: Callable[..., Any]) -> Any:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
         with about_to_be_overwritten() if hasattr(self, self._network) else nullcontext():
@@ -228,9 +228,11 @@ class ResNetPolicyMixin:
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # of SB3's policy
-        own = ("dropout", "feature_norm", "lr_decay_per_stage", "weight_decay")
+        own = {name: getattr(self, name) for name in ("dropout", "feature_norm", "lr_decay_per_stage")}
+        kind, arguments = self.backbone_optimizer or (None, None)
+        own |= {"backbone_optimizer_class": kind, "backbone_optimizer_kwargs": arguments}
         # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
-        return {**data, **{name: getattr(self, name) for name in own}}
+        return {**data, **own, "weight_decay": self._given_weight_decay}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "encoding": None}
@@ -293,9 +295,3 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
         if name == "quantile_net":
             raise WrongPolicyError(_FOR_QRDQN)
         return super().__getattr__(name)
-
-
-def _widths(net_arch: Any) -> list[int]:
-    if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
-        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
-    return [integer("net_arch", width, 1) for width in net_arch]

@@ -30,6 +30,7 @@ OPTIMIZERS = {
     "SGD": {"optimizer_kwargs": {"momentum": 0.9}},
     "RMSprop": {"optimizer_kwargs": {"momentum": 0.5}},
     "Adam": {"weight_decay": 0.0},
+    "two": {"optimizer_class": "AdamW", "backbone_optimizer_class": "SGD"},
 }
 
 

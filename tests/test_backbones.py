@@ -87,6 +87,7 @@ def test_map_size_is_that_of_a_forward_pass(size):
         ("batch", backbones.FreezableBatchNorm2d),
         ("sync", backbones.FreezableSyncBatchNorm),
         ("group", nn.GroupNorm),
+        ("layer", nn.GroupNorm),
     ],
 )
 def test_norm_chooses_the_layer(norm, layer):
@@ -94,8 +95,8 @@ def test_norm_chooses_the_layer(norm, layer):
         trunk = backbones.build("resnet18", norm)
     norms = [module for module in trunk.modules() if isinstance(module, layer)]
     assert len(norms) == 20
-    assert batch_norms(trunk) == ([] if norm == "group" else norms)
-    assert any("running_mean" in key for key in trunk.state_dict()) == (norm != "group")
+    assert batch_norms(trunk) == ([] if norm in ("group", "layer") else norms)
+    assert any("running_mean" in key for key in trunk.state_dict()) == (norm not in ("group", "layer"))
 
 
 def test_group_norm_has_32_groups():
@@ -104,6 +105,13 @@ def test_group_norm_has_32_groups():
     grouped = x.reshape(2, 32, -1)
     expected = (grouped - grouped.mean(2, keepdim=True)) / (grouped.var(2, unbiased=False, keepdim=True) + 1e-5).sqrt()
     th.testing.assert_close(layer(x), expected.reshape(x.shape))
+
+
+def test_layer_norm_is_over_channels_and_space():
+    layer = backbones.build("resnet_tiny", "layer").bn1
+    x = images(4, 4)[:, :1] * th.arange(1.0, 65.0).reshape(1, 64, 1, 1)
+    th.testing.assert_close(layer(x), th.nn.functional.layer_norm(x, (64, 4, 4)))
+    assert [(name, value.shape) for name, value in layer.named_parameters()] == [("weight", (64,)), ("bias", (64,))]
 
 
 @pytest.mark.parametrize("norm", ["frozen", "batch", "sync"])

@@ -202,6 +202,8 @@ def test_every_limit_names_its_source():
 def test_a_healthy_model_gives_no_finding():
     assert static(trained(make_model()), 1000) == []
     assert static(make_model(extractor={"freeze_backbone": False}), 1000) == []
+    own = {"backbone_optimizer_class": "SGD", "lr_backbone": 1e-2}  # SGD takes larger rates than AdamW
+    assert static(make_model(extractor={"freeze_backbone": False}, policy_kwargs=own), 1000) == []
 
 
 @pytest.mark.parametrize(

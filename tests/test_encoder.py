@@ -26,6 +26,7 @@ CASES = {
     "resized": ((4, 20, 20), UINT8, {"image_size": 36}),
     "projected": ((4, 32, 32), UINT8, {"features_dim": 5}),
     "GroupNorm": ((4, 32, 32), UINT8, {"norm": "group"}),
+    "LayerNorm": ((4, 32, 32), UINT8, {"norm": "layer"}),
     "float 0..255": ((4, 32, 32), {"low": 0, "high": 255, "dtype": np.float32}, {}),
     "float 0..1": ((4, 32, 32), {"low": 0, "high": 1, "dtype": np.float32}, {}),
 }

@@ -91,7 +91,7 @@ def test_invariant_5_frozen_means_frozen_after_1000_updates(norm, updates):
 
 
 @pytest.mark.parametrize("optimizer_class", ["AdamW", "SGD"])
-@pytest.mark.parametrize("norm", ["frozen", "batch", "sync", "group"])
+@pytest.mark.parametrize("norm", ["frozen", "batch", "sync", "group", "layer"])
 def test_invariant_5_below_the_boundary_nothing_moves_above_it_everything_does(norm, optimizer_class):
     optimizer = {"optimizer_class": optimizer_class, "weight_decay": 0.1, "lr_backbone": 1e-2}
     model = fill(make_model(extractor={"norm": norm}, learning_rate=1e-2, policy_kwargs=optimizer))

@@ -10,13 +10,13 @@ from torch import nn
 
 from sb3_resnet import param_group_summary
 from sb3_resnet.common.step_hooks import before_step
+from sb3_resnet.optim.classes import optimizer_class_of
 from sb3_resnet.optim.groups import (
     audit,
     build_optimizer,
     install_effective_lr,
     is_part,
     lr_ratios,
-    optimizer_class_of,
     set_lr_factor,
 )
 from tests.helpers import POLICYS, fill, make_model
@@ -68,6 +68,36 @@ def test_norm_weights_and_biases_do_not_decay():
     }
     assert all(parameter.ndim == 1 for parameter in groups["backbone_no_decay"]["params"])
     assert all(parameter.ndim > 1 for parameter in groups["backbone"]["params"])
+
+
+@pytest.mark.parametrize(
+    ("optimizer_class", "given", "head"),
+    [
+        ("AdamW", None, 1e-4),
+        ("SGD", None, 1e-4),
+        ("RMSprop", None, 1e-4),
+        ("Adam", None, 0.0),
+        ("Adam", 1e-3, 1e-3),
+        ("AdamW", 0.0, 0.0),
+        (type("MyAdam", (th.optim.Adam,), {}), None, 0.0),
+        (type("MyAdamW", (th.optim.AdamW,), {}), None, 1e-4),
+    ],
+)
+def test_plain_adam_has_no_weight_decay_unless_given(optimizer_class, given, head):
+    policy = make_model(policy_kwargs={"optimizer_class": optimizer_class, "weight_decay": given}).policy
+    decays = {group["name"]: group["weight_decay"] for group in policy.optimizer.param_groups}
+    assert decays == {"head": head, "head_no_decay": 0.0, "backbone": head, "backbone_no_decay": 0.0}
+    assert policy.weight_decay == head
+
+
+def test_a_model_of_adam_with_weight_decay_loads_with_it(tmp_path):
+    """Files from before the default depended on the optimizer."""
+    model = make_model(policy_kwargs={"optimizer_class": "Adam"})
+    for group in model.policy.optimizer.param_groups:
+        group["weight_decay"] = 0.0 if group["name"].endswith("no_decay") else 1e-4
+    model.save(tmp_path / "model.zip")
+    loaded = type(model).load(tmp_path / "model.zip", device="cpu")
+    assert [group["weight_decay"] for group in loaded.policy.optimizer.param_groups] == [1e-4, 0.0, 1e-4, 0.0]
 
 
 def test_audit_names_missing_foreign_and_double_parameters():

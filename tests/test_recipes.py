@@ -7,11 +7,19 @@ import pytest
 import yaml
 from rl_zoo3.utils import get_callback_list
 from stable_baselines3.common.callbacks import CallbackList, EvalCallback
+from stable_baselines3.common.logger import configure
 
 import sb3_resnet
 from sb3_resnet import fine_tuning_callbacks
-from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback
-from tests.helpers import TinyGame, make_model
+from sb3_resnet.callbacks import (
+    BestCheckpointCallback,
+    FeatureCacheCallback,
+    GradientClipCallback,
+    LRScheduleCallback,
+    MonitorCallback,
+)
+from sb3_resnet.callbacks._evaluations import walk
+from tests.helpers import TinyGame, fill, make_model
 from tests.test_unfreeze_callback import Rewards
 
 ROOT = Path(__file__).parent.parent
@@ -65,6 +73,57 @@ def test_rl_zoo_can_call_the_recipe_too():
     (callback,) = get_callback_list({"callback": [{"sb3_resnet.fine_tuning_callbacks": {"total_timesteps": 1e6}}]})
     assert isinstance(callback, CallbackList)
     assert isinstance(callback.callbacks[-1], BestCheckpointCallback)
+
+
+SHIPPED = sorted((ROOT / "zoo_configs").glob("*.yml"))
+
+
+@pytest.mark.parametrize("path", [None, *SHIPPED], ids=lambda path: "recipe" if path is None else path.stem)
+def test_each_recipe_and_shipped_section_warms_up_clips_and_logs(path):
+    """What the specification asks for, in numbers."""
+    sections = [{"policy_kwargs": {}}] if path is None else yaml.safe_load(path.read_text()).values()
+    for section in sections:
+        callbacks = [fine_tuning_callbacks()] if path is None else get_callback_list({"callback": section["callback"]})
+        flat = {type(callback): callback for root in callbacks for callback in walk(root)}
+        assert 500 <= flat[LRScheduleCallback].warmup_steps <= 2000
+        assert flat[MonitorCallback].every == 100
+        clip = flat.get(GradientClipCallback)
+        assert 1 <= (section["max_grad_norm"] if clip is None else clip.max_norm) <= 5
+
+
+def test_the_recipe_logs_what_a_run_needs(tmp_path):
+    """Loss, evaluation reward, rates, gradient norms and memory, without being asked."""
+    model = make_model(learning_rate=1e-3)
+    recipe = fine_tuning_callbacks(40, warmup_steps=5, ramp=2, save_path=tmp_path, monitor_every=1)
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    evaluation = EvalCallback(TinyGame(), eval_freq=20, n_eval_episodes=1, verbose=0)
+    model.learn(40, callback=[recipe, evaluation], log_interval=1)
+    logged = {*(tmp_path / "progress.csv").read_text().split("\n")[0].split(",")}
+    assert {"train/loss", "monitor/loss", "eval/mean_reward", "monitor/process_mb"} <= logged
+    groups = {group["name"] for group in model.policy.optimizer.param_groups}
+    assert {f"{key}{name}" for key in ("train/lr_", "grad_norm/", "grad_norm_clipped/") for name in groups} <= logged
+
+
+@pytest.mark.parametrize(("every", "found"), [(100, [100]), (7, [7]), (None, [])])
+def test_the_recipes_monitor_can_be_left_out(every, found):
+    recipe = fine_tuning_callbacks(monitor_every=every)
+    assert [callback.every for callback in recipe.callbacks if isinstance(callback, MonitorCallback)] == found
+
+
+@pytest.mark.slow
+def test_warmup_is_counted_in_updates():
+    """The default of the recipe: half the rate at update 500, the whole one from update 1,000 on."""
+    model = make_model(learning_rate=1e-3, policy_kwargs={"net_arch": []}, extractor={"backbone": "resnet_mini"})
+    (warmup,) = [one for one in fine_tuning_callbacks().callbacks if isinstance(one, LRScheduleCallback)]
+    fill(model)
+    warmup.init_callback(model)
+    warmup.on_training_start({}, {})
+    rates = []
+    model.policy.optimizer.register_step_post_hook(
+        lambda optimizer, args, kwargs: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    model.train(gradient_steps=1002, batch_size=1)
+    assert [rates[n - 1] for n in (1, 500, 1000, 1001)] == pytest.approx([1e-6, 5e-4, 1e-3, 1e-3])
 
 
 @pytest.mark.parametrize("total", [0, -5, 1.5])

@@ -64,12 +64,17 @@ def resume(job):
     th.save(everything(model), job["result"])
 
 
-@pytest.fixture(scope="module", params=[(a, o) for a in ALGORITHMS for o in ("AdamW", "SGD")], ids="-".join)
+RUNS = [*((a, o) for a in ALGORITHMS for o in ("AdamW", "SGD")), ("dqn", "AdamW and SGD")]
+
+
+@pytest.fixture(scope="module", params=RUNS, ids="-".join)
 def runs(request, tmp_path_factory):
     """The uninterrupted run, and the results of all resumed ones by save point and variant."""
     algorithm, optimizer = request.param
     folder = tmp_path_factory.mktemp("resume")
-    policy_kwargs = {"optimizer_class": optimizer, "dropout": 0.2, "lr_decay_per_stage": 0.9}
+    policy_kwargs = {"optimizer_class": optimizer.split()[0], "dropout": 0.2, "lr_decay_per_stage": 0.9}
+    if optimizer == "AdamW and SGD":
+        policy_kwargs |= {"backbone_optimizer_class": "SGD", "backbone_optimizer_kwargs": {"momentum": 0.9}}
     if optimizer == "SGD":
         policy_kwargs["optimizer_kwargs"] = {"momentum": 0.9}
     model = fill(make_model(algorithm, learning_rate=1e-3, policy_kwargs=policy_kwargs, extractor={"norm": "batch"}))

@@ -42,7 +42,7 @@ def test_train_enjoy_and_continue(algorithm, tmp_path):
     zoo("train", algorithm, tmp_path, "-i", first, *train)
     second = tmp_path / algorithm / f"{PONG}_2" / f"{PONG}.zip"
 
-    cache, schedule = yaml.safe_load(CONFIGS[algorithm].read_text())[PONG]["callback"]
+    cache, schedule, _ = yaml.safe_load(CONFIGS[algorithm].read_text())[PONG]["callback"]
     assert cache == "sb3_resnet.callbacks.FeatureCacheCallback"
     (arguments,) = schedule.values()
     for path, updates in ((first, UPDATES), (second, 2 * UPDATES)):
@@ -115,6 +115,7 @@ def test_values_mean_what_they_look_like(algorithm):
         assert isinstance(values["policy_kwargs"], dict)  # RL-Zoo evaluates a string as Python code
         assert isinstance(values["learning_rate"], float)  # and reads one here as a linear schedule
         assert values["optimize_memory_usage"] is False
+        assert 1 <= values["max_grad_norm"] <= 5
         assert values["buffer_size"] * 2 * 84 * 84 * 4 < 4e9
 
 

@@ -10,6 +10,7 @@ from sb3_resnet.callbacks import (
     BestCheckpointCallback,
     GradientClipCallback,
     LRScheduleCallback,
+    MonitorCallback,
     UnfreezeCallback,
 )
 from sb3_resnet.common.arguments import integer
@@ -23,13 +24,15 @@ def fine_tuning_callbacks(
     save_freq: int = 10_000,
     save_path: str | Path | None = None,
     restore_best: bool = False,
+    monitor_every: int | None = 100,
 ) -> CallbackList:
     """
     Make the callbacks that train the head first and then unfreeze the upper stages.
 
     The backbone stays frozen for the first 40 % of training. Then ``layer4`` trains, and from 70 % on ``layer3`` too;
     the stages below detect edges and colours, and stay frozen. The backbone learns at a tenth of the head's rate, which
-    is the policy's default. Gradients are clipped, and checkpoints and the best models are saved. Example::
+    is the policy's default. Gradients are clipped, checkpoints and the best models are saved, and loss, learning rates,
+    gradient norms and memory are logged; the evaluation reward is logged by an ``EvalCallback`` beside them. Example::
 
         recipe = sb3_resnet.fine_tuning_callbacks(1_000_000, save_path="logs")
         model.learn(1_000_000, callback=[recipe, EvalCallback(eval_env)])
@@ -47,11 +50,14 @@ def fine_tuning_callbacks(
     :param save_freq: environment steps between two checkpoints
     :param save_path: folder of checkpoints and best models; ``None``: that of the ``EvalCallback``, which RL-Zoo sets
     :param restore_best: whether to begin each phase with the best model of the phase before it
+    :param monitor_every: gradient updates between two measurements of the :class:`MonitorCallback`; ``None``: without
+        one, such as beside a ``MonitorCallback`` of your own
     :return: a list of callbacks, to pass to ``learn()``
     :raises ValueError: for values that cannot work
     """
     total = integer("total_timesteps", total_timesteps, 10)
     common = {"ramp": ramp, "restore_best": restore_best}
+    monitor = [] if monitor_every is None else [MonitorCallback(every=monitor_every)]
     return CallbackList(
         [
             LRScheduleCallback(warmup_steps=warmup_steps),
@@ -62,6 +68,7 @@ def fine_tuning_callbacks(
                 ]
             ),
             GradientClipCallback(max_norm=max_norm),
+            *monitor,
             BestCheckpointCallback(save_freq=save_freq, save_path=save_path),
         ]
     )

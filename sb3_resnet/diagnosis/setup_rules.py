@@ -11,6 +11,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from sb3_resnet.cache.sizes import growth_bytes
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+from sb3_resnet.optim.combined import CombinedOptimizer
 
 
 def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: Any = None) -> list[Finding]:
@@ -107,6 +108,8 @@ def _phase_never_begins(missed: Sequence[Any], total_timesteps: int | None) -> F
 
 
 def _lr_order(optimizer: Any) -> Finding | None:
+    if isinstance(optimizer, CombinedOptimizer):  # rates of different kinds, such as AdamW and SGD, do not compare
+        return None
     rates: dict[str, list[float]] = {"head": [], "backbone": []}
     for group in getattr(optimizer, "param_groups", ()):
         part = str(group.get("name", "")).removesuffix("_no_decay").split(".")[0]

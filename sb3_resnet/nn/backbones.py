@@ -16,7 +16,9 @@ from sb3_resnet.common.arguments import choice, nearest, shown
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
 #: Norm layers of the trunk. ``frozen``: BatchNorm that always uses its stored statistics.
-NORMS = ("frozen", "batch", "group", "sync")
+NORMS = ("frozen", "batch", "group", "sync", "layer")
+#: Those that keep no statistics, in the place of BatchNorm: torchvision has no weights for them.
+FROM_SCRATCH = ("group", "layer")
 #: Residual blocks of all of them.
 BLOCKS: tuple[type[nn.Module], ...] = (tvm.resnet.BasicBlock, tvm.resnet.Bottleneck)
 _HALVINGS = {
@@ -61,11 +63,16 @@ def _group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(32, channels)  # 32 groups: the default of the paper, arXiv 1803.08494
 
 
+def _layer_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(1, channels)  # over channels, rows and columns of an image: arXiv 1803.08494, section 3.1
+
+
 _NORM_LAYERS: dict[str, Callable[[int], nn.Module]] = {
     "frozen": FreezableBatchNorm2d,
     "batch": FreezableBatchNorm2d,
     "group": _group_norm,
     "sync": FreezableSyncBatchNorm,
+    "layer": _layer_norm,
 }
 
 

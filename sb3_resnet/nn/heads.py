@@ -11,7 +11,7 @@ from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
 from torch.nn import functional as F
 
-from sb3_resnet.common.arguments import shown
+from sb3_resnet.common.arguments import integer, shown
 
 #: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
 FEATURE_NORMS = ("standardize", "layer", "none")
@@ -96,6 +96,18 @@ def activation_of(value: Any) -> type[nn.Module]:
             "keep the shape: write one such as 'ReLU', 'Tanh' or 'SiLU'"
         )
     return found
+
+
+def widths_of(net_arch: Any) -> list[int]:
+    """
+    :param net_arch: widths of the hidden layers
+    :return: the same as plain numbers
+    :raises TypeError: if they are no list
+    :raises ValueError: for a width below 1
+    """
+    if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
+        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
+    return [integer("net_arch", width, 1) for width in net_arch]
 
 
 def make_head(

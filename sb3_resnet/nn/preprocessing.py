@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.augment import Augmentation
-from sb3_resnet.nn.backbones import smallest_size
+from sb3_resnet.nn.backbones import FROM_SCRATCH, smallest_size
 
 #: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -180,8 +180,8 @@ def check_combination(has_weights: bool, norm: str, train_adapter: bool, images:
     :param images: how observations become images
     :raises ValueError: for what cannot go together
     """
-    if norm == "group" and has_weights:
-        raise ValueError("norm='group' has no pretrained weights: write norm='frozen', or pretrained=False")
+    if norm in FROM_SCRATCH and has_weights:
+        raise ValueError(f"norm={norm!r} has no pretrained weights: write norm='frozen', or pretrained=False")
     if train_adapter and not images.needs_adapter:
         raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
 

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import nn
 
-from sb3_resnet.common.arguments import choice, number, shown
+from sb3_resnet.common.arguments import number
 from sb3_resnet.common.step_hooks import before_step
+from sb3_resnet.optim.classes import make_optimizer, weight_decay_of
+from sb3_resnet.optim.combined import CombinedOptimizer
 
-#: Optimizers that YAML can name.
-OPTIMIZERS: dict[str, type[th.optim.Optimizer]] = {
-    "AdamW": th.optim.AdamW,
-    "Adam": th.optim.Adam,
-    "SGD": th.optim.SGD,
-    "RMSprop": th.optim.RMSprop,
-}
 #: Ratio of the backbone's learning rate to the head's; the field uses 0.01 to 0.1 (SGI, VRL3, fastai).
 BACKBONE_RATIO = 0.1
 
@@ -36,20 +30,6 @@ class EffectiveRate(float):
     The value alone cannot tell: where all groups have one ratio and a step schedule's factor equals it, the host
     writes the very number that stands there. State dicts hold plain numbers, which ``weights_only=True`` can load.
     """
-
-
-def optimizer_class_of(value: str | type[th.optim.Optimizer]) -> type[th.optim.Optimizer]:
-    """
-    :param value: an optimizer class, or one of the names in :data:`OPTIMIZERS`
-    :return: the class
-    :raises ValueError: for an unknown name
-    """
-    if isinstance(value, str):
-        return OPTIMIZERS[choice("optimizer_class", value.removeprefix("torch.optim."), [*OPTIMIZERS])]
-    if not (isinstance(value, type) and issubclass(value, th.optim.Optimizer)):
-        known = ", ".join(OPTIMIZERS)
-        raise TypeError(f"optimizer_class must be a torch optimizer or one of {known}, got {shown(value)}")
-    return value
 
 
 def lr_ratios(initial_lr: float, lr_head: Any = None, lr_backbone: Any = None) -> dict[str, float]:
@@ -81,8 +61,9 @@ def build_optimizer(
     parts: Mapping[str, Iterable[nn.Parameter]],
     lr: float,
     ratios: Mapping[str, float],
-    weight_decay: float,
+    weight_decay: float | None,
     scales: Mapping[str, float] | None = None,
+    backbone: tuple[type[th.optim.Optimizer], Mapping[str, Any]] | None = None,
     **kwargs: Any,
 ) -> th.optim.Optimizer:
     """
@@ -93,27 +74,48 @@ def build_optimizer(
         dot, as in ``backbone.layer4``, divides a part
     :param lr: SB3's learning rate at the start
     :param ratios: learning rate of each part relative to it
-    :param weight_decay: of the groups that decay
+    :param weight_decay: of the groups that decay; ``None``: as :func:`~sb3_resnet.optim.classes.weight_decay_of` says
     :param scales: further factor of the rate by full name, such as ``{"backbone.layer3": 0.5}``
+    :param backbone: an optimizer of its own for the backbone, and its further arguments; the result is one
+        :class:`~sb3_resnet.optim.combined.CombinedOptimizer` then
     :param kwargs: further arguments of the optimizer
     :return: the optimizer, its groups' learning rates kept as :func:`install_effective_lr` says
     :raises ValueError: if the optimizer knows no weight decay
     """
-    groups = [group for name, parameters in parts.items() for group in _split(name, parameters, weight_decay)]
+    groups = [group for name, parameters in parts.items() for group in _split(name, parameters)]
     for group in groups:
+        cls = optimizer_class if backbone is None or not is_part(group, "backbone") else backbone[0]
+        group["weight_decay"] = 0.0 if group["name"].endswith("_no_decay") else weight_decay_of(cls, weight_decay)
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
-    if all(kwargs.get(name) is None for name in ("fused", "foreach", "differentiable")):
-        kwargs = {**kwargs, **_fused(optimizer_class, groups)}
-    optimizer = optimizer_class(groups, lr=lr, **kwargs)  # type: ignore[call-arg]  # every torch optimizer takes lr
-    if weight_decay > 0 and "weight_decay" not in optimizer.defaults:
-        raise ValueError(f"{optimizer_class.__name__} knows no weight decay: write weight_decay=0.0")
+    if backbone is None:
+        optimizer = make_optimizer(optimizer_class, groups, lr, **kwargs)
+    else:
+        head, rest = ([group for group in groups if is_part(group, "backbone") is inside] for inside in (False, True))
+        own = make_optimizer(backbone[0], rest, lr, **backbone[1])
+        optimizer = CombinedOptimizer([make_optimizer(optimizer_class, head, lr, **kwargs), own])
     for group in optimizer.param_groups:
         group["base_lr"] = lr
         group["effective_lr"] = group["lr"]
     install_effective_lr(optimizer)
     return optimizer
+
+
+def split_by_stage(
+    stages: Mapping[str, Sequence[nn.Parameter]], decay: float
+) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
+    """
+    Name the parts of the backbone, for :func:`build_optimizer`.
+
+    :param stages: the parameters of each stage, from the input up
+    :param decay: factor of the rate from each stage to the one below it; at 1 there is one part for all stages
+    :return: parameters by part, and the factors of the parts' rates
+    """
+    if decay == 1.0:
+        return {"backbone": [parameter for parameters in stages.values() for parameter in parameters]}, {}
+    scales = {f"backbone.{stage}": decay**depth for depth, stage in enumerate(reversed([*stages]))}
+    return {f"backbone.{stage}": [*parameters] for stage, parameters in stages.items()}, scales
 
 
 def audit(module: nn.Module, optimizer: th.optim.Optimizer) -> None:
@@ -221,29 +223,17 @@ def optimizer_of(model: BaseAlgorithm) -> th.optim.Optimizer:
     return optimizer
 
 
-def _split(name: str, parameters: Iterable[nn.Parameter], weight_decay: float) -> list[Group]:
+def _split(name: str, parameters: Iterable[nn.Parameter]) -> list[Group]:
     """Norm weights and biases are the parameters with one axis; they do not decay (arXiv 1706.05350, timm)."""
     decay: list[nn.Parameter] = []
     no_decay: list[nn.Parameter] = []
     for parameter in parameters:
         (decay if parameter.ndim > 1 else no_decay).append(parameter)
     groups = [
-        {"params": decay, "name": name, "weight_decay": weight_decay, "lr_factors": {}},
-        {"params": no_decay, "name": f"{name}_no_decay", "weight_decay": 0.0, "lr_factors": {}},
+        {"params": decay, "name": name, "lr_factors": {}},
+        {"params": no_decay, "name": f"{name}_no_decay", "lr_factors": {}},
     ]
     return [group for group in groups if group["params"]]
-
-
-def _fused(optimizer_class: type[th.optim.Optimizer], groups: list[Group]) -> dict[str, bool]:
-    """One pass over a parameter instead of ten, where PyTorch has that: half of AdamW's time (choices.json)."""
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    if not devices <= {"cpu", "cuda"} or "fused" not in inspect.signature(optimizer_class).parameters:
-        return {}
-    try:
-        optimizer_class([nn.Parameter(th.zeros(1))], lr=0.0, fused=True)  # type: ignore[call-arg]  # looked up above
-    except RuntimeError:  # PyTorch before 2.4 has it on GPUs only
-        return {"fused": True} if devices == {"cuda"} else {}
-    return {"fused": True}
 
 
 def _put_back_rates(optimizer: th.optim.Optimizer) -> None:
