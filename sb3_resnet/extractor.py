@@ -252,12 +252,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         return self.preprocessing(observations, self.augmentation if self.augments else None)
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
-        """
-        Run what is below the freeze boundary with the plain float32 modules; differentiable.
-
-        :param x: preprocessed images
-        :return: as :meth:`encode`, up to its precision
-        """
+        """:return: as :meth:`encode`, of preprocessed images and with the plain float32 modules; differentiable"""
         x = self.run_stages(x, self.trunk.frozen_stages)
         return self.trunk.per_observation(x if self.trunk.live_stages else self.trunk.pooling(x))
 
@@ -281,11 +276,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         return self.trunk.run(x, stages)
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
-        """
-        Switch the mode of what depends on it: the projection, and BatchNorm above the boundary.
-
-        SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
-        """
+        """Switch the projection and BatchNorm above the boundary; a walk over the trunk costs more than a head's step."""
         self.training = self.augments = mode
         self.projection.train(mode)
         for norm in self.boundary.live_norms:
