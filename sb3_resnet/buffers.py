@@ -16,6 +16,7 @@ from sb3_resnet.cache.frames import Array
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_sampled_rewards
+from sb3_resnet.common.vec_normalize import INSTEAD
 
 
 class Column:
@@ -42,6 +43,11 @@ class Column:
         return self._observations.store.dtype
 
     def __setitem__(self, row: int, values: Array) -> None:
+        if np.shape(values) != self.shape[1:]:
+            raise ValueError(
+                f"Observations of shape {np.shape(values)} came to a replay buffer for {self.shape[1:]} (environments, "
+                f"then the observation space). If VecNormalize is around the environment, {INSTEAD}."
+            )
         for env, pixels in enumerate(values):
             obs_id = self._observations.add(env, pixels)
             self._observations.store.refer(obs_id)

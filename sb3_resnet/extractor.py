@@ -15,25 +15,20 @@ from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
+from sb3_resnet.common.vec_normalize import check_wrappers
 from sb3_resnet.nn import backbones
+from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics, information_keeping_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
 from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
 from sb3_resnet.nn.frozen_dtype import FrozenDtype
+from sb3_resnet.nn.image_spaces import warn_if_channels_may_be_last
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 from sb3_resnet.nn.precision import MixedPrecision, autocast
-from sb3_resnet.nn.preprocessing import (
-    Preprocessing,
-    check_combination,
-    check_size,
-    information_keeping_adapter,
-    statistics,
-)
+from sb3_resnet.nn.preprocessing import Preprocessing, check_combination, check_size, statistics
 from sb3_resnet.nn.trunk import Trunk
 from sb3_resnet.nn.weights import checkpoint_follows, read_into
-
-ADAPTERS = ("conv1x1", "per_frame")
 
 SelfExtractor = TypeVar("SelfExtractor", bound="ResNetExtractor")
 
@@ -56,8 +51,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
         an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
-        begins as newest, middle and oldest frame. ``"per_frame"``: each frame alone (each RGB triple where ``C`` is a
-        multiple of three), features concatenated
+        begins as the newest frame, the mean of those between, and the oldest. All channels have a weight above zero.
+        ``"per_frame"``: each frame alone, features concatenated. ``"inflate"``: ``conv1`` of the trunk takes all
+        channels; it begins with the mean of the pretrained weights over their three channels, repeated and scaled by
+        ``3 / C``, as in timm. For channels that are not frames, such as depth or spectral bands
     :param last_stage: the highest stage of the trunk, ``"layer4"`` down to ``"stem"``: nothing above it is built. Lower
         stages cost less, and their maps are larger
     :param frozen_dtype: precision of the frozen stages, wherever they compute: ``"float32"``, ``"bfloat16"``,
@@ -72,7 +69,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm with 32 groups,
         ``"layer"``: LayerNorm over channels and space (GroupNorm with one group), both from scratch only
     :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
-    :param input_mean: own mean of three channels, on the 0..1 scale; goes before ``use_imagenet_norm``
+    :param input_mean: own mean of three channels, on the 0..1 scale (divide statistics of 0..255 by 255); with
+        ``adapter="inflate"`` also of all channels. In place of ``use_imagenet_norm``
     :param input_std: own standard deviation, likewise
     :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
@@ -82,6 +80,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
         :func:`~sb3_resnet.nn.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in
         0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
+    :param frame_channels: channels of one frame: 3 (RGB) or 1 (grey, or no frames); ``None``: 3 where ``C`` is a
+        multiple of three. Write 1 for three stacked grey frames. With ``adapter="inflate"``, 3 lets each channel begin
+        with the weights of its own colour
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for wrong types
     :raises FileNotFoundError: if the weights are not there
@@ -116,15 +117,17 @@ class ResNetExtractor(BaseFeaturesExtractor):
         micro_batch_size: int | None = None,
         augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
+        frame_channels: int | None = None,
     ) -> None:
-        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS) == "per_frame", image_size)
+        check_wrappers()
+        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
         if weights_prefix is not None and weights is None:
             raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
         has_weights = flag("pretrained", pretrained) or weights is not None
         check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
         check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
-        trunk = backbones.build(backbone, norm, last_stage)
+        trunk = backbones.build(backbone, norm, last_stage, images.trunk_channels, images.keeps_colours)
         map_size = backbones.map_size(*images.size, last_stage)
         pooled = images.n_frames * pool.dim(trunk.out_channels, map_size)
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
@@ -142,19 +145,29 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
         self.norm_name = norm
         self.trains_adapter = train_adapter
-        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std)
-        self.register_buffer("input_mean", th.tensor(mean or (0.0,) * 3).reshape(3, 1, 1))
-        self.register_buffer("input_std", th.tensor(std or (1.0,) * 3).reshape(3, 1, 1))
-        self.adapter = information_keeping_adapter(images.channels) if images.needs_adapter else None
-        # In this order forward and backward pass of all stages took a sixth less time on a CPU.
-        self.backbone = trunk.to(memory_format=th.channels_last)
+        normalizes = self._register_statistics(has_weights, use_imagenet_norm, input_mean, input_std)
+        channels = images.channels, images.frame_channels
+        self.adapter = information_keeping_adapter(*channels) if images.has_adapter else None
+        # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
+        self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not checkpoint_follows():
             read_into(trunk, backbone, weights, weights_prefix)
-        self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
+        self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, normalizes)
         refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
-        if freeze_backbone and not has_weights and not checkpoint_follows():
-            warn_that_it_learns_little()
+        if not quiet:
+            warn_if_channels_may_be_last(observation_space)
+            warn_that_it_learns_little(freeze_backbone and not has_weights)
+
+    def _register_statistics(self, has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any) -> bool:
+        """:return: whether images are normalised, with the buffers ``input_mean`` and ``input_std``"""
+        channels, keeps_colours = self.preprocessing.trunk_channels, self.preprocessing.keeps_colours
+        mean, std = statistics(has_weights, use_imagenet_norm, mean, std, channels)
+        for name, values in (("input_mean", mean or (0.0,) * 3), ("input_std", std or (1.0,) * 3)):
+            self.register_buffer(
+                name, th.tensor(inflated_statistics(values, channels, keeps_colours)).reshape(-1, 1, 1)
+            )
+        return mean is not None
 
     def _join(self, last_stage: str, freezes: bool, frozen_dtype: FrozenDtype, pool: Pooling, normalizes: bool) -> None:
         """Make functions of the modules: the stages, and those that are frozen."""
@@ -210,7 +223,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         :param observations: ``(batch, C, H, W)``; uint8 spaces as SB3 scales them (0..1), float spaces as they are
         :return: float32 features ``(batch, features_dim)``
-        :raises ValueError: if SB3 was told not to scale, and for NaN and infinity
+        :raises ValueError: if SB3 was told not to scale, and for NaN, infinity and floats outside of their space
         """
         self.preprocessing.check_scaled(observations)
         if self._can_encode():
@@ -252,7 +265,12 @@ class ResNetExtractor(BaseFeaturesExtractor):
         return self.preprocessing(observations, self.augmentation if self.augments else None)
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
-        """:return: as :meth:`encode`, of preprocessed images and with the plain float32 modules; differentiable"""
+        """
+        Run what is below the freeze boundary with the plain float32 modules; differentiable.
+
+        :param x: preprocessed images
+        :return: as :meth:`encode`, up to its precision
+        """
         x = self.run_stages(x, self.trunk.frozen_stages)
         return self.trunk.per_observation(x if self.trunk.live_stages else self.trunk.pooling(x))
 
@@ -276,9 +294,19 @@ class ResNetExtractor(BaseFeaturesExtractor):
         return self.trunk.run(x, stages)
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
-        """Switch the projection and BatchNorm above the boundary; a walk over the trunk costs more than a head's step."""
+        """
+        Switch the mode of what depends on it: all but the trunk, and BatchNorm above the boundary.
+
+        SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
+
+        :raises ValueError: before an update, if the ``requires_grad`` of a parameter contradicts the freeze boundary
+        """
+        if mode:
+            self.boundary.check()
         self.training = self.augments = mode
-        self.projection.train(mode)
+        for name, child in self.named_children():
+            if name not in ("adapter", "backbone"):
+                child.train(mode)
         for norm in self.boundary.live_norms:
             norm.train(mode)
         return self

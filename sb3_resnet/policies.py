@@ -23,7 +23,9 @@ from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head, widths_
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
 from sb3_resnet.optim import classes
-from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios, split_by_stage
+from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios
+from sb3_resnet.optim.parts import backbone_parts
+from sb3_resnet.optim.settings import install_loading, set_rates
 
 POLICY_NAME = "ResNetCnnPolicy"
 _FOR_QRDQN = (
@@ -166,6 +168,24 @@ class ResNetPolicyMixin:
         for network in (self.online, self.target):
             network.features_extractor.set_frozen_dtype(name)
 
+    def set_learning_rates(
+        self, lr_head: float | None = None, lr_backbone: float | None = None, weight_decay: float | None = None
+    ) -> None:
+        """
+        Change rates and weight decay; schedules go on, and the values are saved with the model.
+
+        ``policy_kwargs`` in ``DQN.load(path, custom_objects=...)`` do not change them, since the optimizer's state is
+        loaded after these: a warning says so.
+
+        :param lr_head: the head's learning rate at the start of SB3's schedule; ``None``: unchanged
+        :param lr_backbone: the backbone's and adapter's, likewise
+        :param weight_decay: of weights; ``None``: unchanged
+        :raises ValueError: for values that cannot work
+        """
+        set_rates(self.optimizer, {"head": lr_head, "backbone": lr_backbone}, weight_decay)
+        given = {"lr_head": lr_head, "lr_backbone": lr_backbone, "weight_decay": weight_decay}
+        self.__dict__.update({name: value for name, value in given.items() if value is not None})
+
     def set_training_mode(self, mode: bool) -> None:
         """Switch the online network between acting and training; the target only sees sampled observations then."""
         super().set_training_mode(mode)  # type: ignore[misc]  # SB3's policy is next in the MRO
@@ -184,12 +204,7 @@ class ResNetPolicyMixin:
         relative_to_nothing = lr == 0 and checkpoint_follows()
         ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        extractor = self.online.features_extractor
-        stages = {
-            stage: [parameter for module in extractor.stage_modules(stage) for parameter in module.parameters()]
-            for stage in extractor.stages
-        }
-        backbone, scales = split_by_stage(stages, self.lr_decay_per_stage)
+        backbone, scales = backbone_parts(self.online.features_extractor, self.lr_decay_per_stage)
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
         head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
         self.optimizer = build_optimizer(
@@ -200,12 +215,15 @@ class ResNetPolicyMixin:
             self._given_weight_decay,
             scales,
             self.backbone_optimizer,
+            relative_to_nothing,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
         install_gradient_check(self.optimizer)
+        install_loading(self.optimizer)
         audit(self.online, self.optimizer)
         store_shared_once(self, self._network)  # type: ignore[arg-type]  # a module, by SB3's policy
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
+        self.set_training_mode(False)  # as predict() leaves it: only updates need the other mode
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """As ``nn.Module``'s; SB3 clips them at each update, and the walk to them takes 4 to 7 % of a head's update."""
@@ -237,6 +255,7 @@ class ResNetPolicyMixin:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
         install_gradient_check(self.optimizer)
+        install_loading(self.optimizer)
 
 
 class ResNetNetworkMixin:
@@ -255,12 +274,18 @@ class ResNetNetworkMixin:
         network: Any = self
         outputs = getattr(self, self._head)[-1].out_features
         shape = (network.features_dim, outputs, network.net_arch, network.activation_fn)
+        self.dropout, self.feature_norm = dropout, feature_norm
         setattr(self, self._head, make_head(*shape, dropout, feature_norm))
+        network.set_training_mode(False)  # as predict() leaves it
 
     @property
     def head(self) -> Any:
         """What follows the features extractor: an ``nn.Sequential``."""
         return getattr(self, self._head)
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # of SB3's policy
+        return {**data, "dropout": self.dropout, "feature_norm": self.feature_norm}
 
     def extract_features(self, obs: Any, features_extractor: Any) -> th.Tensor:
         """Features of pixels, or of what the frozen prefix has already made of them."""

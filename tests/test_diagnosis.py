@@ -269,3 +269,123 @@ def test_a_buffer_that_does_not_fit_names_the_size_that_does(monkeypatch):
     monkeypatch.setattr(diagnosis, "available_bytes", lambda: 1000)
     (found,) = static(trained(make_model(replay_buffer_class=FrameReplayBuffer)))
     assert "FrameReplayBuffer" not in found.change
+
+
+def flat(value, n=30):
+    return [value] * n
+
+
+def third_by_third(first, middle, last):
+    return [*first, *middle, *last]
+
+
+WAVE = [1.0, -1.0] * 5
+WAVE_ERROR = math.sqrt(2 * (10 / 9) / 10)  # standard error of the difference between two such thirds
+NO_MONITOR = {"monitor/td_p50": []}
+#: For each limit the finding, and a log in which the judged number is the given one.
+LOG_LIMITS = {
+    "values": ("dead_features", lambda x: {"monitor/dead_features": flat(0.9, round(x))}),
+    "loss_growth": (
+        "loss_explodes",
+        lambda x: {"monitor/loss": third_by_third(flat(2.0, 10), flat(9, 10), flat(2 * x, 10))},
+    ),
+    "loss_swing": (
+        "loss_oscillates",
+        lambda x: {"monitor/loss": noisy(0.01, swing=math.sqrt(x)), "monitor/td_p50": flat(4.0)},
+    ),
+    "loss_swing_alone": ("loss_oscillates", lambda x: {"monitor/loss": noisy(0.01, swing=math.sqrt(x)), **NO_MONITOR}),
+    "td_size": ("loss_oscillates", lambda x: {"monitor/td_p50": flat(2 * x), "monitor/reward_max": flat(2.0)}),
+    "q_bound": ("q_explodes", lambda x: {"monitor/q_min": flat(-100.0 * x)}),
+    "q_overestimation": (
+        "q_overestimation",
+        lambda x: {"monitor/q_start": flat(0.5 + 100 * x), "monitor/return_start": flat(0.5)},
+    ),
+    "slow_after": (
+        "slow_curve",
+        lambda x: {
+            "time/total_timesteps": [x * i / 29 for i in range(30)],
+            "rollout/ep_rew_mean": flat(3.0),
+            "eval/mean_reward": [],
+        },
+    ),
+    "slow_curve": (
+        "slow_curve",
+        lambda x: {
+            "eval/mean_reward": third_by_third(WAVE, WAVE, [w + x * WAVE_ERROR for w in WAVE]),
+            "rollout/ep_rew_mean": [],
+        },
+    ),
+    "overfitting": (
+        "overfitting",
+        lambda x: {
+            "rollout/ep_rew_mean": [0.0, 50.0, 100.0, 100.0, 100.0],
+            "eval/mean_reward": [0.0, 50.0, *flat(100 - 100 * x, 3)],
+        },
+    ),
+    "dead_features": ("dead_features", lambda x: {"monitor/dead_features": flat(x)}),
+    "dormant_units": ("dormant_units", lambda x: {"monitor/dormant_units": flat(x)}),
+    "vanishing": ("gradients_vanish", lambda x: {"grad_norm/backbone": flat(x)}),
+    "exploding": ("gradients_explode", lambda x: {"grad_norm/all": flat(0.5 * x), "grad_norm_clipped/all": flat(0.5)}),
+    "lr_zero": ("lr_zero", lambda x: {"train/lr_head": flat(x)}),
+    "update_ratio": ("lr_zero", lambda x: {"update_ratio/head": flat(x)}),
+    "batchnorm_drift": ("batchnorm_drift", lambda x: {"monitor/batchnorm_drift": flat(x)}),
+    "final_epsilon": ("epsilon_never_ends", lambda x: {"rollout/exploration_rate": [1.0, x]}),
+    "amp_skips": ("amp_skips", lambda x: {"train/amp_skipped": [*flat(16.0, 29), 16 + 200 * x]}),
+    "amp_updates": ("amp_skips", lambda x: {"train/amp_skipped": [0.0, 60.0], "train/n_updates": [200.0, 200 + x]}),
+}
+MODEL_LIMITS = {
+    "final_epsilon": ("epsilon_never_ends", lambda x: {"exploration_final_eps": x}),
+    "exploration_fraction": ("epsilon_never_ends", lambda x: {"exploration_fraction": x}),
+    "lr_order": (
+        "lr_order",
+        lambda x: {"learning_rate": 1e-4, "policy_kwargs": {"lr_head": 1e-4, "lr_backbone": x * 1e-4}},
+    ),
+    "lr_zero": ("lr_zero", lambda x: {"learning_rate": x, "policy_kwargs": {"lr_head": x, "lr_backbone": x}}),
+}
+#: Limits that a healthy number exceeds.
+FLOORS = {"slow_curve", "vanishing", "lr_zero", "update_ratio"}
+
+
+def around(name):
+    """The numbers just within and just beyond a limit; a count differs by one."""
+    limit = THRESHOLDS[name].value
+    step = 1.0 if name == "values" else 1e-6 * limit
+    below, above = limit - step, limit if name == "values" else limit + step
+    return (above, below) if name in FLOORS else (below, above)
+
+
+def test_each_limit_is_tested():
+    assert {*LOG_LIMITS, *MODEL_LIMITS, "buffer_memory"} == {*THRESHOLDS}
+
+
+@pytest.mark.parametrize("name", LOG_LIMITS)
+def test_a_log_just_within_a_limit_is_healthy_and_just_beyond_it_is_not(name):
+    code, columns = LOG_LIMITS[name]
+    within, beyond = around(name)
+    assert codes(history_findings({**HEALTHY, **columns(within)}, finished=True)) == []
+    assert codes(history_findings({**HEALTHY, **columns(beyond)}, finished=True)) == [code]
+
+
+@pytest.mark.parametrize("name", MODEL_LIMITS)
+def test_a_model_just_within_a_limit_is_healthy_and_just_beyond_it_is_not(name):
+    code, kwargs = MODEL_LIMITS[name]
+    within, beyond = around(name)
+    whole = {"extractor": {"freeze_backbone": False}}
+    assert codes(static(make_model(**whole, **kwargs(within)), 1000)) == []
+    assert codes(static(make_model(**whole, **kwargs(beyond)), 1000)) == [code]
+
+
+def test_a_buffer_may_take_all_that_is_left_and_no_more(monkeypatch):
+    model = trained(make_model())
+    needed, limit = growth_bytes(model), THRESHOLDS["buffer_memory"].value
+    for room, found in ((needed / limit + 1, []), (needed / limit - 1, ["buffer_memory"])):
+        monkeypatch.setattr(diagnosis, "available_bytes", lambda room=room: room)
+        assert codes(static(model)) == found
+
+
+@pytest.mark.parametrize(("learning_starts", "updates"), [(19, 1), (20, 0), (21, 0)])
+def test_never_trains_is_what_sb3_does_at_equality_too(learning_starts, updates):
+    model = make_model(learning_starts=learning_starts, extractor={"freeze_backbone": False, "backbone": "resnet_mini"})
+    assert codes(static(model, 20)) == ([] if updates else ["never_trains"])
+    model.learn(20)
+    assert model._n_updates == updates

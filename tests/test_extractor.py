@@ -234,10 +234,10 @@ def test_channels_last_float_through_sb3_is_refused():
     [
         (1, [{0: 1.0}] * 3),
         (2, [{1: 1.0}, {1: 1.0}, {0: 1.0}]),
-        (4, [{3: 1.0}, {2: 1.0}, {0: 1.0}]),
-        (5, [{4: 1.0}, {2: 1.0}, {0: 1.0}]),
+        (4, [{3: 1.0}, {1: 1 / 2, 2: 1 / 2}, {0: 1.0}]),
+        (5, [{4: 1.0}, dict.fromkeys(range(1, 4), 1 / 3), {0: 1.0}]),
         (6, [{3: 1 / 3, 4: 1 / 3, 5: 1 / 3}, {3: 1 / 3, 4: 1 / 3, 5: 1 / 3}, {0: 1 / 3, 1: 1 / 3, 2: 1 / 3}]),
-        (12, [dict.fromkeys(range(9, 12), 1 / 3), dict.fromkeys(range(6, 9), 1 / 3), dict.fromkeys(range(3), 1 / 3)]),
+        (12, [dict.fromkeys(range(9, 12), 1 / 3), dict.fromkeys(range(3, 9), 1 / 6), dict.fromkeys(range(3), 1 / 3)]),
     ],
 )
 def test_invariant_4_the_adapter_begins_as_newest_middle_and_oldest_frame(channels, rows):
@@ -261,7 +261,7 @@ def test_invariant_4_the_adapter_begins_as_newest_middle_and_oldest_frame(channe
 
 
 def test_three_channels_need_no_adapter(rgb):
-    for extractor in (rgb, build(3, 32, 32, adapter="per_frame")):
+    for extractor in (rgb, build(3, 32, 32, frame_channels=3)):
         assert extractor.adapter is None
         assert extractor.stages == ("stem", "layer1", "layer2", "layer3", "layer4")
         assert extractor.features_dim == 256
@@ -399,7 +399,7 @@ def test_features_dim_is_a_linear_projection(rgb):
         (3, {"input_mean": [0.1, 0.2, 0.3], "input_std": (0.5, 2, "1e-1")}, (0.1, 0.2, 0.3), (0.5, 2.0, 0.1)),
         (1, {"input_mean": np.array([0.1, -0.2, 0.3]), "input_std": np.ones(3)}, (0.1, -0.2, 0.3), (1.0,) * 3),
         (3, {"input_mean": np.float32([0.5, 0.5, 0.5]), "input_std": np.float32([1, 1, 1])}, (0.5,) * 3, (1.0,) * 3),
-        (3, {"input_mean": [0, 0, 0], "input_std": [2, 2, 2], "use_imagenet_norm": True}, (0.0,) * 3, (2.0,) * 3),
+        (3, {"input_mean": [0, 0, 0], "input_std": [2, 2, 2], "use_imagenet_norm": False}, (0.0,) * 3, (2.0,) * 3),
     ],
     ids=str,
 )
@@ -440,6 +440,19 @@ def test_weights_bring_their_statistics(kwargs, normalised, trunk_file):
         ({"input_mean": [0.5] * 3, "input_std": [1, -1, 1]}, ValueError, "input_std must be finite and > 0, got -1"),
         ({"input_mean": [np.nan] * 3, "input_std": [1] * 3}, ValueError, "input_mean must be finite"),
         ({"input_mean": [None] * 3, "input_std": [1] * 3}, TypeError, "input_mean must be a number, got None"),
+        (
+            {"input_mean": [123.675, 116.28, 103.53], "input_std": [58.395, 57.12, 57.375]},
+            ValueError,
+            "by 255: .0.485,",
+        ),
+        ({"input_mean": [0.5] * 3, "input_std": [58.395] * 3}, ValueError, "input_std=.*divide .* by 255: .0.229,"),
+        ({"input_mean": [0.5] * 3, "input_std": [1, 1e-300, 1]}, ValueError, "cannot be on the scale of 0..1: write"),
+        ({"input_mean": [-104, -117, -124], "input_std": [1] * 3}, ValueError, "cannot be on the scale of 0..1"),
+        (
+            {"input_mean": [0.5] * 3, "input_std": [1] * 3, "use_imagenet_norm": True},
+            ValueError,
+            "no effect beside",
+        ),
         ({"use_imagenet_norm": "yes"}, TypeError, "use_imagenet_norm must be true or false, got 'yes'"),
     ],
     ids=str,
@@ -625,7 +638,7 @@ def test_on_policy_algorithms_keep_the_weights_and_learn(algorithm, options, tru
     extractor = model.policy.features_extractor
     assert model.policy.ortho_init
     assert changed(extractor, weights) == []
-    assert extractor.adapter.weight.flatten(1).tolist() == [[0, 0, 0, 1], [0, 0, 1, 0], [1, 0, 0, 0]]
+    assert extractor.adapter.weight.flatten(1).tolist() == [[0, 0, 0, 1], [0, 0.5, 0.5, 0], [1, 0, 0, 0]]
     # The projection is SB3's to initialise: orthogonal rows of length sqrt(2).
     projection = extractor.projection.weight.detach()
     th.testing.assert_close(projection @ projection.T, 2 * th.eye(16), rtol=1e-4, atol=1e-4)

@@ -14,8 +14,10 @@ from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
+from sb3_resnet.common.vec_normalize import check_vec_normalize
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import overridden
 
@@ -129,9 +131,16 @@ class FeatureCacheCallback(BaseCallback):
                 f"{cls.__name__} overrides {', '.join(changed)}, which the encoder would pass over: train without "
                 "FeatureCacheCallback"
             )
-        normalizer = self.model.get_vec_normalize_env()
-        if normalizer is not None and normalizer.norm_obs:
-            raise ValueError("VecNormalize changes old observations with its statistics: write norm_obs=False")
+        model: Any = self.model
+        for twin in (extractor, model.policy.target.features_extractor):
+            twin.boundary.check()
+            hooked = _hooked(twin)
+            if hooked:
+                raise ValueError(
+                    f"Forward hooks are registered on {', '.join(hooked)}, which the encoder would pass over: register "
+                    "them on stages that train, or train without FeatureCacheCallback"
+                )
+        check_vec_normalize(self.model)
         if extractor.trains_adapter:
             raise ValueError(
                 "train_adapter=True changes what every entry was made with, at each update: write train_adapter=False"
@@ -145,6 +154,14 @@ class FeatureCacheCallback(BaseCallback):
                 "augment changes an observation each time it is sampled, so no entry would be exact: leave augment "
                 "out, or train without FeatureCacheCallback"
             )
+
+
+def _hooked(extractor: ResNetExtractor) -> list[str]:
+    """:return: names of the modules with hooks in whose place the encoder computes"""
+    frozen = [module for stage in extractor.boundary.frozen_stages for module in extractor.stage_modules(stage)]
+    passed_over = {extractor, extractor.backbone, *(layer for module in frozen for layer in module.modules())}
+    found = [name for name, module in extractor.named_modules() if module in passed_over]
+    return [name or "the extractor" for name in found if host.has_forward_hooks(extractor.get_submodule(name))]
 
 
 def _read_device(device: Any) -> str:

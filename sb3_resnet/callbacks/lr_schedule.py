@@ -14,7 +14,13 @@ from sb3_resnet.callbacks._updates import UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.optim import schedules
-from sb3_resnet.optim.groups import optimizer_of, recall, remember, set_lr_factor
+from sb3_resnet.optim.groups import (
+    optimizer_of,
+    recall,
+    remember,
+    set_lr_factor,
+    warn_that_nothing_is_learnt,
+)
 
 #: The arguments of each schedule.
 SCHEDULES: dict[str, tuple[str, ...]] = {
@@ -32,7 +38,8 @@ class LRScheduleCallback(BaseCallback):
     Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 
     The schedule counts gradient updates with the model's own counter, which is saved and never reset. So a second
-    ``learn()``, ``reset_num_timesteps=True`` and a resumed model continue where training stopped. Example::
+    ``learn()``, ``reset_num_timesteps=True`` and a resumed model continue where training stopped, and a warning says so
+    where that is at rate 0. Example::
 
         LRScheduleCallback(warmup_steps=1000, schedule="cosine", decay_steps=200_000)
 
@@ -112,6 +119,8 @@ class LRScheduleCallback(BaseCallback):
         if self.schedule in ("linear", "cosine") and self._horizon is None:
             self._horizon = max(1, self._updates.n + _planned_updates(self.model) - self.warmup_steps)
         self._apply(self._updates.n)
+        if self.factor(self._updates.n) == 0.0:  # and so it stays: after the warmup no schedule rises
+            warn_that_nothing_is_learnt(optimizer_of(self.model))
         if self.verbose:
             print(f"LRSchedule: warmup {self.warmup_steps} updates, then {self.schedule}, at update {self._updates.n}")
 

@@ -94,6 +94,7 @@ class UnfreezeCallback(BaseCallback):
         self._evaluations = Evaluations(None)
         self._plateau = schedules.plateau_start()
         self._offset = 0
+        self._missed: list[str] = []  # phases that were warned about, in this learn() or an earlier one
         self._ended = False
 
     @property
@@ -144,6 +145,7 @@ class UnfreezeCallback(BaseCallback):
             raise ValueError("restore_best needs a BestCheckpointCallback in the same learn()")
         self._offset = max(0, saved.get("timesteps", 0) - self.model.num_timesteps)
         self._plateau = saved.get("plateau", schedules.plateau_start())
+        self._missed = [*saved.get("missed", ())]
         self._ended = False
         self._updates.attach(self.model)
         self._apply_ramp(self._updates.n)
@@ -177,12 +179,15 @@ class UnfreezeCallback(BaseCallback):
             return
         self._ended = True
         self._on_step()  # an evaluation may have stopped training, and then SB3 skips on_rollout_end
-        for phase in self._ahead:
+        # A run that is learnt in pieces ends many times: one warning for each phase is enough.
+        for phase in [phase for phase in self._ahead if str(phase) not in self._missed]:
+            self._missed.append(str(phase))
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
                 f"{host.updates_done(self.model)}. Train longer, or let it begin earlier.",
                 stacklevel=2,
             )
+        self._remember()
 
     @property
     def _ahead(self) -> list[Phase]:
@@ -238,7 +243,8 @@ class UnfreezeCallback(BaseCallback):
         set_lr_factor(optimizer_of(self.model), "ramp", factor, lambda group: is_part(group, "backbone"))
 
     def _remember(self) -> None:
-        remember(optimizer_of(self.model), _STATE, {"timesteps": self.timesteps, "plateau": dict(self._plateau)})
+        state = {"timesteps": self.timesteps, "plateau": dict(self._plateau), "missed": [*self._missed]}
+        remember(optimizer_of(self.model), _STATE, state)
 
 
 def _read_phase(index: int, phase: Any) -> Phase:

@@ -116,6 +116,23 @@ def is_loading() -> bool:
     return False
 
 
+def model_in_setup() -> BaseAlgorithm | None:
+    """
+    The SB3 model that is building its policy, from whose ``_setup_model`` this is called.
+
+    A policy is told the observation space, but not which wrappers are around the environment. ``None`` where the policy
+    is built without a model, or nothing tells.
+    """
+    frame = sys._getframe().f_back if hasattr(sys, "_getframe") else None
+    while frame is not None:
+        if frame.f_code.co_name == "_setup_model":
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, BaseAlgorithm):
+                return owner
+        frame = frame.f_back
+    return None
+
+
 def is_initializer(function: Callable[..., Any]) -> bool:
     """
     Whether SB3 applies this function to the modules of a new policy in order to initialise them.

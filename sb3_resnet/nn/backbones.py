@@ -12,6 +12,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sb3_resnet.common.arguments import choice, nearest, shown
+from sb3_resnet.nn.adapters import InflatedConv2d
 
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -85,7 +86,9 @@ def available() -> list[str]:
     )
 
 
-def build(name: str, norm: str = "frozen", last_stage: str = "layer4") -> tvm.ResNet:
+def build(
+    name: str, norm: str = "frozen", last_stage: str = "layer4", channels: int = 3, keeps_colours: bool = False
+) -> tvm.ResNet:
     """
     Build a randomly initialised trunk in eval mode; its ``state_dict`` keys are torchvision's, without ``fc``.
 
@@ -94,6 +97,9 @@ def build(name: str, norm: str = "frozen", last_stage: str = "layer4") -> tvm.Re
     :param name: a torchvision ResNet such as ``"resnet18"``
     :param norm: one of :data:`NORMS`
     :param last_stage: the highest stage, one of :data:`STAGES`
+    :param channels: that the first convolution takes
+    :param keeps_colours: how weights for three channels become weights for more, see
+        :class:`~sb3_resnet.nn.adapters.InflatedConv2d`
     :return: the ResNet; its ``out_channels`` are those of the last stage
     :raises ValueError: for an unknown name, norm or stage
     """
@@ -107,6 +113,8 @@ def build(name: str, norm: str = "frozen", last_stage: str = "layer4") -> tvm.Re
     # A block ends with conv3 (Bottleneck) or conv2 (BasicBlock), the stem has conv1 alone.
     convs = [getattr(last, name) for name in ("conv1", "conv2", "conv3") if hasattr(last, name)]
     resnet.out_channels = convs[-1].out_channels
+    if channels != 3:
+        resnet.conv1 = InflatedConv2d(resnet.conv1, channels, keeps_colours)
     return resnet.eval()
 
 

@@ -11,7 +11,6 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.common import host
-from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
 from sb3_resnet.nn.inference import fold_norms, from_raw_input, is_native, pack
@@ -67,8 +66,7 @@ class FrozenEncoder:
             ``(n, c, h, w)`` in the model's ``frozen_dtype``
         """
         self.refresh()
-        if images.is_floating_point():
-            check_observations(images)
+        self.trunk.preprocessing.check_range(images)
         with th.no_grad(), th.autocast(images.device.type, enabled=False):
             resized = self.trunk.preprocessing.resize(images)
             entries = self._run(resized) if self.uses_graphs else self._run_stages(resized)
@@ -155,21 +153,21 @@ def rounding_error(encoder: FrozenEncoder, observations: th.Tensor) -> float:
     return float(error / spread.clamp(min=1e-12))
 
 
-def overridden(cls: type, base: type) -> list[str]:
+def overridden(kind: type, base: type) -> list[str]:
     """
-    :param cls: class of an extractor
+    :param kind: class of an extractor
     :param base: ``ResNetExtractor``
     :return: methods of the class in whose place the encoder would compute something else
     """
-    return [name for name in _PASSED_OVER if getattr(cls, name) is not getattr(base, name)]
+    return [name for name in _PASSED_OVER if getattr(kind, name) is not getattr(base, name)]
 
 
-def refuse_overridden(cls: type, base: type, frozen_dtype: str) -> None:
+def refuse_overridden(kind: type, base: type, frozen_dtype: str) -> None:
     """:raises ValueError: if a class computes the frozen stages its own way, and not in float32"""
-    methods = overridden(cls, base)
+    methods = overridden(kind, base)
     if frozen_dtype != "float32" and methods:
         raise ValueError(
-            f"{cls.__name__} overrides {', '.join(methods)}, which the encoder would pass over: write "
+            f"{kind.__name__} overrides {', '.join(methods)}, which the encoder would pass over: write "
             "frozen_dtype='float32'"
         )
 

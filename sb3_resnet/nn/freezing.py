@@ -80,6 +80,38 @@ class FreezeBoundary(nn.Module):
         self.moved_at.fill_(at_update)
         self._enforce()
 
+    def check(self) -> None:
+        """
+        :raises ValueError: if the ``requires_grad`` of a parameter contradicts the boundary, since stages below it
+            compute without gradients whatever their parameters say
+        """
+        if all(parameter.requires_grad for parameter in self._training) and not any(
+            parameter.requires_grad for parameter in self._frozen
+        ):
+            return
+        wrong = {
+            trains: [name for name in self._stages if self._trains(name) == trains and self._differs(name)]
+            for trains in (True, False)
+        }
+        says = {
+            True: "are to train, but have parameters with requires_grad=False",
+            False: "are frozen, but have some with requires_grad=True, which will not train",
+        }
+        seen = "; ".join(f"{', '.join(names)} {says[trains]}" for trains, names in wrong.items() if names)
+        lowest = next((name for name in self._stages if self._wants_gradients(name)), None)
+        raise ValueError(
+            f"requires_grad contradicts the freeze boundary, which is {self.stage!r}: {seen}. Do not write "
+            f"requires_grad of a ResNetExtractor's stages, but call set_freeze_boundary({lowest!r}) of the policy "
+            "(ResNetCnnPolicy) or of its features_extractor: this stage and all above it train then."
+        )
+
+    def _wants_gradients(self, name: str) -> bool:
+        return all(parameter.requires_grad for module in self._stages[name] for parameter in module.parameters())
+
+    def _differs(self, name: str) -> bool:
+        trains = self._trains(name)
+        return any(p.requires_grad != trains for module in self._stages[name] for p in module.parameters())
+
     def _index_of(self, unfreeze_from: str | None) -> int:
         if unfreeze_from is None:
             return _ALL_FROZEN
@@ -91,18 +123,22 @@ class FreezeBoundary(nn.Module):
         return STAGES.index(name) >= self._position or (name == "adapter" and self._train_adapter)
 
     def _enforce(self) -> None:
-        """Make the modules obey the buffer: the only code that touches ``requires_grad``."""
+        """Make the modules obey the buffer: the only code that writes ``requires_grad``."""
         # A copy on the Python side: reading the buffer on a GPU would wait for the device in each forward pass.
         self._position = int(self.index)
         self._moved_at = int(self.moved_at)
         frozen = [] if self._train_adapter else [name for name in self._stages if not self._trains(name)]
         self._frozen = tuple(frozen)
         self._live: list[nn.Module] = []
+        # At hand, since each update asks for them: the walk to them takes ten times as long.
+        self._training: list[nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
         for name, modules in self._stages.items():
             trains = self._trains(name)
             for layer in (layer for module in modules for layer in module.modules()):
                 for parameter in layer.parameters(recurse=False):
                     parameter.requires_grad_(trains)
+                    (self._training if trains else self._frozen).append(parameter)
                     if not trains:
                         parameter.grad = None
                 if isinstance(layer, FreezableNorm):
@@ -116,8 +152,14 @@ class FreezeBoundary(nn.Module):
         self._enforce()
 
 
-def warn_that_it_learns_little() -> None:
-    """Say how to get a trunk that has learnt something, or does."""
+def warn_that_it_learns_little(is_so: bool) -> None:
+    """
+    Say how to get a trunk that has learnt something, or does.
+
+    :param is_so: whether all of it is frozen with random weights
+    """
+    if not is_so:
+        return
     warnings.warn(
         "The backbone is frozen with random weights and learns little. Write pretrained=True (or weights=PATH), or "
         "unfreeze it: freeze_backbone=False, or with ResNetCnnPolicy an UnfreezeCallback.",

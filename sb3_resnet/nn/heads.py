@@ -19,13 +19,16 @@ FEATURE_NORMS = ("standardize", "layer", "none")
 
 class FeatureStandardizer(nn.Module):
     """
-    Standardise each feature by its mean and variance over the observations seen in training.
+    Standardise each feature by its mean and variance over the observations that were trained on.
 
     A frozen ResNet's features are mostly constant: on Pong a random one gives a mean of 0.7 and a standard deviation
     over frames of 0.09, and the head sees only what varies. Unlike BatchNorm1d, training normalises by the running
     statistics too, so that online and target network, training and acting compute the same function. The buffers'
     names begin with ``running_``: SB3 copies such buffers to the target network. What is not finite comes out
     as NaN.
+
+    In train mode with gradients a batch is normalised by the statistics that include it. In a :class:`Head` these are
+    kept in the backward pass only, so Q-values can be looked at in any mode and nothing moves.
 
     :param dim: number of features
     :param horizon: after so many samples the average becomes an exponential one, to follow an unfrozen trunk
@@ -46,18 +49,37 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("running_var", th.ones(dim))
         # A float: SB3 multiplies these buffers by 0.0 in place before it copies them.
         self.register_buffer("running_count", th.zeros(()))
+        #: Whether statistics wait for :meth:`keep`.
+        self.waits = False
+        self._next: tuple[th.Tensor, ...] | None = None  # mean, variance and count with the latest batch
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """:return: standardised features of the same shape, ``(batch, dim)``"""
-        if self.training:
-            self._update(features.detach())
-        scaled = F.batch_norm(features, self.running_mean, self.running_var, eps=self.eps)
+        mean, variance = self.running_mean, self.running_var
+        if self.training and th.is_grad_enabled():
+            self._next = mean, variance, _ = self._merged(features.detach())
+            if not self.waits:
+                self.keep()
+        scaled = F.batch_norm(features, mean, variance, eps=self.eps)
         # Infinity x 0 is NaN: clamped, an overflow of the trunk would pass for a large feature and be trained on.
         return th.add(scaled.clamp(-self.clip, self.clip), features.detach(), alpha=0.0)
 
+    def keep(self) -> None:
+        """Keep the statistics with the latest batch, if that is not done."""
+        if self._next is not None:
+            # In place: SB3 holds these very tensors in order to copy them to the target network.
+            for buffer, value in zip(
+                (self.running_mean, self.running_var, self.running_count), self._next, strict=True
+            ):
+                buffer.copy_(value)
+            self._next = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_next": None}
+
     @th.no_grad()
-    def _update(self, features: th.Tensor) -> None:
-        """Merge the batch's moments into the running ones (Chan et al. 1983)."""
+    def _merged(self, features: th.Tensor) -> tuple[th.Tensor, ...]:
+        """:return: the running moments with those of the batch (Chan et al. 1983)"""
         share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
         mean = features.mean(dim=0)
         variance = (features - mean).square().mean(dim=0)  # th.var_mean takes longer (choices.json)
@@ -65,9 +87,32 @@ class FeatureStandardizer(nn.Module):
         finite = variance.isfinite()
         delta = th.where(finite, mean - self.running_mean, 0.0)
         spread = th.where(finite, variance - self.running_var, 0.0)
-        self.running_var.add_(share * (spread + (1.0 - share) * delta.square()))
-        self.running_mean.add_(share * delta)
-        self.running_count.add_(len(features)).clamp_(max=self.horizon)
+        return (
+            self.running_mean + share * delta,
+            self.running_var + share * (spread + (1.0 - share) * delta.square()),
+            (self.running_count + len(features)).clamp(max=self.horizon),
+        )
+
+
+class Head(nn.Sequential):
+    """The layers after the features extractor; statistics of a :class:`FeatureStandardizer` move in updates only."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        if isinstance(layers[0], FeatureStandardizer):
+            layers[0].waits = True
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """:return: what the last layer returns, ``(batch, output_dim)``"""
+        output: th.Tensor = super().forward(features)  # type: ignore[no-untyped-call]  # PyTorch's
+        if self.training and output.requires_grad and isinstance(self[0], FeatureStandardizer):
+            output.register_hook(self._keep_statistics)  # type: ignore[no-untyped-call]  # PyTorch's
+        return output
+
+    def _keep_statistics(self, gradient: th.Tensor) -> None:
+        """As the backward pass begins, whoever's optimizer the update is made by."""
+        first: Any = self[0]
+        first.keep()
 
 
 def activation_of(value: Any) -> type[nn.Module]:
@@ -117,7 +162,7 @@ def make_head(
     activation_fn: type[nn.Module] = nn.ReLU,
     dropout: float = 0.0,
     feature_norm: str = "none",
-) -> nn.Sequential:
+) -> Head:
     """
     :param features_dim: number of features
     :param output_dim: number of outputs
@@ -133,4 +178,4 @@ def make_head(
         layers.append(layer)
         if dropout > 0 and isinstance(layer, activation_fn):
             layers.append(nn.Dropout(dropout))
-    return nn.Sequential(*layers)
+    return Head(*layers)

@@ -157,11 +157,11 @@ def from_raw_input(
     conv: nn.Conv2d, mixing: th.Tensor, offset: th.Tensor, mean: th.Tensor, std: th.Tensor
 ) -> RawInputConv2d:
     """
-    :param conv: the first convolution of the trunk, of three channels
-    :param mixing: from raw channels to the three, ``(3, C)``
-    :param offset: added to them, ``(3,)``
-    :param mean: subtracted from the three, ``(3,)``
-    :param std: by which they are divided, ``(3,)``
+    :param conv: the first convolution of the trunk, of ``n`` channels
+    :param mixing: from raw channels to these, ``(n, C)``
+    :param offset: added to them, ``(n,)``
+    :param mean: subtracted from them, ``(n,)``
+    :param std: by which they are divided, ``(n,)``
     :return: the same function of raw pixels
     """
     tensors = (mixing, offset, mean, std, conv.weight)

@@ -1,4 +1,4 @@
-"""What the extractor asks of images: bounds, size, statistics, and how many channels become three."""
+"""What the extractor asks of images: bounds, size, statistics, and values that are those of their space."""
 
 from __future__ import annotations
 
@@ -7,18 +7,23 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
-from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
+from sb3_resnet.common.vec_normalize import INSTEAD
+from sb3_resnet.nn.adapters import check_adapter, read_frame_channels
 from sb3_resnet.nn.augment import Augmentation
 from sb3_resnet.nn.backbones import FROM_SCRATCH, smallest_size
+from sb3_resnet.nn.image_spaces import scale_of
 
 #: Statistics of ImageNet in 0..1, RGB; those of torchvision's weights and of R3M.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+# Statistics that can be meant for images in 0..1. The deviation of such images is at most 0.5, and 1 means no division;
+# 1/255 brings images to 0..255, for weights that were trained on these.
+_MAX_MEAN, _MIN_STD, _MAX_STD = 1.0, 1e-3, 2.0
+_ROUNDING = 1e-3  # how far values of a float space may be outside of it, as a part of its size
 
 
 class Preprocessing:
@@ -26,12 +31,13 @@ class Preprocessing:
     How observations become images for the trunk: scale, size, and what passes the trunk at once.
 
     :param space: observation space, ``(C, H, W)``
-    :param per_frame: pass each frame alone; with three channels there is only one
+    :param adapter: one of :data:`~sb3_resnet.nn.adapters.ADAPTERS`
     :param image_size: height and width to resize to, or one number for both; ``None``: as they are
-    :raises ValueError: if these are no images
+    :param frame_channels: channels of one frame, 1 or 3; ``None``: 3 where the channels are a multiple of three
+    :raises ValueError: if these are no images, and for an adapter that changes nothing
     """
 
-    def __init__(self, space: Any, per_frame: bool, image_size: Any) -> None:
+    def __init__(self, space: Any, adapter: str, image_size: Any, frame_channels: Any = None) -> None:
         #: Factor that brings what SB3 hands over to 0..1.
         self.scale = scale_of(space)
         #: Channels of an observation.
@@ -44,10 +50,16 @@ class Preprocessing:
         self.resizes = self.size != self.observed_size
         self.is_uint8 = space.dtype == np.uint8
         #: Channels of one frame.
-        self.frame_channels = 3 if self.channels % 3 == 0 else 1
-        self.per_frame = per_frame and self.channels != 3
-        #: Whether an adapter makes three channels of all.
-        self.needs_adapter = not self.per_frame and self.channels != 3
+        self.frame_channels = read_frame_channels(frame_channels, self.channels)
+        check_adapter(adapter, self.channels, self.frame_channels)
+        #: Whether each frame passes the trunk alone.
+        self.per_frame = adapter == "per_frame"
+        #: Channels that the trunk takes.
+        self.trunk_channels = self.channels if adapter == "inflate" else 3
+        #: Whether the user said that these are RGB frames, so that colours keep the weights of their own.
+        self.keeps_colours = frame_channels is not None and self.frame_channels == 3
+        #: Whether a 1x1 convolution brings the channels to three.
+        self.has_adapter = adapter == "conv1x1" and (self.channels, self.frame_channels) != (3, 3)
         #: Images that one observation becomes.
         self.n_frames = self.channels // self.frame_channels if self.per_frame else 1
         self._is_scaled = False  # not seen yet: SB3 tells no extractor of normalize_images
@@ -85,8 +97,7 @@ class Preprocessing:
 
     def _to_unit(self, observations: th.Tensor) -> th.Tensor:
         x = observations.float()
-        if not self.is_uint8:
-            check_observations(x)
+        self.check_range(x)
         return x * self.scale if self.scale != 1.0 else x
 
     def as_images(self, x: th.Tensor) -> th.Tensor:
@@ -107,36 +118,29 @@ class Preprocessing:
         if self.is_uint8 and not self._is_scaled:
             self._is_scaled = is_scaled(observations)
 
+    def check_range(self, observations: th.Tensor) -> None:
+        """
+        Compare the values of a float space with it; those of uint8 cannot be outside.
 
-def scale_of(space: Any) -> float:
-    """
-    The factor that brings what SB3 hands over to 0..1, decided by the space alone.
-
-    :param space: observation space
-    :return: 1 for uint8 0..255, which SB3 scales, and for float 0..1; 1/255 for float 0..255
-    :raises ValueError: for anything else
-    """
-    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        :param observations: as the space describes them
+        :raises ValueError: for NaN and infinity, and for values that the space does not have
+        """
+        if self.is_uint8 or not observations.numel() or th.compiler.is_compiling():
+            return
+        # One pass and one wait for the device finds NaN too, which would be looked for in any case.
+        low, high = th.stack(observations.detach().aminmax()).tolist()
+        top = 1.0 / self.scale
+        slack = _ROUNDING * top
+        if -slack <= low and high <= top + slack:
+            return
+        check_observations(observations)
+        what = f"The observations go from {low:.4g} to {high:.4g}, but their space says 0..{top:.0f}"
+        if low < -slack:
+            raise ValueError(f"{what}. Negative values are what VecNormalize makes of images: {INSTEAD}.")
         raise ValueError(
-            f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
-            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
+            f"{what}. Declare the bounds that they have: Box(0, 255, ...), or Box(0, 1, ...) with values divided by "
+            f"255. If VecNormalize makes them, {INSTEAD}."
         )
-    if int(np.argmin(space.shape)) == 2 and space.shape[0] != space.shape[2]:
-        raise ValueError(
-            f"Images must come channels first, got shape {space.shape}. SB3 transposes uint8 0..255 images by itself; "
-            f"transpose others in a wrapper, to {(space.shape[2], *space.shape[:2])}."
-        )
-    low, high = float(space.low.min()), float(space.high.max())
-    uniform = float(space.low.max()) == low and float(space.high.min()) == high
-    is_float = np.issubdtype(space.dtype, np.floating)
-    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
-        return 1.0 / 255.0 if is_float else 1.0
-    if uniform and (low, high) == (0.0, 1.0) and is_float:
-        return 1.0
-    raise ValueError(
-        f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. Declare the "
-        "bounds of the space, or rescale the observation in a wrapper; normalize_images cannot repair other bounds."
-    )
 
 
 def is_scaled(observations: th.Tensor) -> bool:
@@ -182,7 +186,7 @@ def check_combination(has_weights: bool, norm: str, train_adapter: bool, images:
     """
     if norm in FROM_SCRATCH and has_weights:
         raise ValueError(f"norm={norm!r} has no pretrained weights: write norm='frozen', or pretrained=False")
-    if train_adapter and not images.needs_adapter:
+    if train_adapter and not images.has_adapter:
         raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
 
 
@@ -207,47 +211,47 @@ def check_size(size: tuple[int, int], pooling: str, last_stage: str = "layer4") 
 
 
 def statistics(
-    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any
+    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any, channels: int = 3
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """
     Mean and standard deviation by which images are normalised, three numbers each, or ``None``.
 
     :param has_weights: whether the trunk is pretrained
     :param use_imagenet_norm: the ImageNet statistics; ``None``: if it is pretrained
-    :param mean: own statistics, which go before the others
+    :param mean: own statistics, on the scale of 0..1
     :param std: likewise
-    :raises ValueError: if they are not three numbers each
+    :param channels: that the trunk takes; own statistics may also be one number for each
+    :raises ValueError: if they are not so many numbers, cannot be on that scale, or come beside those of ImageNet
     """
     if use_imagenet_norm is not None:
         flag("use_imagenet_norm", use_imagenet_norm)
     if (mean is None) != (std is None):
         raise ValueError("input_mean and input_std go together: write both, each with three numbers")
     if mean is not None:
-        return _three("input_mean", mean, above=False), _three("input_std", std, above=True)
+        if use_imagenet_norm:
+            raise ValueError(
+                "use_imagenet_norm=True has no effect beside input_mean and input_std: leave it out, or leave them out"
+            )
+        return (
+            _on_scale("input_mean", mean, channels, -_MAX_MEAN, _MAX_MEAN),
+            _on_scale("input_std", std, channels, _MIN_STD, _MAX_STD),
+        )
     wanted = has_weights if use_imagenet_norm is None else use_imagenet_norm
     return (IMAGENET_MEAN, IMAGENET_STD) if wanted else (None, None)
 
 
-def _three(name: str, values: Any, *, above: bool) -> tuple[float, ...]:
-    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) != 3:
-        raise ValueError(f"{name} must be three numbers, one a channel of the trunk (R, G, B), got {shown(values)}")
-    return tuple(number(name, value, 0.0 if above else -1e6, above=above) for value in values)
-
-
-def information_keeping_adapter(channels: int) -> nn.Conv2d:
-    """
-    A 1x1 convolution that begins as newest, middle and oldest frame (SB3 stacks the newest last).
-
-    Rows are non-negative and sum to 1, so its output stays in range for the ImageNet statistics. Where the channels
-    are RGB triples, a frame is the mean of its three.
-    """
-    size = 3 if channels % 3 == 0 else 1
-    frames = channels // size
-    conv = nn.Conv2d(channels, 3, 1)
-    with th.no_grad():
-        conv.weight.zero_()
-        assert conv.bias is not None
-        conv.bias.zero_()
-        for row, frame in enumerate((frames - 1, frames // 2, 0)):
-            conv.weight[row, frame * size : (frame + 1) * size] = 1.0 / size
-    return conv
+def _on_scale(name: str, values: Any, channels: int, smallest: float, largest: float) -> tuple[float, ...]:
+    if isinstance(values, str) or not hasattr(values, "__len__") or len(values) not in (3, channels):
+        more = "" if channels == 3 else f", or {channels}, one per channel of an observation"
+        raise ValueError(
+            f"{name} must be three numbers, one per channel of the trunk (R, G, B){more}, got {shown(values)}"
+        )
+    above = smallest > 0  # an std of 0 is no scale at all, whatever its unit
+    read = tuple(number(name, value, 0.0 if above else -np.inf, above=above) for value in values)
+    if max(read) > largest or min(read) < smallest:
+        by_255 = ", ".join(f"{value / 255:.4g}" for value in read)
+        instead = f"divide statistics of images in 0..255 by 255: [{by_255}]"
+        if min(read) < smallest:
+            instead = f"write values from {smallest:g} to {largest:g}, the statistics of images in 0..1"
+        raise ValueError(f"{name}={shown(values)} cannot be on the scale of 0..1: {instead}")
+    return read

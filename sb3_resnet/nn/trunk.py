@@ -97,7 +97,8 @@ class Trunk:
         """
         What happens to raw images (of :meth:`Preprocessing.as_images`) before the stem, unless they are resized.
 
-        :return: matrix ``(3, channels)`` and offset ``(3,)``, then mean and standard deviation ``(3,)``
+        :return: matrix ``(n, channels)`` and offset ``(n,)``, then mean and standard deviation ``(n,)``; n is 3, or all
+            channels where the first convolution takes them
         """
         images = self.preprocessing
         scale = 1.0 / 255.0 if images.is_uint8 else images.scale
@@ -107,7 +108,7 @@ class Trunk:
         if "adapter" in self.stages:
             adapter: Any = self.stages["adapter"][0]
             return adapter.weight[:, :, 0, 0] * scale, adapter.bias, mean, std
-        matrix = th.ones(3, 1) if images.per_frame and images.frame_channels == 1 else th.eye(3)
+        matrix = th.ones(3, 1) if images.per_frame and images.frame_channels == 1 else th.eye(len(mean))
         return matrix.to(mean) * scale, th.zeros_like(mean), mean, std
 
     def _statistic(self, name: str) -> th.Tensor:

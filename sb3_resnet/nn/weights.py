@@ -20,6 +20,7 @@ from torch import nn
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import path_of, shown
 from sb3_resnet.nn import backbones
+from sb3_resnet.nn.adapters import InflatedConv2d
 from sb3_resnet.nn.state_dicts import choose, shorten, unwrap, without_copies
 
 #: Endings by which a value of ``weights=`` is known as a path, beside those of files that exist.
@@ -149,7 +150,8 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, pr
     """
     Copy weights into the trunk; every key must match by name and shape. ``fc.*`` and stages above the last are ignored.
 
-    :param resnet: a trunk, with ``Identity`` in the place of what it lacks
+    :param resnet: a trunk, with ``Identity`` in the place of what it lacks; if its first convolution is inflated,
+        weights for three channels are too
     :param state: keys plain, under one common prefix such as ``module.``, or numbered by ``nn.Sequential``; keys
         outside of the prefix are ignored
     :param source: name of the file, for the errors
@@ -160,6 +162,9 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, pr
     absent = tuple(f"{name}." for name, child in resnet.named_children() if isinstance(child, nn.Identity))
     chosen = choose(state, wanted, source, prefix)
     given = {key: value for key, value in chosen.items() if not key.startswith(absent)}
+    first = resnet.get_submodule("conv1")
+    if isinstance(first, InflatedConv2d) and "conv1.weight" in given:
+        given["conv1.weight"] = first.inflated(given["conv1.weight"])
     # Checkpoints older than PyTorch 0.4.1 have no counter; nothing but momentum=None reads it.
     missing = [key for key in wanted if key not in given and not key.endswith("num_batches_tracked")]
     known = {key: (value, wanted[key]) for key, value in given.items() if key in wanted}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch as th
@@ -19,6 +21,9 @@ from sb3_resnet.optim.combined import CombinedOptimizer
 BACKBONE_RATIO = 0.1
 
 _RATES = "learning rates"  # key of our hook
+#: Key of what a group was built with: ratio and weight decay, which a callback or a user may have changed since.
+GIVEN = "given"
+_warned: weakref.WeakSet[th.optim.Optimizer] = weakref.WeakSet()  # that no rate is above 0
 
 Group = dict[str, Any]
 
@@ -64,6 +69,7 @@ def build_optimizer(
     weight_decay: float | None,
     scales: Mapping[str, float] | None = None,
     backbone: tuple[type[th.optim.Optimizer], Mapping[str, Any]] | None = None,
+    follows: bool = False,
     **kwargs: Any,
 ) -> th.optim.Optimizer:
     """
@@ -78,6 +84,7 @@ def build_optimizer(
     :param scales: further factor of the rate by full name, such as ``{"backbone.layer3": 0.5}``
     :param backbone: an optimizer of its own for the backbone, and its further arguments; the result is one
         :class:`~sb3_resnet.optim.combined.CombinedOptimizer` then
+    :param follows: whether the true ratios follow with a state dict, since nothing here tells them
     :param kwargs: further arguments of the optimizer
     :return: the optimizer, its groups' learning rates kept as :func:`install_effective_lr` says
     :raises ValueError: if the optimizer knows no weight decay
@@ -89,6 +96,7 @@ def build_optimizer(
         group["lr_scale"] = (scales or {}).get(group["name"].removesuffix("_no_decay"), 1.0)
         group["lr_ratio"] = next(ratio for part, ratio in ratios.items() if is_part(group, part)) * group["lr_scale"]
         group["lr"] = lr * group["lr_ratio"]
+        group[GIVEN] = {"weight_decay": group["weight_decay"], **({} if follows else {"lr": group["lr_ratio"]})}
     if backbone is None:
         optimizer = make_optimizer(optimizer_class, groups, lr, **kwargs)
     else:
@@ -100,22 +108,6 @@ def build_optimizer(
         group["effective_lr"] = group["lr"]
     install_effective_lr(optimizer)
     return optimizer
-
-
-def split_by_stage(
-    stages: Mapping[str, Sequence[nn.Parameter]], decay: float
-) -> tuple[dict[str, list[nn.Parameter]], dict[str, float]]:
-    """
-    Name the parts of the backbone, for :func:`build_optimizer`.
-
-    :param stages: the parameters of each stage, from the input up
-    :param decay: factor of the rate from each stage to the one below it; at 1 there is one part for all stages
-    :return: parameters by part, and the factors of the parts' rates
-    """
-    if decay == 1.0:
-        return {"backbone": [parameter for parameters in stages.values() for parameter in parameters]}, {}
-    scales = {f"backbone.{stage}": decay**depth for depth, stage in enumerate(reversed([*stages]))}
-    return {f"backbone.{stage}": [*parameters] for stage, parameters in stages.items()}, scales
 
 
 def audit(module: nn.Module, optimizer: th.optim.Optimizer) -> None:
@@ -183,6 +175,16 @@ def set_lr_ratio(optimizer: th.optim.Optimizer, part: str, ratio: float) -> None
             _refresh(group)
 
 
+def warn_that_nothing_is_learnt(optimizer: th.optim.Optimizer) -> None:
+    """Warn that a schedule has ended at 0; :func:`install_effective_lr` does so too, at the first such update."""
+    _warned.add(optimizer)
+    warnings.warn(
+        "The schedule of the learning rates has ended at 0, so nothing is learnt. To train on, write a larger "
+        "decay_steps, or min_factor=0.1, or schedule='constant' in LRScheduleCallback.",
+        stacklevel=3,
+    )
+
+
 def is_part(group: Group, part: str) -> bool:
     """:return: whether the group belongs to ``"head"`` or ``"backbone"``, whatever its stage"""
     return str(group.get("name", "")).removesuffix("_no_decay").split(".")[0] == part
@@ -240,6 +242,8 @@ def _put_back_rates(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], EffectiveRate):
             _refresh(group)
+    if optimizer not in _warned and all(group["lr_factors"].get("schedule") == 0.0 for group in optimizer.param_groups):
+        warn_that_nothing_is_learnt(optimizer)
 
 
 def _refresh(group: Group) -> None:

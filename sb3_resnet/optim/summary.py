@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch as th
+from torch import nn
 
 from sb3_resnet.common.arguments import flag
+from sb3_resnet.nn.freezing import FreezeBoundary
 
 
 def param_group_summary(model: Any, show: bool = True) -> list[dict[str, Any]]:
@@ -16,11 +19,19 @@ def param_group_summary(model: Any, show: bool = True) -> list[dict[str, Any]]:
     :param model: an SB3 model, a policy, or an optimizer
     :param show: also print it as a table
     :return: a row a group: ``name``, ``lr``, ``weight_decay``, ``parameters``, ``trainable_parameters`` (counts)
+
+    Warns where ``requires_grad`` contradicts the freeze boundary, by which the counts would be wrong.
     """
     policy = getattr(model, "policy", model)
     optimizer = getattr(policy, "optimizer", policy)
     if not isinstance(optimizer, th.optim.Optimizer):
         raise TypeError(f"param_group_summary takes a model, a policy or an optimizer, got {type(model).__name__}")
+    for module in policy.modules() if isinstance(policy, nn.Module) else ():
+        if isinstance(module, FreezeBoundary):
+            try:
+                module.check()
+            except ValueError as contradiction:
+                warnings.warn(str(contradiction), stacklevel=2)
     rows = [
         {
             "name": group.get("name", f"group {index}"),

@@ -1,0 +1,53 @@
+"""VecNormalize around images: where it would change their scale, or hand them over in two layouts."""
+
+from __future__ import annotations
+
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+
+from sb3_resnet.common import host
+
+#: What to write instead; goes on after a colon or a comma.
+INSTEAD = (
+    "write norm_obs=False: VecNormalize(VecTransposeImage(env), norm_obs=False), or VecNormalize(env, norm_obs=False) "
+    "where images come channels first"
+)
+
+
+def check_wrappers() -> None:
+    """
+    Look at the environment of the model that is being constructed, if there is one.
+
+    :raises ValueError: as :func:`check_vec_normalize` says
+    """
+    model = host.model_in_setup()
+    if model is not None:
+        check_vec_normalize(model)
+
+
+def check_vec_normalize(model: BaseAlgorithm) -> None:
+    """
+    Refuse a ``VecNormalize`` with which images would not reach the network as their space says.
+
+    Those in a Dict are left alone: ``norm_obs_keys`` may name other observations only.
+
+    :param model: an SB3 model that has its environment, perhaps still without a policy
+    :raises ValueError: if observations are normalised, or if the replay buffer would get them channels last
+    """
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is None or isinstance(model.observation_space, spaces.Dict):
+        return
+    if normalizer.norm_obs:
+        raise ValueError(
+            "VecNormalize changes the scale of images with statistics that move, also of old observations in replay "
+            f"memory: {INSTEAD}"
+        )
+    # Off-policy algorithms store what comes out of the environment below VecNormalize, before SB3 transposes it.
+    stored = normalizer.observation_space.shape
+    if isinstance(model, OffPolicyAlgorithm) and stored != model.observation_space.shape:
+        raise ValueError(
+            "VecNormalize is below a wrapper that changes the shape of images, such as VecTransposeImage or "
+            f"VecFrameStack. The replay buffer would get shape {stored}, and the network takes "
+            f"{model.observation_space.shape}. Put VecNormalize on top and {INSTEAD}. In RL-Zoo leave normalize out"
+        )

@@ -1,0 +1,92 @@
+"""What observation spaces say of images: their layout and their scale."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+
+from sb3_resnet.common.vec_normalize import INSTEAD
+from sb3_resnet.nn.backbones import smallest_size
+
+_MIN_SIZE = smallest_size("layer4", needs_map=False)  # pixels
+
+
+def scale_of(space: Any) -> float:
+    """
+    The factor that brings what SB3 hands over to 0..1, decided by the space alone.
+
+    :param space: observation space
+    :return: 1 for uint8 0..255, which SB3 scales, and for float 0..1; 1/255 for float 0..255
+    :raises ValueError: for anything else
+    """
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        raise ValueError(
+            f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
+            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
+        )
+    low, high = float(space.low.min()), float(space.high.max())
+    uniform = float(space.low.max()) == low and float(space.high.min()) == high
+    is_float = np.issubdtype(space.dtype, np.floating)
+    if uniform and is_float and -low == high and 1.0 < high < np.inf:
+        raise ValueError(
+            f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. These "
+            f"are the bounds of VecNormalize: {INSTEAD}. normalize_images cannot repair other bounds."
+        )
+    _refuse_channels_last(space.shape)
+    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
+        return 1.0 / 255.0 if is_float else 1.0
+    if uniform and (low, high) == (0.0, 1.0) and is_float:
+        return 1.0
+    same, by_channel = ("", "") if uniform else (", the same in all channels", _bounds_of_channels(space))
+    raise ValueError(
+        f"Image bounds must be uint8 or float 0..255, or float 0..1{same}; got {space.dtype} {low:g}..{high:g}. "
+        f"{by_channel}Declare the bounds of the space, or rescale the observation in a wrapper; normalize_images "
+        "cannot repair other bounds."
+    )
+
+
+def _refuse_channels_last(shape: tuple[int, ...]) -> None:
+    """Columns fewer than channels and rows are channels, unless a trunk could see something in so many columns."""
+    channels, rows, columns = shape
+    if columns >= min(channels, rows, _MIN_SIZE):
+        return
+    narrow = (
+        f" If they are {channels} channels of {rows}x{columns} pixels, resize them in a wrapper: at least {_MIN_SIZE} "
+        "columns are needed."
+    )
+    raise ValueError(
+        f"Images must come channels first, got shape {shape}. SB3 transposes uint8 0..255 images by itself; "
+        f"transpose others in a wrapper, to {(columns, channels, rows)}.{narrow if columns > 4 else ''}"
+    )
+
+
+def warn_if_channels_may_be_last(space: Any) -> None:
+    """
+    Say how images with fewer columns than channels are read, if nothing tells what was meant.
+
+    SB3 brings uint8 images into the right order before an extractor sees them, but no others.
+
+    :param space: observation space that :func:`scale_of` takes
+    """
+    channels, rows, columns = space.shape
+    if space.dtype != np.uint8 and columns < min(channels, rows):
+        warnings.warn(
+            f"Shape {space.shape} is read as {channels} channels of {rows}x{columns} pixels. If the channels are last, "
+            f"transpose the images in a wrapper, to {(columns, channels, rows)}.",
+            stacklevel=4,  # where the extractor is constructed
+        )
+
+
+def _bounds_of_channels(space: Any) -> str:
+    """:return: which channels have which bounds, as sentences"""
+    found: dict[str, list[str]] = {}
+    for channel, (low, high) in enumerate(zip(space.low, space.high, strict=True)):
+        bounds = f"{low.min():g}..{high.max():g}"
+        if low.min() != low.max() or high.min() != high.max():
+            bounds += " that differ between pixels"
+        found.setdefault(bounds, []).append(str(channel))
+    parts = (f"channel{'s' * (len(names) > 1)} {', '.join(names)}: {bounds}" for bounds, names in found.items())
+    return f"By channel: {'; '.join(parts)}. "
