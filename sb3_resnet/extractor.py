@@ -9,15 +9,14 @@ from typing import Any, TypeVar
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
-from sb3_resnet.common.vec_normalize import check_wrappers
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics, information_keeping_adapter
+from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics
+from sb3_resnet.nn.adapters import information_keeping_adapter as make_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
 from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
@@ -37,10 +36,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
     """
     ResNet features of image observations, channels first: ``(batch, C, H, W)`` to ``(batch, features_dim)``.
 
-    Scaling follows the observation *space*, never the values of a batch: uint8 0..255 is divided by 255 by SB3,
-    float 0..255 is divided by 255 here, float 0..1 is left alone. (Guessing from a batch's maximum scales a dark
-    frame differently from a bright one.) With ``normalize_images=False`` SB3 would not divide, and the first images
-    that are not black are refused.
+    Scaling follows the observation *space*, never the values of a batch, since a dark frame must be scaled as a bright
+    one: SB3 divides uint8 0..255 by 255, float 0..255 is divided here, float 0..1 is left alone.
 
     :param observation_space: image space, ``(C, H, W)``; SB3 transposes ``(H, W, C)`` uint8 images itself
     :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
@@ -119,7 +116,6 @@ class ResNetExtractor(BaseFeaturesExtractor):
         train_adapter: bool = False,
         frame_channels: int | None = None,
     ) -> None:
-        check_wrappers()
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
         if weights_prefix is not None and weights is None:
@@ -145,29 +141,21 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
         self.norm_name = norm
         self.trains_adapter = train_adapter
-        normalizes = self._register_statistics(has_weights, use_imagenet_norm, input_mean, input_std)
-        channels = images.channels, images.frame_channels
-        self.adapter = information_keeping_adapter(*channels) if images.has_adapter else None
+        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images.trunk_channels)
+        for name, values in (("input_mean", mean or (0.0,) * 3), ("input_std", std or (1.0,) * 3)):
+            values = inflated_statistics(values, images.trunk_channels, images.keeps_colours)
+            self.register_buffer(name, th.tensor(values).reshape(-1, 1, 1))
+        self.adapter = make_adapter(images.channels, images.frame_channels) if images.has_adapter else None
         # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not checkpoint_follows():
             read_into(trunk, backbone, weights, weights_prefix)
-        self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, normalizes)
+        self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
         refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
         if not quiet:
             warn_if_channels_may_be_last(observation_space)
             warn_that_it_learns_little(freeze_backbone and not has_weights)
-
-    def _register_statistics(self, has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any) -> bool:
-        """:return: whether images are normalised, with the buffers ``input_mean`` and ``input_std``"""
-        channels, keeps_colours = self.preprocessing.trunk_channels, self.preprocessing.keeps_colours
-        mean, std = statistics(has_weights, use_imagenet_norm, mean, std, channels)
-        for name, values in (("input_mean", mean or (0.0,) * 3), ("input_std", std or (1.0,) * 3)):
-            self.register_buffer(
-                name, th.tensor(inflated_statistics(values, channels, keeps_colours)).reshape(-1, 1, 1)
-            )
-        return mean is not None
 
     def _join(self, last_stage: str, freezes: bool, frozen_dtype: FrozenDtype, pool: Pooling, normalizes: bool) -> None:
         """Make functions of the modules: the stages, and those that are frozen."""
@@ -239,7 +227,6 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         Run what is below the freeze boundary in :attr:`frozen_dtype`, without a gradient.
 
-        :param observations: as for ``forward``
         :return: pooled features ``(batch, n)`` if all stages are frozen, else the map that the lowest trainable stage
             takes, ``(batch, frames, c, h, w)``
         """
@@ -265,12 +252,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         return self.preprocessing(observations, self.augmentation if self.augments else None)
 
     def frozen_part(self, x: th.Tensor) -> th.Tensor:
-        """
-        Run what is below the freeze boundary with the plain float32 modules; differentiable.
-
-        :param x: preprocessed images
-        :return: as :meth:`encode`, up to its precision
-        """
+        """As :meth:`encode` of preprocessed images, but with the plain float32 modules; differentiable."""
         x = self.run_stages(x, self.trunk.frozen_stages)
         return self.trunk.per_observation(x if self.trunk.live_stages else self.trunk.pooling(x))
 
@@ -295,9 +277,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
     def train(self: SelfExtractor, mode: bool = True) -> SelfExtractor:
         """
-        Switch the mode of what depends on it: all but the trunk, and BatchNorm above the boundary.
-
-        SB3 calls this before each rollout and each update; walking the whole trunk costs more than a small head's step.
+        Switch the mode of all but the trunk, and of BatchNorm above the boundary. SB3 calls this before each update:
+        walking the whole trunk would cost more than a small head's step.
 
         :raises ValueError: before an update, if the ``requires_grad`` of a parameter contradicts the freeze boundary
         """
@@ -317,8 +298,3 @@ class ResNetExtractor(BaseFeaturesExtractor):
             self.projection.apply(fn)
             return self
         return super().apply(fn)
-
-
-def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
-    """:return: the online and the target network's; PPO's may be shared or two"""
-    return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]

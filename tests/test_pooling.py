@@ -89,3 +89,8 @@ def test_grid_is_the_means_of_its_parts(memory):
 def test_grid_has_the_same_length_for_maps_of_any_size(size):
     assert Pooling("grid", 3)(maps(2, 5, *size)).shape == (2, 45)
     assert Pooling("grid", 3).dim(5, size) == 45
+
+
+def test_a_grid_without_a_grid_is_refused():
+    with pytest.raises(ValueError, match="grid_size has no effect on pooling='avg': write pooling='grid'"):
+        Pooling("avg", 3)

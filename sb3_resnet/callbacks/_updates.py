@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.common import host
 from sb3_resnet.common.step_hooks import StepHooks, before_step
+from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim.groups import install_effective_lr, optimizer_of
 
 
@@ -88,3 +89,8 @@ def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:
     if logger is not None:
         for key, value in values.items():
             logger.record(key, value)
+
+
+def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
+    """:return: the online and the target network's; PPO's may be shared or two"""
+    return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]

@@ -8,10 +8,9 @@ from functools import partial
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import UpdateHook, extractors_of, record
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
-from sb3_resnet.extractor import extractors_of
 from sb3_resnet.nn.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 

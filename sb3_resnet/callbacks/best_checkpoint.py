@@ -14,12 +14,12 @@ import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import Evaluations, is_trial, refusals_end_the_search
+from sb3_resnet.callbacks._updates import extractors_of
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
 from sb3_resnet.common.checkpoints import add_to_checkpoint, buffer_of, checkpoints, run_of
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.common.seeding import random_states
-from sb3_resnet.extractor import extractors_of
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
 _STATE = "best_checkpoint"  # key of our state in the optimizer's groups, where it is saved with the model

@@ -6,9 +6,8 @@ import torch as th
 from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook
+from sb3_resnet.callbacks._updates import UpdateHook, extractors_of
 from sb3_resnet.common.arguments import number
-from sb3_resnet.extractor import extractors_of
 from sb3_resnet.optim.groups import optimizer_of
 
 

@@ -23,7 +23,6 @@ from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.vec_env import VecEnv
 from torch import nn
 
-_SB3 = "stable_baselines3"
 #: What PyTorch writes when memory runs out, on a GPU and on a CPU; a CPU's error has no class of its own.
 _NO_MEMORY = ("out of memory", "can't allocate memory")
 _VERSION = attrgetter("_version")
@@ -51,7 +50,7 @@ class HostPartMissingError(RuntimeError):
 def updates_done(model: BaseAlgorithm) -> int:
     """
     :param model: an SB3 model
-    :return: its own counter: gradient updates for off-policy algorithms, epochs for PPO; saved with the model
+    :return: its own counter, saved with the model: gradient updates for off-policy algorithms, epochs for PPO
     :raises HostPartMissingError: if it has none
     """
     try:
@@ -71,7 +70,7 @@ def planned_timesteps(model: BaseAlgorithm) -> int | None:
 def has_observation(model: BaseAlgorithm) -> bool:
     """
     :param model: an SB3 model
-    :return: whether ``learn()`` would go on from an observation that the model has, instead of a reset
+    :return: whether ``learn()`` would go on from its last observation, instead of a reset
     """
     return getattr(model, "_last_obs", None) is not None
 
@@ -116,23 +115,6 @@ def is_loading() -> bool:
     return False
 
 
-def model_in_setup() -> BaseAlgorithm | None:
-    """
-    The SB3 model that is building its policy, from whose ``_setup_model`` this is called.
-
-    A policy is told the observation space, but not which wrappers are around the environment. ``None`` where the policy
-    is built without a model, or nothing tells.
-    """
-    frame = sys._getframe().f_back if hasattr(sys, "_getframe") else None
-    while frame is not None:
-        if frame.f_code.co_name == "_setup_model":
-            owner = frame.f_locals.get("self")
-            if isinstance(owner, BaseAlgorithm):
-                return owner
-        frame = frame.f_back
-    return None
-
-
 def is_initializer(function: Callable[..., Any]) -> bool:
     """
     Whether SB3 applies this function to the modules of a new policy in order to initialise them.
@@ -143,7 +125,7 @@ def is_initializer(function: Callable[..., Any]) -> bool:
     """
     while isinstance(function, partial):
         function = function.func
-    return str(getattr(function, "__module__", "")).partition(".")[0] in (_SB3, "sb3_contrib")
+    return str(getattr(function, "__module__", "")).partition(".")[0] in ("stable_baselines3", "sb3_contrib")
 
 
 def network_arguments(policy: Any) -> dict[str, Any]:

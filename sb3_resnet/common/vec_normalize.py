@@ -6,24 +6,11 @@ from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
-from sb3_resnet.common import host
-
 #: What to write instead; goes on after a colon or a comma.
 INSTEAD = (
     "write norm_obs=False: VecNormalize(VecTransposeImage(env), norm_obs=False), or VecNormalize(env, norm_obs=False) "
     "where images come channels first"
 )
-
-
-def check_wrappers() -> None:
-    """
-    Look at the environment of the model that is being constructed, if there is one.
-
-    :raises ValueError: as :func:`check_vec_normalize` says
-    """
-    model = host.model_in_setup()
-    if model is not None:
-        check_vec_normalize(model)
 
 
 def check_vec_normalize(model: BaseAlgorithm) -> None:

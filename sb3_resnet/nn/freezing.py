@@ -86,7 +86,7 @@ class FreezeBoundary(nn.Module):
             compute without gradients whatever their parameters say
         """
         if all(parameter.requires_grad for parameter in self._training) and not any(
-            parameter.requires_grad for parameter in self._frozen
+            parameter.requires_grad for parameter in self._resting
         ):
             return
         wrong = {
@@ -132,13 +132,13 @@ class FreezeBoundary(nn.Module):
         self._live: list[nn.Module] = []
         # At hand, since each update asks for them: the walk to them takes ten times as long.
         self._training: list[nn.Parameter] = []
-        self._frozen: list[nn.Parameter] = []
+        self._resting: list[nn.Parameter] = []
         for name, modules in self._stages.items():
             trains = self._trains(name)
             for layer in (layer for module in modules for layer in module.modules()):
                 for parameter in layer.parameters(recurse=False):
                     parameter.requires_grad_(trains)
-                    (self._training if trains else self._frozen).append(parameter)
+                    (self._training if trains else self._resting).append(parameter)
                     if not trains:
                         parameter.grad = None
                 if isinstance(layer, FreezableNorm):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch as th
 from torch.nn import functional as F
 
+_GRID = 4  # rows and columns of a grid
 #: ``avg`` throws position away (at 84 pixels ``layer4``'s map is 3x3); the others keep it.
 POOLINGS = ("avg", "flatten", "spatial_softmax", "grid")
 
@@ -18,10 +19,15 @@ class Pooling:
 
     :param name: one of :data:`POOLINGS`
     :param grid_size: rows and columns of ``"grid"``
+    :raises ValueError: for a ``grid_size`` of other poolings, which have no grid
     """
 
     name: str
-    grid_size: int = 4
+    grid_size: int = _GRID
+
+    def __post_init__(self) -> None:
+        if self.name != "grid" and self.grid_size != _GRID:
+            raise ValueError(f"grid_size has no effect on pooling={self.name!r}: write pooling='grid', or leave it out")
 
     def __call__(self, x: th.Tensor) -> th.Tensor:
         """
