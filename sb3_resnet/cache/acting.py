@@ -9,6 +9,7 @@ from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cache.observations import Acted, Observations
+from sb3_resnet.cache.table import room_for
 
 
 class CachedEncoding:
@@ -51,7 +52,7 @@ class CachedEncoding:
         firsts, places = _different(flat, absent, images)
         fresh = cache.encode(images[firsts])
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(flat), *fresh.shape[1:]))
+        entries = room_for(len(flat), fresh)
         entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
         if has_entry.any():
             entries[th.as_tensor(has_entry.ravel())] = cache.find(flat[has_entry.ravel()])

@@ -9,7 +9,7 @@ import numpy as np
 import torch as th
 
 from sb3_resnet.cache.frames import Array, ObservationStore
-from sb3_resnet.cache.table import EntryTable
+from sb3_resnet.cache.table import EntryTable, room_for
 from sb3_resnet.nn.encoder import FrozenEncoder, frozen_tensors
 from sb3_resnet.nn.trunk import Trunk
 
@@ -176,7 +176,7 @@ class EntryCache:
         together = np.concatenate([missing, self._others(missing)])
         fresh = self.encode(store.frames(together) if self.per_frame else store.pixels(together))
         # Read before any is kept, which may take the place of another where memory is limited.
-        entries = fresh.new_empty((len(wanted), *fresh.shape[1:]))
+        entries = room_for(len(wanted), fresh)
         entries[th.as_tensor(absent)] = fresh[th.as_tensor(places)]
         if not absent.all():
             entries[th.as_tensor(~absent)] = self._table.read(slots[~absent])

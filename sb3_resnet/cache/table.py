@@ -117,6 +117,17 @@ class EntryTable:
         self._checked = self.used + step
 
 
+def room_for(count: int, like: th.Tensor) -> th.Tensor:
+    """
+    :param count: number of entries
+    :param like: some entries, ``(n, ...)``
+    :return: room for so many, maps in channels-last order as :meth:`EntryTable.read` returns them: the order decides
+        which convolutions run on them, and these round differently
+    """
+    order = th.channels_last if like.ndim == 4 else th.contiguous_format
+    return th.empty((count, *like.shape[1:]), dtype=like.dtype, device=like.device, memory_format=order)
+
+
 def _channels_last(entries: th.Tensor) -> th.Tensor:
     return entries.permute(0, 2, 3, 1) if entries.ndim == 4 else entries
 
