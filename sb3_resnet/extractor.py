@@ -15,7 +15,7 @@ from torch import nn
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import ADAPTERS, inflated_statistics
+from sb3_resnet.nn.adapters import ADAPTERS
 from sb3_resnet.nn.adapters import information_keeping_adapter as make_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
@@ -27,7 +27,7 @@ from sb3_resnet.nn.pooling import POOLINGS, Pooling
 from sb3_resnet.nn.precision import MixedPrecision, autocast
 from sb3_resnet.nn.preprocessing import Preprocessing, check_combination, check_size, statistics
 from sb3_resnet.nn.trunk import Trunk
-from sb3_resnet.nn.weights import checkpoint_follows, read_into
+from sb3_resnet.nn.weights import check_weights, checkpoint_follows, read_into
 
 SelfExtractor = TypeVar("SelfExtractor", bound="ResNetExtractor")
 
@@ -118,14 +118,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
     ) -> None:
         images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
-        if weights_prefix is not None and weights is None:
-            raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
-        has_weights = flag("pretrained", pretrained) or weights is not None
+        has_weights = check_weights(flag("pretrained", pretrained), weights, weights_prefix)
         check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
         check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
         trunk = backbones.build(backbone, norm, last_stage, images.trunk_channels, images.keeps_colours)
-        map_size = backbones.map_size(*images.size, last_stage)
-        pooled = images.n_frames * pool.dim(trunk.out_channels, map_size)
+        pooled = images.n_frames * pool.dim(trunk.out_channels, backbones.map_size(*images.size, last_stage))
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
@@ -133,27 +130,25 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.precision: MixedPrecision | None = None
         #: Whether images are changed at random: those sampled for training, never those that are acted upon.
         self.augments = False
-        quiet = checkpoint_follows()
-        self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet)
+        loads = checkpoint_follows()
+        self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet=loads)
         self.preprocessing = images
         self.image_size, self.pooling = images.image_size, pooling
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
-        self.norm_name = norm
-        self.trains_adapter = train_adapter
+        self.norm_name, self.trains_adapter = norm, train_adapter
         mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images.trunk_channels)
-        for name, values in (("input_mean", mean or (0.0,) * 3), ("input_std", std or (1.0,) * 3)):
-            values = inflated_statistics(values, images.trunk_channels, images.keeps_colours)
-            self.register_buffer(name, th.tensor(values).reshape(-1, 1, 1))
+        self.register_buffer("input_mean", images.per_channel(mean or (0.0,) * 3))
+        self.register_buffer("input_std", images.per_channel(std or (1.0,) * 3))
         self.adapter = make_adapter(images.channels, images.frame_channels) if images.has_adapter else None
         # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
-        if has_weights and not checkpoint_follows():
+        if has_weights and not loads:
             read_into(trunk, backbone, weights, weights_prefix)
         self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
         refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
-        if not quiet:
+        if not loads:
             warn_if_channels_may_be_last(observation_space)
             warn_that_it_learns_little(freeze_backbone and not has_weights)
 

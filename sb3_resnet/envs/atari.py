@@ -29,8 +29,7 @@ def make_atari_vec_env(
     max_episode_steps: int | None = None,
 ) -> AtariVecEnv:
     """
-    Make Atari environments that behave as SB3's ``VecFrameStack(make_atari_env(env_id, n_envs), 4)`` but are played by
-    ``ale_py.AtariVectorEnv`` in C++ threads, so that they use all CPUs::
+    Make environments that behave as SB3's ``VecFrameStack(make_atari_env(env_id, n_envs), 4)`` in C++ threads::
 
         env = make_atari_vec_env("PongNoFrameskip-v4", n_envs=8, seed=0)
         model = DQN("ResNetCnnPolicy", env)
@@ -55,7 +54,6 @@ def make_atari_vec_env(
     :param max_episode_steps: agent's steps after which a game is truncated, at most the 108,000 frames of ``env_id``
     :return: environments with observations of shape ``(screen_size, screen_size, frame_stack)``, uint8
     :raises ImportError: where ale-py or OpenCV is missing
-    :raises TypeError: for arguments of the wrong type
     :raises ValueError: for arguments out of range, and ids that are not games of ale-py
     """
     spec = atari_spec(env_id)

@@ -153,21 +153,21 @@ def rounding_error(encoder: FrozenEncoder, observations: th.Tensor) -> float:
     return float(error / spread.clamp(min=1e-12))
 
 
-def overridden(kind: type, base: type) -> list[str]:
+def overridden(extractor_class: type, base: type) -> list[str]:
     """
-    :param kind: class of an extractor
+    :param extractor_class: class of an extractor
     :param base: ``ResNetExtractor``
     :return: methods of the class in whose place the encoder would compute something else
     """
-    return [name for name in _PASSED_OVER if getattr(kind, name) is not getattr(base, name)]
+    return [name for name in _PASSED_OVER if getattr(extractor_class, name) is not getattr(base, name)]
 
 
-def refuse_overridden(kind: type, base: type, frozen_dtype: str) -> None:
+def refuse_overridden(cls: type, base: type, frozen_dtype: str) -> None:
     """:raises ValueError: if a class computes the frozen stages its own way, and not in float32"""
-    methods = overridden(kind, base)
+    methods = overridden(cls, base)
     if frozen_dtype != "float32" and methods:
         raise ValueError(
-            f"{kind.__name__} overrides {', '.join(methods)}, which the encoder would pass over: write "
+            f"{cls.__name__} overrides {', '.join(methods)}, which the encoder would pass over: write "
             "frozen_dtype='float32'"
         )
 

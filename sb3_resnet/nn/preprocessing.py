@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 from sb3_resnet.common.arguments import flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.common.vec_normalize import INSTEAD
-from sb3_resnet.nn.adapters import check_adapter, read_frame_channels
+from sb3_resnet.nn.adapters import check_adapter, inflated_statistics, read_frame_channels
 from sb3_resnet.nn.augment import Augmentation
 from sb3_resnet.nn.backbones import FROM_SCRATCH, smallest_size
 from sb3_resnet.nn.image_spaces import scale_of
@@ -99,6 +100,11 @@ class Preprocessing:
         x = observations.float()
         self.check_range(x)
         return x * self.scale if self.scale != 1.0 else x
+
+    def per_channel(self, values: Sequence[float]) -> th.Tensor:
+        """:return: statistics for the channels that the trunk takes, ``(c, 1, 1)``, from those of three or of all"""
+        inflated = inflated_statistics(values, self.trunk_channels, self.keeps_colours)
+        return th.tensor(inflated).reshape(-1, 1, 1)
 
     def as_images(self, x: th.Tensor) -> th.Tensor:
         """:return: what passes the trunk at once: in ``per_frame`` mode ``(batch * frames, 1 or 3, H, W)``"""

@@ -52,6 +52,19 @@ def checkpoint_follows() -> bool:
     return _overwritten.get() or host.is_loading()
 
 
+def check_weights(pretrained: bool, weights: Any, prefix: str | None) -> bool:
+    """
+    :param pretrained: as the extractor takes it
+    :param weights: likewise
+    :param prefix: its ``weights_prefix``
+    :return: whether there are weights to read
+    :raises ValueError: for a prefix without a file
+    """
+    if prefix is not None and weights is None:
+        raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH beside it")
+    return pretrained or weights is not None
+
+
 def read_into(
     resnet: nn.Module, backbone: str, weights: str | PathLike[str] | Enum | None = None, prefix: str | None = None
 ) -> None:
