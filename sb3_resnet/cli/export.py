@@ -19,7 +19,7 @@ from torchvision.ops import Permute
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, trial
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import load_model, model_file
+from sb3_resnet.cli.loading import extractor_of, load_model, model_file
 from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.options import Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer
@@ -41,7 +41,7 @@ class Export:
     :param difference: largest difference between two scores over the compared observations
     :param compared: number of observations that were compared
     :param frozen_dtype: precision of the model's frozen stages; those of the file compute in float32
-    :param rounding: largest difference between torch's float32 scores and those that the model acts by
+    :param rounding: largest difference between torch's float32 scores and those that the model acts by; 0 in float32
     """
 
     path: Path
@@ -132,7 +132,8 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
         )
     path.write_bytes(content)
     shape = ("batch", *inputs.shape[1:])
-    frozen_dtype, rounding = network.extractor.frozen_dtype, network.difference(observations)
+    frozen_dtype = extractor_of(model).frozen_dtype
+    rounding = 0.0 if frozen_dtype == "float32" else network.difference(observations)
     return Export(path, shape, str(inputs.dtype), difference, len(inputs), frozen_dtype, rounding)
 
 
