@@ -160,7 +160,7 @@ class ResNetPolicyMixin:
 
     def set_frozen_dtype(self, name: str) -> None:
         """
-        Convert the model: from here on its frozen stages compute in another precision, also after saving and loading.
+        Convert the model: its frozen stages compute in another precision from here on.
 
         :param name: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what this hardware is fast in
         :raises ValueError: for another name
@@ -187,11 +187,7 @@ class ResNetPolicyMixin:
         self.__dict__.update({name: value for name, value in given.items() if value is not None})
 
     def set_training_mode(self, mode: bool) -> None:
-        """
-        Switch the online network between acting and training.
-
-        The target network stays in eval mode, but what it sees meanwhile are sampled observations.
-        """
+        """Switch the online network between acting and training; the target only sees sampled observations then."""
         super().set_training_mode(mode)  # type: ignore[misc]  # SB3's policy is next in the MRO
         self.target.features_extractor.augments = mode
 

@@ -173,7 +173,8 @@ def test_invariant_10_holds_frame_by_frame(frames, kind, operations, n_envs, see
     stock, ours, buffer_options = KINDS[kind]
     channels, frame_channels, options = FRAMES[frames]
     space = spaces.Box(0, 255, (channels, 32, 32), np.uint8)
-    options = {"pooling": "grid", "grid_size": 2, "adapter": "per_frame", "backbone": "resnet_mini", **options}
+    pooling = {} if "pooling" in options else {"pooling": "grid", "grid_size": 2}
+    options = {**pooling, "adapter": "per_frame", "backbone": "resnet_mini", **options}
     extractor = ResNetExtractor(space, **options)
     buffers = [cls(9 * n_envs, space, ACTIONS, "cpu", n_envs=n_envs, **buffer_options) for cls in (stock, ours)]
     wanted = frame_channels if extractor.preprocessing.per_frame else 1
@@ -219,6 +220,25 @@ def test_a_buffer_of_planes_becomes_one_of_rgb_frames():
     assert frames.shared.store.n_planes <= planes.shared.store.n_planes
     frames.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
     same_batch(plain, frames, 0, lambda pixels: extractor.encode(extractor.scale_raw(pixels)))
+
+
+@pytest.mark.parametrize("limit", [None, 10**6])
+def test_maps_lie_in_one_order_whether_they_were_kept_or_just_encoded(limit):
+    """The order decides which convolutions run on them, so a resumed run would round differently."""
+    extractor = ResNetExtractor(SPACE, backbone="resnet_tiny", adapter="per_frame")
+    extractor.set_freeze_boundary("layer3")
+    buffer = FrameReplayBuffer(40, SPACE, ACTIONS, "cpu")
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu", limit))
+    player, rows = Player(1, 0), np.arange(3)
+    for _ in range(5):
+        player.step("step", [buffer])
+    acted = CachedEncoding(buffer.shared).encode(th.as_tensor(player.obs)).entries
+    fresh, kept = (buffer.observations[rows, 0 * rows].entries for _ in range(2))
+    with th.no_grad():
+        plain = extractor.encode(extractor.scale_raw(th.as_tensor(buffer.shared.store.pixels(rows))))
+    assert fresh.stride() == kept.stride() == plain.stride()
+    assert acted.stride()[1:] == kept.stride()[1:]
+    assert acted.flatten(0, 1).is_contiguous(memory_format=th.channels_last)
 
 
 def test_each_observation_is_encoded_once(extractor):

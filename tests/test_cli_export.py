@@ -108,3 +108,10 @@ def test_random_observations_fill_the_space():
     noise = exporting.random_observations(model, 3)
     assert (noise.shape, noise.dtype) == ((3, 3, 32, 32), np.uint8)
     assert (noise.min(), noise.max()) == (0, 255)
+
+
+def test_the_difference_from_a_model_in_reduced_precision_is_said(tmp_path):
+    model = make_model(extractor={"frozen_dtype": "bfloat16"})
+    done = exporting.export(model, tmp_path / "model.onnx", exporting.random_observations(model, 4))
+    assert done.frozen_dtype == "bfloat16"
+    assert done.difference < 1e-4 < done.rounding < 1.0

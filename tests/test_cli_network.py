@@ -74,3 +74,16 @@ def test_continuous_actions_are_refused():
     env.step = lambda action: (env._observe(), 0.0, False, False, {})
     with pytest.raises(ValueError, match="discrete actions"):
         ScoreNetwork(actor_critic(env=env, batch_size=4))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_scores_of_the_policy_are_those_it_acts_by(dtype):
+    model = make_model(extractor={"frozen_dtype": dtype})
+    fill(model, 16).train(2, 8)
+    obs = random_observations(model, 40)
+    network = ScoreNetwork(model).eval()
+    own = network.of_policy(th.as_tensor(obs))
+    assert th.equal(own, q_values(model, th.as_tensor(obs)))
+    expected = float((network(th.as_tensor(obs)) - own).abs().max())
+    assert network.difference(obs) == pytest.approx(expected, rel=0.2)
+    assert network.difference(obs) < 1e-4 if dtype == "float32" else network.difference(obs) > 1e-4

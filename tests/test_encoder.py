@@ -131,7 +131,7 @@ def test_an_image_alone_is_encoded_as_in_a_batch_up_to_the_order_of_sums(dtype, 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_without_instructions_the_same_is_computed_with_one_warning(monkeypatch, dtype):
-    extractor = make((4, 32, 32), UINT8, {"frozen_dtype": dtype})
+    extractor = make((4, 64, 64), UINT8, {"frozen_dtype": dtype})
     observations = images(extractor, 8)
     expected = encode(extractor, observations)
     other = copy.deepcopy(extractor)

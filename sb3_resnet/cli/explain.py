@@ -71,8 +71,16 @@ def command(
     picture.save(output / "sheet.png", optimize=True)
     video = output / f"episode.{'gif' if gif else 'mp4'}"
     pictures.write_video(video, episode, heat)
-    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps"
+    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps{_said_of_precision(agent, episode)}"
     context.obj.print(f"{output / 'sheet.png'} and {video}: {returned}", highlight=False, soft_wrap=True)
+
+
+def _said_of_precision(model: Any, episode: Episode) -> str:
+    frozen_dtype = extractor_of(model).frozen_dtype
+    if frozen_dtype == "float32":
+        return ""
+    difference = ScoreNetwork(model).eval().difference(episode.observations)
+    return f"; explained in float32, whose scores differ from the model's in {frozen_dtype} by at most {difference:.1e}"
 
 
 def play_greedily(model: Any, env: Any, steps: int) -> Episode:
@@ -88,8 +96,7 @@ def play_greedily(model: Any, env: Any, steps: int) -> Episode:
     observation = env.reset()
     seen, scores, rewards = [], [], []
     for _ in range(steps):
-        with th.no_grad():
-            score = network(th.as_tensor(observation, device=model.device)).cpu().numpy()
+        score = network.of_policy(th.as_tensor(observation, device=model.device)).cpu().numpy()
         seen.append(observation[0])
         scores.append(score[0])
         observation, reward, done, _ = env.step(score.argmax(axis=1))

@@ -19,7 +19,7 @@ from torchvision.ops import Permute
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, trial
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import load_model, model_file
+from sb3_resnet.cli.loading import extractor_of, load_model, model_file
 from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.options import Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer
@@ -40,6 +40,8 @@ class Export:
     :param dtype: dtype of the input
     :param difference: largest difference between two scores over the compared observations
     :param compared: number of observations that were compared
+    :param frozen_dtype: precision of the model's frozen stages; those of the file compute in float32
+    :param rounding: largest difference between torch's float32 scores and those that the model acts by; 0 in float32
     """
 
     path: Path
@@ -47,6 +49,8 @@ class Export:
     dtype: str
     difference: float
     compared: int
+    frozen_dtype: str
+    rounding: float
 
 
 def command(
@@ -81,9 +85,10 @@ def command(
         with contextlib.closing(envs.env_for(agent, env, 0, wrapper)) as game:
             observations = trial.random_play(game, frames)
     done = export(agent, output or model_file(model).with_suffix(".onnx"), observations, channels_last)
+    exact = "" if done.frozen_dtype == "float32" else f", from the model in {done.frozen_dtype} by {done.rounding:.1e}"
     context.obj.print(
-        f"{done.path}: {done.dtype} {done.shape} to scores; differs from torch by at most {done.difference:.1e} over "
-        f"{done.compared} {'random observations' if env is None else 'frames of ' + env}",
+        f"{done.path}: {done.dtype} {done.shape} to scores; differs from torch by at most {done.difference:.1e}{exact} "
+        f"over {done.compared} {'random observations' if env is None else 'frames of ' + env}",
         highlight=False,
         soft_wrap=True,
     )
@@ -127,7 +132,9 @@ def export(model: Any, path: str | Path, observations: Array, channels_last: boo
         )
     path.write_bytes(content)
     shape = ("batch", *inputs.shape[1:])
-    return Export(path, shape, str(inputs.dtype), difference, len(inputs))
+    frozen_dtype = extractor_of(model).frozen_dtype
+    rounding = 0.0 if frozen_dtype == "float32" else network.difference(observations)
+    return Export(path, shape, str(inputs.dtype), difference, len(inputs), frozen_dtype, rounding)
 
 
 def random_observations(model: Any, count: int) -> Array:

@@ -9,7 +9,10 @@ from gymnasium import spaces
 from torch import nn
 from torch.nn import functional as F
 
+from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli.loading import extractor_of
+
+_BATCH = 32
 
 
 class ScoreNetwork(nn.Module):
@@ -17,7 +20,8 @@ class ScoreNetwork(nn.Module):
     Preprocessing, trunk and head: from raw observations to one score per action.
 
     Scores are Q-values for DQN, their mean over quantiles for QR-DQN, and logits for PPO and A2C. The greedy action has
-    the highest score. Unlike in the policy's own forward pass, gradients flow through frozen stages.
+    the highest score. Unlike in the policy's own forward pass, gradients flow through frozen stages, and these
+    compute in float32 whatever the model's ``frozen_dtype`` is.
 
     :param model: an SB3 model with a ResNet
     :raises ValueError: if its actions are not discrete
@@ -42,9 +46,33 @@ class ScoreNetwork(nn.Module):
         extractor = self.extractor
         x = extractor.preprocess(self.resize(extractor.scale_raw(observations)))
         pooled = extractor.trunk.pool(extractor.run_stages(x, extractor.stages), observations.shape[0])
-        features = extractor.projection(pooled)
+        return self._scores(extractor.projection(pooled))
+
+    def of_policy(self, observations: th.Tensor) -> th.Tensor:
+        """
+        Compute the scores that the policy itself acts by: its frozen stages compute in the model's ``frozen_dtype``.
+
+        :param observations: as for :meth:`forward`
+        :return: scores ``(batch, actions)``
+        """
+        with th.no_grad():
+            return self._scores(self.extractor(self.extractor.scale_raw(observations)))
+
+    def difference(self, observations: Array) -> float:
+        """
+        :param observations: raw values of the space, ``(n, C, H, W)``
+        :return: largest difference between the scores of this network and those that the policy acts by
+        """
+        found = []
+        for start in range(0, len(observations), _BATCH):
+            part = th.as_tensor(observations[start : start + _BATCH], device=self.extractor.input_mean.device)
+            with th.no_grad():
+                found.append(float((self(part) - self.of_policy(part)).abs().max()))
+        return max(found)
+
+    def _scores(self, features: th.Tensor) -> th.Tensor:
         # QR-DQN's outputs are (quantiles, actions); all others' have a single row.
-        scores: th.Tensor = self.head(features).reshape(observations.shape[0], -1, self.n_actions).mean(dim=1)
+        scores: th.Tensor = self.head(features).reshape(features.shape[0], -1, self.n_actions).mean(dim=1)
         return scores
 
 

@@ -62,7 +62,7 @@ class FreezeBoundary(nn.Module):
     @property
     def frozen_stages(self) -> tuple[str, ...]:
         """Stages that need no gradient: those below the boundary, and none if the adapter under them trains."""
-        return self._frozen
+        return self._frozen_names
 
     @property
     def live_norms(self) -> list[nn.Module]:
@@ -129,7 +129,7 @@ class FreezeBoundary(nn.Module):
         self._position = int(self.index)
         self._moved_at = int(self.moved_at)
         frozen = [] if self._train_adapter else [name for name in self._stages if not self._trains(name)]
-        self._frozen = tuple(frozen)
+        self._frozen_names = tuple(frozen)
         self._live: list[nn.Module] = []
         # At hand, since each update asks for them: the walk to them takes ten times as long.
         self._training: list[nn.Parameter] = []
