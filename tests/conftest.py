@@ -1,5 +1,6 @@
 """Fixtures: no network, one torch thread, and a weights file as torchvision would publish it."""
 
+import os
 import socket
 from pathlib import Path
 
@@ -7,8 +8,14 @@ import gymnasium as gym
 import pytest
 import torch as th
 import torchvision
+from hypothesis import settings
 
 th.set_num_threads(1)
+
+# The same examples in each run: a change must not fail by luck. `HYPOTHESIS_PROFILE=search` looks for others.
+settings.register_profile("same", derandomize=True, deadline=None)
+settings.register_profile("search", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,10 @@
 """A tiny image game, a tiny ResNet, and models of both: real SB3 parts at 32x32 pixels."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -9,13 +13,22 @@ import torchvision
 from gymnasium import spaces
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import EvalCallback
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
+from sb3_resnet.callbacks import AMPCallback
 
 ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
 #: Keys of the hooks that a ResNet policy's own optimizer always has.
 POLICYS = ["learning rates", "non-finite gradients"]
+ROOT = Path(__file__).parent.parent
+CONFIGS = {name: ROOT / "zoo_configs" / f"{name}.yml" for name in ALGORITHMS}
+PONG = "PongNoFrameskip-v4"
+#: Hyperparameters for RL-Zoo. The first update comes after step 24, so that 60 steps make 10 updates.
+SHORT_RUN = {"learning_starts": 20, "buffer_size": 100, "batch_size": 4}
+#: Extractor arguments: the whole trunk trains.
+LIVE = {"freeze_backbone": False}
 
 
 class _TinyResNet(ResNet):
@@ -80,6 +93,21 @@ class TinyGame(gym.Env):
         frame[:, 10 * self.column : 10 * self.column + 10] = 255
         self.frames = np.concatenate([self.frames[1:], frame[None]])
         return self.frames.copy()
+
+
+class Rewards(EvalCallback):
+    """SB3's EvalCallback with given rewards instead of an evaluation; one of ``stop_at`` ends training."""
+
+    def __init__(self, rewards, eval_freq=4, stop_at=None, **kwargs):
+        super().__init__(TinyGame(), eval_freq=eval_freq, warn=False, verbose=0, **kwargs)
+        self.rewards = [*rewards]
+        self.stop_at = stop_at
+
+    def _on_step(self):
+        if self.n_calls % self.eval_freq == 0:
+            self.last_mean_reward = self.rewards.pop(0)
+            return self.last_mean_reward != self.stop_at
+        return True
 
 
 class ForgetfulGame(TinyGame):
@@ -152,3 +180,70 @@ def assert_same(left, right):
     assert left.keys() == right.keys()
     different = [key for key in left if not th.equal(left[key], right[key])]
     assert not different, different
+
+
+def start(model, *callbacks, **locals_):
+    """
+    Begin training as ``learn()`` does, for these callbacks alone.
+
+    :return: the callback, or all if there are several
+    """
+    for callback in callbacks:
+        callback.init_callback(model)
+        callback.on_training_start(locals_, {})
+    return callbacks[0] if len(callbacks) == 1 else callbacks
+
+
+def trained(model):
+    """As if the trunk had been trained."""
+    with th.no_grad():
+        for network in (model.policy.online, model.policy.target):
+            network.features_extractor.backbone.bn1.bias += 1e-3
+    return model
+
+
+def drive(model, used, rounds, after_round=lambda done: None):
+    """``learn()``'s loop without an environment."""
+    for callback in used:
+        callback.init_callback(model)
+        callback.on_training_start({}, {})
+    for done in range(1, rounds + 1):
+        model.num_timesteps += 4
+        for callback in used:
+            callback.on_rollout_end()
+        model.train(gradient_steps=1, batch_size=4)
+        after_round(done)
+
+
+def random_state(state=None):
+    """Get or set the generators that sampling and dropout use."""
+    if state is not None:
+        np.random.set_state(state[0])
+        th.set_rng_state(state[1])
+    return np.random.get_state(), th.get_rng_state()
+
+
+def everything(model):
+    """What training changes: weights, moments and the settings of the optimizer's groups."""
+    return {"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}
+
+
+def small(algorithm="dqn", extractor=LIVE, size=17, **kwargs):
+    """CPUs compute float16 slowly."""
+    extractor = {"backbone": "resnet_mini", **extractor}
+    return fill(make_model(algorithm, TinyGame((4, size, size)), extractor=extractor, **kwargs))
+
+
+def amp(model, dtype="float16", **kwargs):
+    """Begin mixed precision in a model."""
+    return start(model, AMPCallback(dtype, verbose=0, **kwargs))
+
+
+def zoo(command, algorithm, folder, *arguments):
+    """Run one of RL-Zoo's commands on Pong; return what it prints."""
+    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", PONG, "-f", folder]
+    line += ["--gym-packages", "sb3_resnet", "--device", "cpu", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

@@ -70,6 +70,19 @@ def test_a_sampled_batch_that_needs_one_of_the_next_observations_encodes_all_of_
     assert encoder.images == 4
 
 
+def test_an_environment_that_writes_into_its_own_images_gets_no_entries_of_earlier_ones(parts):
+    """What was acted upon is compared with what is stored, so it must be a copy."""
+    extractor, _, buffer, actor = parts
+    shown = images(0)
+    actor.encode(th.from_numpy(shown))
+    shown[:] = images(1)
+    add(buffer, shown, images(2))
+    got = buffer.observations[np.zeros(2, int), np.arange(2)].features
+    with th.no_grad():
+        expected = extractor.frozen_part(extractor.preprocess(th.as_tensor(images(1)) / 255))
+    assert th.allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_evaluation_between_acting_and_storing_costs_nothing(parts):
     _, encoder, buffer, actor = parts
     actor.encode(th.as_tensor(images(0)))

@@ -19,10 +19,20 @@ from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, GradientClip
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.nn.precision import DTYPES
 from sb3_resnet.optim.groups import is_part
-from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
-from tests.test_unfreeze_callback import start
+from tests.helpers import (
+    LIVE,
+    POLICYS,
+    TinyGame,
+    amp,
+    assert_same,
+    fill,
+    observations,
+    q_values,
+    small,
+    snapshot,
+    start,
+)
 
-LIVE = {"freeze_backbone": False}
 INF, NAN = float("inf"), float("nan")
 DEVICES = ["cpu", *(["cuda"] if th.cuda.is_available() else [])]
 OPTIMIZERS = {
@@ -32,16 +42,6 @@ OPTIMIZERS = {
     "Adam": {"weight_decay": 0.0},
     "two": {"optimizer_class": "AdamW", "backbone_optimizer_class": "SGD"},
 }
-
-
-def small(algorithm="dqn", extractor=LIVE, size=17, **kwargs):
-    """CPUs compute float16 slowly."""
-    extractor = {"backbone": "resnet_mini", **extractor}
-    return fill(make_model(algorithm, TinyGame((4, size, size)), extractor=extractor, **kwargs))
-
-
-def amp(model, dtype="float16", **kwargs):
-    return start(model, AMPCallback(dtype, verbose=0, **kwargs))
 
 
 def state_of(model):

@@ -25,8 +25,7 @@ from sb3_resnet import newest_checkpoint
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
 from sb3_resnet.callbacks.best_checkpoint import RECORD, checkpoints
 from sb3_resnet.optim.groups import recall
-from tests.helpers import TinyGame, assert_same, make_model, snapshot
-from tests.test_unfreeze_callback import Rewards
+from tests.helpers import Rewards, TinyGame, assert_same, make_model, snapshot
 
 MINI = {"backbone": "resnet_mini"}
 

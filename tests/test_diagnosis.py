@@ -16,9 +16,7 @@ from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
 from sb3_resnet.diagnosis import setup_rules as diagnosis
 from sb3_resnet.diagnosis.setup_rules import has_random_weights
 from sb3_resnet.diagnosis.setup_rules import static_findings as static
-from tests.helpers import TinyGame, fill, make_model
-from tests.test_doctor_callback import trained
-from tests.test_feature_cache_callback import start
+from tests.helpers import TinyGame, fill, make_model, start, trained
 
 
 def codes(findings):

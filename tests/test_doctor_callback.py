@@ -12,8 +12,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from sb3_resnet.callbacks import DoctorCallback, FeatureCacheCallback, LRScheduleCallback, UnfreezeCallback
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.diagnosis import setup_rules as diagnosis
-from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot
-from tests.test_feature_cache_callback import start
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot, start, trained
 
 UNFROZEN = {"freeze_backbone": False}
 
@@ -46,14 +45,6 @@ class Skips(BaseCallback):
     def _on_rollout_end(self):
         self.logger.record("train/amp_skipped", self.model._n_updates // 2)
         self.logger.record("train/amp_scale", 2.0**-10)
-
-
-def trained(model):
-    """As if the trunk had been trained."""
-    with th.no_grad():
-        for network in (model.policy.online, model.policy.target):
-            network.features_extractor.backbone.bn1.bias += 1e-3
-    return model
 
 
 def change(model, value, name, **kwargs):

@@ -279,6 +279,16 @@ def test_an_extractor_that_computes_the_stages_its_own_way_is_not_passed_over():
             attempt()
 
 
+@pytest.mark.parametrize("dtype", [th.float32, th.bfloat16, th.float16])
+def test_encoded_batches_move_to_a_device_as_they_are_and_give_features_in_float32(dtype):
+    batch = EncodedBatch(th.randn(3, 5).to(dtype))
+    assert th.equal(batch.to(th.device("cpu")).entries, batch.entries)
+    moved = batch.to(th.device("meta")).entries
+    assert (moved.device.type, moved.dtype) == ("meta", dtype)
+    assert batch.features.dtype == th.float32
+    assert th.equal(batch.features, batch.entries.float())
+
+
 def test_encoded_batches_have_a_length_and_are_not_copied():
     batch = EncodedBatch(th.zeros(3, 2))
     assert len(batch) == 3

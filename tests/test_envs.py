@@ -26,7 +26,7 @@ from stable_baselines3.common.vec_env import (
 from sb3_resnet.envs import AtariVecEnv, make_atari_vec_env, to_atari_vec_env
 from sb3_resnet.envs import atari as atari_module
 from sb3_resnet.envs.game import AtariGame
-from tests.test_zoo import CONFIGS, PONG, SMALL, zoo
+from tests.helpers import CONFIGS, PONG, SHORT_RUN, zoo
 
 BREAKOUT = "BreakoutNoFrameskip-v4"
 FREEWAY = "FreewayNoFrameskip-v4"  # neither lives nor FIRE
@@ -506,7 +506,13 @@ def test_zoo_configurations_need_one_line(tmp_path):
     section["vec_env_wrapper"] = "sb3_resnet.envs.to_atari_vec_env"
     config = tmp_path / "dqn.yml"
     config.write_text(yaml.safe_dump({PONG: section}))
-    options = {"n_timesteps": 30, "eval_freq": -1, "hyperparams": dict(SMALL), "config": str(config), "device": "cpu"}
+    options = {
+        "n_timesteps": 30,
+        "eval_freq": -1,
+        "hyperparams": dict(SHORT_RUN),
+        "config": str(config),
+        "device": "cpu",
+    }
     model, _ = ExperimentManager(argparse.Namespace(), "dqn", PONG, str(tmp_path), seed=7, **options).setup_experiment()
     env = model.env.unwrapped
     assert isinstance(env, AtariVecEnv)
@@ -524,7 +530,7 @@ def test_zoo_trains_and_plays(tmp_path):
     section["n_envs"] = 2
     config = tmp_path / "dqn.yml"
     config.write_text(yaml.safe_dump({PONG: section}))
-    small = [f"{key}:{value}" for key, value in SMALL.items()]
+    small = [f"{key}:{value}" for key, value in SHORT_RUN.items()]
     arguments = ["--conf-file", config, "-n", 300, "--eval-freq", 200, "--eval-episodes", 1, "--n-eval-envs", 1]
     # The game's own limit would let one evaluation take thousands of steps.
     zoo("train", "dqn", tmp_path, *arguments, "--eval-env-kwargs", "max_num_frames_per_episode:400", "-params", *small)

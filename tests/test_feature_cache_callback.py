@@ -21,14 +21,7 @@ from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.extractor import ResNetExtractor
-from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values
-
-
-def start(model, *callbacks):
-    for callback in callbacks:
-        callback.init_callback(model)
-        callback.on_training_start({}, {})
-    return callbacks
+from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values, start
 
 
 def train(algorithm, optimizer, n_steps, cached, updates):
@@ -288,7 +281,7 @@ def test_what_it_refuses_it_refuses_before_other_callbacks_begin():
 
 def test_weights_written_without_a_trace_make_new_entries_in_the_next_learn():
     model = fill(make_model())
-    (callback,) = start(model, FeatureCacheCallback())
+    callback = start(model, FeatureCacheCallback())
     before = model.replay_buffer.shared.batch(np.arange(4)).features
     callback.on_training_end()
     for network in (model.q_net, model.q_net_target):
@@ -361,10 +354,10 @@ def test_out_of_memory_loses_nothing(monkeypatch):
 
 def test_infinite_rewards_are_named():
     model = fill(make_model())
-    (callback,) = start(model, FeatureCacheCallback())
+    callback = start(model, FeatureCacheCallback())
     callback.on_rollout_end()
     model.replay_buffer.rewards[5] = np.inf
-    (callback,) = start(model, FeatureCacheCallback())
+    callback = start(model, FeatureCacheCallback())
     with pytest.raises(ValueError, match="rewards hold NaN or inf"):
         callback.on_rollout_end()
 

@@ -102,3 +102,43 @@ def test_unknown_observations_are_zeros():
     assert not store.pixels(np.array([-1, -1])).any()
     obs_id, _, _ = store.add(0, np.ones((2, 3, 3), np.uint8))
     assert store.pixels(np.array([[obs_id, -1]])).sum(axis=(2, 3, 4)).tolist() == [[18, 0]]
+
+
+STARTS = st.sampled_from(["step"] * 4 + ["again", "restart", "back", "shift"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    bits=st.lists(st.tuples(STARTS, st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30),
+    depth=st.integers(1, 4),
+    channels=st.sampled_from([1, 2]),
+    n_envs=st.integers(1, 2),
+    keep=st.integers(1, 6),
+)
+def test_frames_that_look_alike_are_never_taken_for_each_other(bits, depth, channels, n_envs, keep):
+    """Frames of one pixel that is 0 or 1: nearly all of them are equal to others, by chance and not by history."""
+    store = ObservationStore((depth * channels, 1, 1), np.uint8, n_envs, channels)
+    stacks = np.zeros((n_envs, depth * channels, 1, 1), np.uint8)
+    kept = []
+    for index, (start, *new) in enumerate(bits):
+        env = index % n_envs
+        stack = stacks[env]  # changed in place, as environments do that return a buffer of their own
+        frame = np.array(new[:channels], np.uint8).reshape(-1, 1, 1)
+        if start == "restart":
+            stack[:] = np.random.default_rng(index).integers(0, 2, stack.shape)
+        elif start == "back":
+            stack[:] = stack[::-1].copy()
+        elif start != "again":
+            for _ in range(1 + (start == "shift")):
+                stack[:] = np.concatenate([stack[channels:], frame])
+        obs_id, _, _ = store.add(env, stack)
+        store.refer(obs_id)
+        kept.append((obs_id, stack.copy()))
+        if len(kept) > keep:
+            store.release(kept.pop(0)[0])
+        obs_ids = np.array([obs_id for obs_id, _ in kept])
+        assert np.array_equal(store.pixels(obs_ids), np.stack([pixels for _, pixels in kept]))
+    for obs_id, _ in kept:
+        store.release(obs_id)
+    assert len(store) <= n_envs
+    assert store.n_planes <= n_envs * depth * channels

@@ -9,8 +9,7 @@ from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, GradientClipCallback, NanGuardCallback
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.optim.groups import is_part
-from tests.helpers import POLICYS, TinyGame, fill, make_model
-from tests.test_unfreeze_callback import start
+from tests.helpers import POLICYS, TinyGame, fill, make_model, start
 
 
 def norms(optimizer):

@@ -13,8 +13,7 @@ from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import recall
-from tests.helpers import POLICYS, TinyGame, fill, make_model
-from tests.test_unfreeze_callback import Rewards
+from tests.helpers import POLICYS, Rewards, TinyGame, fill, make_model
 
 LR = 1e-3
 

@@ -10,8 +10,7 @@ from stable_baselines3.common.env_util import make_vec_env
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback
 from sb3_resnet.nn.micro_batches import in_slices
-from tests.helpers import TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
-from tests.test_unfreeze_callback import start
+from tests.helpers import TinyGame, assert_same, fill, make_model, observations, q_values, snapshot, start
 
 
 def gradients(size, boundary="all", batch=10, **kwargs):

@@ -21,8 +21,7 @@ from sb3_resnet.callbacks import (
     UnfreezeCallback,
 )
 from sb3_resnet.common.step_hooks import after_step, before_step
-from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot
-from tests.test_feature_cache_callback import start
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, snapshot, start
 
 
 class Log(Logger):

@@ -15,8 +15,7 @@ from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, N
 from sb3_resnet.callbacks.nan_guard import optimizers_of
 from sb3_resnet.common.sampling import WatchedSample
 from sb3_resnet.common.step_hooks import before_step
-from tests.helpers import POLICYS, TinyGame, fill, make_model
-from tests.test_unfreeze_callback import start
+from tests.helpers import POLICYS, TinyGame, fill, make_model, start
 
 
 class Continuous(TinyGame):

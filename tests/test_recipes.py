@@ -19,8 +19,7 @@ from sb3_resnet.callbacks import (
     MonitorCallback,
 )
 from sb3_resnet.callbacks._evaluations import walk
-from tests.helpers import TinyGame, fill, make_model
-from tests.test_unfreeze_callback import Rewards
+from tests.helpers import Rewards, TinyGame, fill, make_model
 
 ROOT = Path(__file__).parent.parent
 CONFIG, README = ROOT / "zoo_configs" / "dqn_fine_tuning.yml", ROOT / "README.md"

@@ -254,3 +254,14 @@ def test_the_top_level_is_small_enough_to_read_at_a_glance():
     packages = {path.parts[0] for path in here if len(path.parts) > 1}
     assert 0 < len(modules) <= 8
     assert 0 < len(packages) <= 8
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").glob("test_*.py")), ids=lambda path: path.stem)
+def test_test_files_do_not_import_from_each_other_and_use_no_private_names_of_the_package(path):
+    """What several need is in helpers.py, and a public effect outlives the name of what brought it about."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            assert not module.startswith("tests.test_"), f"{path.name}: {module}"
+            private = [alias.name for alias in node.names if alias.name.startswith("_")]
+            assert not (module.startswith("sb3_resnet") and private), f"{path.name}: {private}"

@@ -11,7 +11,7 @@ import pytest
 import torch as th
 
 from sb3_resnet.callbacks import GradientClipCallback, LRScheduleCallback, UnfreezeCallback
-from tests.helpers import ALGORITHMS, TinyGame, fill, make_model
+from tests.helpers import ALGORITHMS, TinyGame, drive, everything, fill, make_model, random_state
 
 pytestmark = pytest.mark.slow
 
@@ -26,31 +26,6 @@ def callbacks(unfreeze=True):
     phases = [{"at_timestep": 4 * (BEGINS + 1), "unfreeze_from": "layer4", "lr_backbone": 5e-4, "ramp": 6}]
     others = [LRScheduleCallback(4, "cosine", decay_steps=40), GradientClipCallback(1.0)]
     return [UnfreezeCallback(phases, verbose=0), *others] if unfreeze else others
-
-
-def drive(model, used, rounds, after_round=lambda done: None):
-    """``learn()``'s loop without an environment."""
-    for callback in used:
-        callback.init_callback(model)
-        callback.on_training_start({}, {})
-    for done in range(1, rounds + 1):
-        model.num_timesteps += 4
-        for callback in used:
-            callback.on_rollout_end()
-        model.train(gradient_steps=1, batch_size=4)
-        after_round(done)
-
-
-def random_state(state=None):
-    """Get or set the generators that sampling and dropout use."""
-    if state is not None:
-        np.random.set_state(state[0])
-        th.set_rng_state(state[1])
-    return np.random.get_state(), th.get_rng_state()
-
-
-def everything(model):
-    return {"policy": model.policy.state_dict(), "optimizer": model.policy.optimizer.state_dict()}
 
 
 def resume(job):

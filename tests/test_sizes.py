@@ -13,9 +13,7 @@ from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache import sizes
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli import trial
-from tests.helpers import TinyGame, fill, make_model, observations
-from tests.test_doctor_callback import trained
-from tests.test_feature_cache_callback import start
+from tests.helpers import TinyGame, fill, make_model, observations, start, trained
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])

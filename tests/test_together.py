@@ -20,10 +20,21 @@ from sb3_resnet.callbacks import (
     UnfreezeCallback,
 )
 from sb3_resnet.common.step_hooks import before_step
-from tests.helpers import ALGORITHMS, POLICYS, TinyGame, fill, make_model, observations, q_values
-from tests.test_amp_callback import amp, small
-from tests.test_resume import drive, everything, random_state
-from tests.test_unfreeze_callback import start
+from tests.helpers import (
+    ALGORITHMS,
+    POLICYS,
+    TinyGame,
+    amp,
+    drive,
+    everything,
+    fill,
+    make_model,
+    observations,
+    q_values,
+    random_state,
+    small,
+    start,
+)
 
 TOTAL = 14
 BEGINS = 4  # updates before layer4 trains

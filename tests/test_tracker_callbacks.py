@@ -18,8 +18,7 @@ from sb3_resnet.callbacks import (
     WandbTrackerCallback,
 )
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback, best_model, hyperparameters
-from tests.helpers import TinyGame, make_model
-from tests.test_feature_cache_callback import start
+from tests.helpers import TinyGame, make_model, start
 
 
 @pytest.fixture(autouse=True)

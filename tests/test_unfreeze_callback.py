@@ -10,19 +10,13 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DQN
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
 from sb3_resnet.optim.groups import is_part, recall
-from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+from tests.helpers import Rewards, TinyGame, assert_same, fill, make_model, snapshot, start
 
 LR = 1e-3
-
-
-def start(model, callback, **locals_):
-    callback.init_callback(model)
-    callback.on_training_start(locals_, {})
-    return callback
 
 
 def rollout(model, *callbacks, steps=4, updates=1):
@@ -35,21 +29,6 @@ def rollout(model, *callbacks, steps=4, updates=1):
 
 def rates(model, part="backbone"):
     return {group["lr"] for group in model.policy.optimizer.param_groups if is_part(group, part)}
-
-
-class Rewards(EvalCallback):
-    """SB3's EvalCallback with given rewards instead of an evaluation; one of ``stop_at`` ends training."""
-
-    def __init__(self, rewards, eval_freq=4, stop_at=None, **kwargs):
-        super().__init__(TinyGame(), eval_freq=eval_freq, warn=False, verbose=0, **kwargs)
-        self.rewards = [*rewards]
-        self.stop_at = stop_at
-
-    def _on_step(self):
-        if self.n_calls % self.eval_freq == 0:
-            self.last_mean_reward = self.rewards.pop(0)
-            return self.last_mean_reward != self.stop_at
-        return True
 
 
 @pytest.mark.parametrize("clock", ["at_timestep", "at_update"])

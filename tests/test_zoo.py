@@ -1,10 +1,6 @@
 """RL-Zoo's own commands with the shipped configurations, on real games."""
 
 import argparse
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import gymnasium as gym
 import pytest
@@ -12,15 +8,10 @@ import torch as th
 import yaml
 from rl_zoo3.exp_manager import ExperimentManager
 
-from tests.helpers import ALGORITHMS
+from tests.helpers import ALGORITHMS, CONFIGS, PONG, SHORT_RUN, zoo
 
-ROOT = Path(__file__).parent.parent
-CONFIGS = {name: ROOT / "zoo_configs" / f"{name}.yml" for name in ALGORITHMS}
-PONG = "PongNoFrameskip-v4"
 SECTIONS = {"default": "FakeRGBImage-v0", "atari": "BreakoutNoFrameskip-v4", PONG: PONG}
-# The first update comes after step 24, so that 60 steps make 10 updates.
-SMALL = {"learning_starts": 20, "buffer_size": 100, "batch_size": 4}
-STEPS, UPDATES = 60, 10
+STEPS, UPDATES = 60, 10  # with SHORT_RUN
 
 
 @pytest.fixture
@@ -34,7 +25,7 @@ def _image_env(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_train_enjoy_and_continue(algorithm, tmp_path):
-    small = [f"{key}:{value}" for key, value in SMALL.items()]
+    small = [f"{key}:{value}" for key, value in SHORT_RUN.items()]
     train = ["--conf-file", CONFIGS[algorithm], "-n", STEPS, "--eval-freq", -1, "--seed", 0, "-params", *small]
     zoo("train", algorithm, tmp_path, *train)
     first = tmp_path / algorithm / f"{PONG}_1" / f"{PONG}.zip"
@@ -59,7 +50,7 @@ def test_train_enjoy_and_continue(algorithm, tmp_path):
 def test_enjoy_plays_a_model_with_rates_of_its_own(algorithm, tmp_path):
     """RL-Zoo loads it with a learning rate of 0."""
     own = "policy_kwargs:dict(lr_backbone=1e-5, features_extractor_kwargs=dict(image_size=32))"
-    small = [f"{key}:{value}" for key, value in SMALL.items()]
+    small = [f"{key}:{value}" for key, value in SHORT_RUN.items()]
     zoo(
         "train",
         algorithm,
@@ -90,7 +81,7 @@ def test_each_section_trains(algorithm, section, tmp_path, hub_weights):
         n_timesteps=28,
         eval_freq=-1,
         log_interval=-1,
-        hyperparams=dict(SMALL),
+        hyperparams=dict(SHORT_RUN),
         config=str(CONFIGS[algorithm]),
         device="cpu",
     )
@@ -117,13 +108,3 @@ def test_values_mean_what_they_look_like(algorithm):
         assert values["optimize_memory_usage"] is False
         assert 1 <= values["max_grad_norm"] <= 5
         assert values["buffer_size"] * 2 * 84 * 84 * 4 < 4e9
-
-
-def zoo(command, algorithm, folder, *arguments):
-    """Run one of RL-Zoo's commands on Pong; return what it prints."""
-    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", PONG, "-f", folder]
-    line += ["--gym-packages", "sb3_resnet", "--device", "cpu", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
