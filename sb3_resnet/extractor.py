@@ -319,4 +319,9 @@ class ResNetExtractor(BaseFeaturesExtractor):
 
 def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
     """:return: the online and the target network's; PPO's may be shared or two"""
-    return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]
+    return extractors_in(model.policy)
+
+
+def extractors_in(module: nn.Module) -> list[ResNetExtractor]:
+    """:return: all within a module, each once"""
+    return [child for child in module.modules() if isinstance(child, ResNetExtractor)]

@@ -7,7 +7,7 @@ from typing import Any
 import torch as th
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
-from sb3_resnet.policies import ResNetNetworkMixin, ResNetPolicyMixin
+from sb3_resnet.policies import ResNetNetworkMixin, ResNetQPolicyMixin
 
 
 class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
@@ -16,9 +16,10 @@ class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
     _head = "quantile_net"
 
 
-class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
+class ResNetQRDQNPolicy(ResNetQPolicyMixin, QRDQNPolicy):
     """
-    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments.
+    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists its
+    arguments.
 
     Where ``policy_kwargs`` name no optimizer, QRDQN writes ``optimizer_class=torch.optim.Adam`` with ``eps`` alone into
     them, which is made AdamW here. The same written by hand looks no different, and becomes AdamW too: for Adam with

@@ -9,7 +9,8 @@ import stable_baselines3
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_resnet.policies import POLICY_NAME, ResNetCnnPolicy
+from sb3_resnet.policies import ResNetCnnPolicy
+from sb3_resnet.policies_common import POLICY_NAME
 
 
 def register_policies() -> None:
