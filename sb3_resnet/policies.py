@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch as th
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
-from sb3_resnet.nn.heads import make_head
+from sb3_resnet.nn.heads import make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten
+from sb3_resnet.optim.updates import install_update_counter
 from sb3_resnet.policies_common import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
 
 _BY_NAME = f"write its name as a string, {POLICY_NAME!r}"
@@ -23,7 +27,8 @@ _FOR_QRDQN = (
     f"The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN {_BY_NAME}, "
     "or the class sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
 )
-_FOR_PPO = f"The class ResNetCnnPolicy is DQN's, without a critic of its own. For PPO and A2C {_BY_NAME}"
+_FOR_PPO = f"The class ResNetCnnPolicy is DQN's, without a critic. For PPO and A2C {_BY_NAME}"
+_FOR_DQN = f"This class is PPO's and A2C's, without Q-values. For DQN and QRDQN {_BY_NAME}"
 
 
 class ResNetQPolicyMixin(ResNetPolicyMixin):
@@ -146,4 +151,118 @@ class ResNetCnnPolicy(ResNetQPolicyMixin, DQNPolicy):
         """QR-DQN, given this class, takes the ``quantile_net`` of its policy at construction."""
         if name == "quantile_net":
             raise WrongPolicyError(_FOR_QRDQN)
+        return super().__getattr__(name)
+
+
+class ResNetMlpExtractor(MlpExtractor):
+    """
+    The hidden layers of actor and critic, each with its own normalisation of the features.
+
+    :param feature_dim: number of features
+    :param net_arch: widths of the hidden layers: a list for both, or by ``"pi"`` and ``"vf"``
+    :param activation_fn: activation after each hidden layer
+    :param device: PyTorch device
+    :param dropout: probability after each activation
+    :param feature_norm: one of :data:`~sb3_resnet.nn.heads.FEATURE_NORMS`
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        net_arch: list[int] | dict[str, list[int]],
+        activation_fn: type[nn.Module],
+        device: th.device | str,
+        dropout: float,
+        feature_norm: str,
+    ) -> None:
+        super().__init__(feature_dim, {}, activation_fn, device)
+        widths = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
+        pi, vf = (widths.get(name, []) for name in ("pi", "vf"))
+        self.policy_net = make_head(feature_dim, 0, pi, activation_fn, dropout, feature_norm).to(device)
+        self.value_net = make_head(feature_dim, 0, vf, activation_fn, dropout, feature_norm).to(device)
+        self.latent_dim_pi, self.latent_dim_vf = ([feature_dim, *some][-1] for some in (pi, vf))
+
+
+class ResNetActorCriticMixin(ResNetPolicyMixin):
+    """
+    What the ResNet policies of PPO, A2C and MaskablePPO share; goes before SB3's policy class.
+
+    :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists the arguments. All that is not trunk or adapter is the
+    head: the hidden layers of actor and critic, their outputs, and ``log_std``. ``net_arch`` may also be a dict, such
+    as ``{"pi": [256], "vf": [512]}``. With ``share_features_extractor=False`` the critic's ResNet begins as a copy of
+    the actor's, and both follow one freeze boundary.
+
+    Without ``optimizer_kwargs``, AdamW has SB3's ``eps=1e-5`` for such policies. A2C writes its own default into
+    ``policy_kwargs``, RMSprop without weight decay, and it stays; ``use_rms_prop=False`` gives AdamW.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        chosen = kwargs.get("optimizer_class", th.optim.AdamW)
+        given: Any = kwargs.get("optimizer_kwargs") or {}
+        if kwargs.get("optimizer_kwargs") is None and chosen in (th.optim.AdamW, "AdamW"):
+            kwargs["optimizer_kwargs"] = {"eps": 1e-5}
+        elif chosen is th.optim.RMSprop and {*given} == {"alpha", "eps", "weight_decay"}:
+            # A2C's own default. An optimizer's arguments hold no weight decay here, since norms and biases have none.
+            own_decay = {"weight_decay": given["weight_decay"]} if kwargs.get("weight_decay") is None else {}
+            rest = {name: value for name, value in given.items() if name != "weight_decay"}
+            kwargs.update(optimizer_kwargs=rest, **own_decay)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The hidden layers of the actor, and those of the critic."""
+        policy: Any = self
+        return [policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net]
+
+    def make_features_extractor(self) -> Any:
+        """The second, for the critic, is a copy of the first and so reads no weights."""
+        policy: Any = super()  # SB3's policy is next in the MRO
+        first = getattr(self, "features_extractor", None)
+        with nullcontext() if first is None else about_to_be_overwritten():
+            extractor = policy.make_features_extractor()
+        if first is not None:
+            extractor.load_state_dict(first.state_dict())
+        return extractor
+
+    def _build_mlp_extractor(self) -> None:
+        policy: Any = self
+        shape = (policy.features_dim, policy.net_arch, policy.activation_fn, policy.device)
+        policy.mlp_extractor = ResNetMlpExtractor(*shape, self.dropout, self.feature_norm)
+
+    def _widths(self, net_arch: Any) -> Any:
+        if not isinstance(net_arch, Mapping):
+            return widths_of(net_arch)
+        if not {*net_arch} <= {"pi", "vf"}:
+            raise ValueError(f"net_arch must be a list, or a dict of 'pi' and 'vf', got the keys {[*net_arch]}")
+        return {name: widths_of(widths) for name, widths in net_arch.items()}
+
+    def _install_hooks(self) -> None:
+        super()._install_hooks()
+        install_update_counter(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was computed with a gradient last hangs on its graph, and PyTorch refuses to copy that.
+        distribution = copy.copy(self.__dict__["action_dist"])
+        for name, value in vars(distribution).items():
+            if isinstance(value, th.Tensor):
+                setattr(distribution, name, value.detach())
+            elif name == "distribution" or isinstance(value, th.distributions.Distribution):
+                setattr(distribution, name, None)  # as before the first observation
+        return {**self.__dict__, "action_dist": distribution}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        # SB3 leaves this one out, and so loads two features extractors into one.
+        shares: bool = self.share_features_extractor  # type: ignore[attr-defined]  # SB3's policy has it
+        return {**super()._get_constructor_parameters(), "share_features_extractor": shares}
+
+
+class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy):
+    """
+    Policy of PPO and A2C with a ResNet; :class:`ResNetActorCriticMixin` says what its arguments mean there.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """DQN and QR-DQN, given this class, take the network of their policy at construction."""
+        if name in ("q_net", "quantile_net"):
+            raise WrongPolicyError(_FOR_DQN)
         return super().__getattr__(name)

@@ -136,7 +136,8 @@ class ResNetPolicyMixin:
     @property
     def freeze_boundary(self) -> str | None:
         """The lowest stage that trains, or ``None`` where the whole backbone is frozen."""
-        return extractors_in(self.trained)[0].freeze_boundary
+        boundary: str | None = self.trained.features_extractor.freeze_boundary
+        return boundary
 
     def set_freeze_boundary(self, stage: str | None, at_update: int = 0) -> None:
         """

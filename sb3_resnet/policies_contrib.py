@@ -1,13 +1,14 @@
-"""The same policy for sb3-contrib's QR-DQN."""
+"""The same policies for sb3-contrib's QR-DQN and MaskablePPO."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch as th
+from sb3_contrib.common.maskable.policies import MaskableActorCriticCnnPolicy
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
-from sb3_resnet.policies import ResNetNetworkMixin, ResNetQPolicyMixin
+from sb3_resnet.policies import ResNetActorCriticMixin, ResNetNetworkMixin, ResNetQPolicyMixin
 
 
 class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
@@ -41,3 +42,10 @@ class ResNetQRDQNPolicy(ResNetQPolicyMixin, QRDQNPolicy):
     def make_quantile_net(self) -> QuantileNetwork:
         network: QuantileNetwork = self._make_network(ResNetQuantileNetwork)
         return network
+
+
+class ResNetMaskableActorCriticCnnPolicy(ResNetActorCriticMixin, MaskableActorCriticCnnPolicy):
+    """
+    Policy of MaskablePPO with a ResNet; :class:`~sb3_resnet.policies.ResNetActorCriticMixin` says what its arguments
+    mean there.
+    """
