@@ -236,8 +236,8 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
             raise ValueError(f"net_arch must be a list, or a dict of 'pi' and 'vf', got the keys {[*net_arch]}")
         return {name: widths_of(widths) for name, widths in net_arch.items()}
 
-    def _install_hooks(self) -> None:
-        super()._install_hooks()
+    def install_hooks(self) -> None:
+        super().install_hooks()
         install_update_counter(self.optimizer)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -248,6 +248,8 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
                 setattr(distribution, name, value.detach())
             elif name == "distribution" or isinstance(value, th.distributions.Distribution):
                 setattr(distribution, name, None)  # as before the first observation
+            elif name == "distributions":
+                setattr(distribution, name, [])  # MaskablePPO's, of several discrete actions
         return {**self.__dict__, "action_dist": distribution}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:

@@ -209,7 +209,7 @@ class ResNetPolicyMixin:
             relative_to_nothing,
             **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
         )
-        self._install_hooks()
+        self.install_hooks()
         audit(self.trained, self.optimizer)
         self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
         policy: Any = self
@@ -234,9 +234,9 @@ class ResNetPolicyMixin:
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
         install_effective_lr(self.optimizer)
-        self._install_hooks()
+        self.install_hooks()
 
-    def _install_hooks(self) -> None:
+    def install_hooks(self) -> None:
         """What the optimizer does beside its step: hooks are in no pickle and no copy."""
         install_gradient_check(self.optimizer)
         install_loading(self.optimizer)

@@ -22,6 +22,8 @@ from torch import nn
 
 import sb3_resnet
 from sb3_resnet.callbacks import GradientClipCallback, LRScheduleCallback, UnfreezeCallback
+from sb3_resnet.cli.network import ScoreNetwork
+from sb3_resnet.cli.saved_groups import saved_groups
 from sb3_resnet.nn import weights as weight_files
 from sb3_resnet.optim.updates import gradient_updates
 from tests.helpers import (
@@ -48,8 +50,16 @@ class Steering(TinyGame):
 
 
 class Masked(TinyGame):
+    def __init__(self, several=False):
+        super().__init__()
+        self.several = several
+        self.action_space = spaces.MultiDiscrete([3, 2]) if several else spaces.Discrete(3)
+
+    def step(self, action):
+        return super().step(action[0] if self.several else action)
+
     def action_masks(self):
-        return np.array([True, False, True])
+        return np.array([True, False, True, *([True, True] if self.several else [])])
 
 
 def build(algorithm="ppo", shared=True, **kwargs):
@@ -411,6 +421,33 @@ def test_several_environments_in_processes(tmp_path):
     env.close()
 
 
+@algorithms
+def test_rates_of_its_own_load_with_a_learning_rate_of_0(tmp_path, algorithm):
+    """As ``rl_zoo3.enjoy`` loads."""
+    model = build(algorithm, policy_kwargs={"lr_head": 2e-4, "lr_backbone": 1e-5})
+    model.save(tmp_path / "model")
+    nothing = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0}
+    loaded = ON_POLICY[algorithm].load(tmp_path / "model", device="cpu", custom_objects=nothing)
+    groups, expected = loaded.policy.optimizer.param_groups, model.policy.optimizer.param_groups
+    assert [group["lr_ratio"] for group in groups] == [group["lr_ratio"] for group in expected]
+
+
+@algorithms
+@sharing
+@pytest.mark.parametrize("decay", [1.0, 0.5])
+def test_the_commands_read_the_saved_model(tmp_path, algorithm, shared, decay):
+    model = build(algorithm, shared, policy_kwargs={"lr_decay_per_stage": decay})
+    model.policy.set_freeze_boundary("layer4")
+    model.learn(8)
+    model.save(tmp_path / "model.zip")
+    assert saved_groups(tmp_path / "model.zip") == sb3_resnet.param_group_summary(model, show=False)
+    obs = observations(model)
+    with th.no_grad():
+        scores = ScoreNetwork(model)(th.as_tensor(obs))
+    expected = probabilities_and_values(model, obs)[:, :-1]
+    assert th.allclose(scores.softmax(dim=1), expected, atol=1e-5)
+
+
 def test_invariant_11_nothing_is_hung_on_the_model():
     plain = PPO("CnnPolicy", TinyGame((4, 36, 36)), n_steps=8, batch_size=4, device="cpu")
     assert {*build().__dict__} == {*plain.__dict__}
@@ -510,6 +547,17 @@ def test_maskable_ppo_has_the_policy_too(tmp_path):
     assert_same(loaded.policy.state_dict(), model.policy.state_dict())
     masks = np.tile([False, False, True], (8, 1))
     assert loaded.predict(observations(model), action_masks=masks)[0].tolist() == [2] * 8
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_copy_of_maskable_ppo_learns(several):
+    policy_kwargs = {"features_extractor_kwargs": {"backbone": "resnet_mini"}}
+    options = {"n_steps": 8, "batch_size": 4, "n_epochs": 2, "policy_kwargs": policy_kwargs}
+    model = MaskablePPO("ResNetCnnPolicy", Masked(several), **options)
+    model.learn(8)
+    before = snapshot(model.policy)
+    copy.deepcopy(model).learn(8)
+    assert_same(before, model.policy.state_dict())
 
 
 BAD = [
