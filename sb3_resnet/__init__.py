@@ -5,12 +5,13 @@ from sb3_resnet.common.checkpoints import newest_checkpoint
 from sb3_resnet.common.seeding import restore_random_states, seed_everything
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim.summary import param_group_summary
-from sb3_resnet.policies import ResNetCnnPolicy
+from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
 from sb3_resnet.registration import register_policies
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ResNetActorCriticCnnPolicy",
     "ResNetCnnPolicy",
     "ResNetExtractor",
     "fine_tuning_callbacks",

@@ -293,3 +293,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
             self.projection.apply(fn)
             return self
         return super().apply(fn)
+
+
+def extractors_in(module: nn.Module) -> list[ResNetExtractor]:
+    """:return: all within a module, each once"""
+    return [child for child in module.modules() if isinstance(child, ResNetExtractor)]

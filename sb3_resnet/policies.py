@@ -1,134 +1,44 @@
-"""Q-learning policies with a ResNet for eyes: ``DQN("ResNetCnnPolicy", env)``."""
+"""Policies with a ResNet for eyes: ``DQN("ResNetCnnPolicy", env)``, ``PPO("ResNetCnnPolicy", env)``."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterator, Sequence
+import copy
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch as th
-from gymnasium import spaces
-from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
+from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import choice, no_unknown, number, shown
-from sb3_resnet.common.nonfinite import install_gradient_check
-from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, make_head, widths_of
+from sb3_resnet.nn.heads import make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
-from sb3_resnet.nn.weights import about_to_be_overwritten, checkpoint_follows
-from sb3_resnet.optim import classes
-from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios
-from sb3_resnet.optim.parts import backbone_parts
-from sb3_resnet.optim.settings import install_loading, set_rates
+from sb3_resnet.nn.weights import about_to_be_overwritten
+from sb3_resnet.optim.updates import install_update_counter
+from sb3_resnet.policies_common import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
 
-POLICY_NAME = "ResNetCnnPolicy"
+_BY_NAME = f"write its name as a string, {POLICY_NAME!r}"
 _FOR_QRDQN = (
-    "The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN write its name as a string, 'ResNetCnnPolicy', "
+    f"The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN {_BY_NAME}, "
     "or the class sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
 )
-_EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
-# In signatures of policies, but nothing that a user writes in policy_kwargs.
-_NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
+_FOR_PPO = f"The class ResNetCnnPolicy is DQN's, without a critic. For PPO and A2C {_BY_NAME}"
+_FOR_DQN = f"This class is PPO's and A2C's, without Q-values. For DQN and QRDQN {_BY_NAME}"
 
 
-class WrongPolicyError(TypeError, AttributeError):
-    """A policy that the algorithm cannot train; an ``AttributeError``, so that ``hasattr`` says no."""
-
-
-class ResNetPolicyMixin:
-    """
-    What DQN's and QR-DQN's ResNet policies share; goes before SB3's policy class.
-
-    :param observation_space: image space
-    :param action_space: discrete actions
-    :param lr_schedule: SB3's learning rate, the head's
-    :param net_arch: widths of the head's hidden layers; ``[]`` for a linear head
-    :param dropout: dropout probability in the head
-    :param feature_norm: how features are normalised before the head: ``"standardize"``, ``"layer"`` or ``"none"``
-    :param lr_head: the head's learning rate at the start; ``None``: SB3's ``learning_rate``
-    :param lr_backbone: the backbone's and adapter's at the start; ``None``: a tenth of the head's
-    :param lr_decay_per_stage: each stage below the last learns by this factor more slowly than the one above it
-    :param weight_decay: of weights; norm layers and biases do not decay. ``None``: 0 with Adam, 1e-4 with AdamW and
-        all other optimizers. Read from the policy, it is the head's number
-    :param optimizer_class: a torch optimizer, or its name: AdamW, Adam, SGD, RMSprop
-    :param backbone_optimizer_class: another one for the backbone and adapter, whose ``optimizer_kwargs`` are the next
-        argument; ``None``: the head's
-    :param backbone_optimizer_kwargs: further arguments of that one, such as ``{"momentum": 0.9}``
-    :param activation_fn: activation of the head, or its name in ``torch.nn``
-    :param features_extractor_class: :class:`ResNetExtractor` or a subclass
-    :param kwargs: SB3's own arguments, such as ``features_extractor_kwargs`` and ``optimizer_kwargs``
-    :raises ValueError: for values that cannot work
-    :raises TypeError: for unknown arguments
-    """
+class ResNetQPolicyMixin(ResNetPolicyMixin):
+    """What DQN's and QR-DQN's ResNet policies share: an online and a target network. Goes before SB3's policy class."""
 
     #: Name of the online network, as SB3 and sb3-contrib call it.
     _network: ClassVar[str]
 
     #: Encodes what is acted upon; ``None``: the network itself does. In no copy and no pickle of the policy.
     encoding: Encoding | None = None
-
-    optimizer: th.optim.Optimizer
-
-    def __init__(
-        self,
-        observation_space: spaces.Space[Any],
-        action_space: spaces.Discrete,
-        lr_schedule: Schedule,
-        *,
-        net_arch: Sequence[int] | None = None,
-        dropout: float = 0.0,
-        feature_norm: str = "standardize",
-        lr_head: float | None = None,
-        lr_backbone: float | None = None,
-        lr_decay_per_stage: float = 1.0,
-        weight_decay: float | None = None,
-        optimizer_class: str | type[th.optim.Optimizer] = th.optim.AdamW,
-        backbone_optimizer_class: str | type[th.optim.Optimizer] | None = None,
-        backbone_optimizer_kwargs: dict[str, Any] | None = None,
-        activation_fn: str | type[nn.Module] = nn.ReLU,
-        features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
-        **kwargs: Any,
-    ) -> None:
-        hosts = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        own = {*hosts} - _NOT_WRITTEN
-        if "n_quantiles" in {*kwargs} - own:
-            raise TypeError(_FOR_QRDQN)
-        no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
-        if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
-            raise TypeError(
-                f"features_extractor_class must be ResNetExtractor or a subclass, got {shown(features_extractor_class)}"
-            )
-        if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
-            given = kwargs.get("features_extractor_kwargs") or {}
-            no_unknown("ResNetExtractor", given, _EXTRACTOR_ARGUMENTS, own, "policy_kwargs")
-        if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
-            raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
-        classes.optimizer_arguments_of(kwargs.get("optimizer_kwargs"), "optimizer_kwargs")
-        self.dropout = number("dropout", dropout, 0.0, 0.99)
-        self.feature_norm = choice("feature_norm", feature_norm, FEATURE_NORMS)
-        self.lr_head = lr_head
-        self.lr_backbone = lr_backbone
-        self.lr_decay_per_stage = number("lr_decay_per_stage", lr_decay_per_stage, 0.0, 1.0, above=True)
-        chosen = classes.optimizer_class_of(optimizer_class)
-        self.backbone_optimizer = classes.backbone_optimizer_of(backbone_optimizer_class, backbone_optimizer_kwargs)
-        self._given_weight_decay = None if weight_decay is None else number("weight_decay", weight_decay)
-        self.weight_decay = classes.weight_decay_of(chosen, self._given_weight_decay)
-        super().__init__(
-            observation_space,  # type: ignore[call-arg]  # SB3's policy is next in the MRO
-            action_space,
-            lr_schedule,
-            net_arch=[256] if net_arch is None else widths_of(net_arch),
-            optimizer_class=chosen,
-            activation_fn=activation_of(activation_fn),
-            features_extractor_class=features_extractor_class,
-            **kwargs,
-        )
 
     @property
     def online(self) -> Any:
@@ -141,50 +51,14 @@ class ResNetPolicyMixin:
         return getattr(self, f"{self._network}_target")
 
     @property
-    def freeze_boundary(self) -> str | None:
-        """The lowest stage that trains, or ``None`` where the whole backbone is frozen."""
-        boundary: str | None = self.online.features_extractor.freeze_boundary
-        return boundary
+    def trained(self) -> Any:
+        """The online network, whose parameters the optimizer holds."""
+        return self.online
 
-    def set_freeze_boundary(self, stage: str | None, at_update: int = 0) -> None:
-        """
-        Train ``stage`` and everything above it, freeze what is below; the optimizer stays as it is.
-
-        :param stage: ``"adapter"`` (where there is one), ``"stem"``, ``"layer1"`` to ``"layer4"``, ``"all"`` for the
-            lowest, or ``None`` to freeze the whole backbone
-        :param at_update: gradient updates done so far, saved with the model
-        :raises ValueError: for an unknown stage
-        """
-        for network in (self.online, self.target):
-            network.features_extractor.set_freeze_boundary(stage, at_update)
-
-    def set_frozen_dtype(self, name: str) -> None:
-        """
-        Convert the model: its frozen stages compute in another precision from here on.
-
-        :param name: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"`` for what this hardware is fast in
-        :raises ValueError: for another name
-        """
-        for network in (self.online, self.target):
-            network.features_extractor.set_frozen_dtype(name)
-
-    def set_learning_rates(
-        self, lr_head: float | None = None, lr_backbone: float | None = None, weight_decay: float | None = None
-    ) -> None:
-        """
-        Change rates and weight decay; schedules go on, and the values are saved with the model.
-
-        ``policy_kwargs`` in ``DQN.load(path, custom_objects=...)`` do not change them, since the optimizer's state is
-        loaded after these: a warning says so.
-
-        :param lr_head: the head's learning rate at the start of SB3's schedule; ``None``: unchanged
-        :param lr_backbone: the backbone's and adapter's, likewise
-        :param weight_decay: of weights; ``None``: unchanged
-        :raises ValueError: for values that cannot work
-        """
-        set_rates(self.optimizer, {"head": lr_head, "backbone": lr_backbone}, weight_decay)
-        given = {"lr_head": lr_head, "lr_backbone": lr_backbone, "weight_decay": weight_decay}
-        self.__dict__.update({name: value for name, value in given.items() if value is not None})
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The online network's, alone."""
+        return [self.online.head]
 
     def set_training_mode(self, mode: bool) -> None:
         """Switch the online network between acting and training; the target only sees sampled observations then."""
@@ -199,39 +73,8 @@ class ResNetPolicyMixin:
         return actions
 
     def _build(self, lr_schedule: Schedule) -> None:
-        lr = float(lr_schedule(1))
-        # rl_zoo3.enjoy loads with a schedule that is always 0; the true ratios come with the optimizer's state.
-        relative_to_nothing = lr == 0 and checkpoint_follows()
-        ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
-        super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
-        backbone, scales = backbone_parts(self.online.features_extractor, self.lr_decay_per_stage)
-        known = {id(parameter) for parameters in backbone.values() for parameter in parameters}
-        head = [parameter for parameter in self.online.parameters() if id(parameter) not in known]
-        self.optimizer = build_optimizer(
-            self.optimizer_class,  # type: ignore[attr-defined]  # SB3's policy has it
-            {"head": head, **backbone},
-            lr,
-            ratios,
-            self._given_weight_decay,
-            scales,
-            self.backbone_optimizer,
-            relative_to_nothing,
-            **self.optimizer_kwargs,  # type: ignore[attr-defined]  # likewise
-        )
-        install_gradient_check(self.optimizer)
-        install_loading(self.optimizer)
-        audit(self.online, self.optimizer)
+        super()._build(lr_schedule)
         store_shared_once(self, self._network)  # type: ignore[arg-type]  # a module, by SB3's policy
-        self._all_parameters = [*super().parameters()]  # type: ignore[misc]  # SB3's policy is next in the MRO
-        self.set_training_mode(False)  # as predict() leaves it: only updates need the other mode
-
-    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
-        """As ``nn.Module``'s; SB3 clips them at each update, and the walk to them takes 4 to 7 % of a head's update."""
-        known: list[nn.Parameter] | None = getattr(self, "_all_parameters", None)
-        if known is not None and recurse:
-            return iter(known)
-        found: Iterator[nn.Parameter] = super().parameters(recurse)  # type: ignore[misc]  # of SB3's policy
-        return found
 
     def _make_network(self, network_class: Callable[..., Any]) -> Any:
         """Build a network; the second is the target, which copies the first and so reads no weights."""
@@ -240,22 +83,8 @@ class ResNetPolicyMixin:
             net_args = host.network_arguments(policy)
         return network_class(**net_args, dropout=self.dropout, feature_norm=self.feature_norm).to(policy.device)
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        data: dict[str, Any] = super()._get_constructor_parameters()  # type: ignore[misc]  # of SB3's policy
-        own = {name: getattr(self, name) for name in ("dropout", "feature_norm", "lr_decay_per_stage")}
-        kind, arguments = self.backbone_optimizer or (None, None)
-        own |= {"backbone_optimizer_class": kind, "backbone_optimizer_kwargs": arguments}
-        # A policy alone has no learning rate: SB3 loads it with a schedule that is always 0.
-        return {**data, **own, "weight_decay": self._given_weight_decay}
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "encoding": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[misc]  # deepcopy and pickle of nn.Module
-        install_effective_lr(self.optimizer)
-        install_gradient_check(self.optimizer)
-        install_loading(self.optimizer)
 
 
 class ResNetNetworkMixin:
@@ -302,10 +131,13 @@ class ResNetQNetwork(ResNetNetworkMixin, QNetwork):
     _head = "q_net"
 
 
-class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
-    """Policy of DQN with a ResNet; :class:`ResNetPolicyMixin` lists its arguments."""
+class ResNetCnnPolicy(ResNetQPolicyMixin, DQNPolicy):
+    """
+    Policy of DQN with a ResNet; :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists its arguments.
+    """
 
     _network = "q_net"
+    _foreign: ClassVar[dict[str, str]] = {"n_quantiles": _FOR_QRDQN, "use_sde": _FOR_PPO}
 
     def make_q_net(self) -> QNetwork:
         network: QNetwork = self._make_network(ResNetQNetwork)
@@ -315,4 +147,120 @@ class ResNetCnnPolicy(ResNetPolicyMixin, DQNPolicy):
         """QR-DQN, given this class, takes the ``quantile_net`` of its policy at construction."""
         if name == "quantile_net":
             raise WrongPolicyError(_FOR_QRDQN)
+        return super().__getattr__(name)
+
+
+class ResNetMlpExtractor(MlpExtractor):
+    """
+    The hidden layers of actor and critic, each with its own normalisation of the features.
+
+    :param feature_dim: number of features
+    :param net_arch: widths of the hidden layers: a list for both, or by ``"pi"`` and ``"vf"``
+    :param activation_fn: activation after each hidden layer
+    :param device: PyTorch device
+    :param dropout: probability after each activation
+    :param feature_norm: one of :data:`~sb3_resnet.nn.heads.FEATURE_NORMS`
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        net_arch: list[int] | dict[str, list[int]],
+        activation_fn: type[nn.Module],
+        device: th.device | str,
+        dropout: float,
+        feature_norm: str,
+    ) -> None:
+        super().__init__(feature_dim, {}, activation_fn, device)
+        widths = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
+        pi, vf = (widths.get(name, []) for name in ("pi", "vf"))
+        self.policy_net = make_head(feature_dim, 0, pi, activation_fn, dropout, feature_norm).to(device)
+        self.value_net = make_head(feature_dim, 0, vf, activation_fn, dropout, feature_norm).to(device)
+        self.latent_dim_pi, self.latent_dim_vf = ([feature_dim, *some][-1] for some in (pi, vf))
+
+
+class ResNetActorCriticMixin(ResNetPolicyMixin):
+    """
+    What the ResNet policies of PPO, A2C and MaskablePPO share; goes before SB3's policy class.
+
+    :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists the arguments. All that is not trunk or adapter is the
+    head: the hidden layers of actor and critic, their outputs, and ``log_std``. ``net_arch`` may also be a dict, such
+    as ``{"pi": [256], "vf": [512]}``. With ``share_features_extractor=False`` the critic's ResNet begins as a copy of
+    the actor's, and both follow one freeze boundary.
+
+    Without ``optimizer_kwargs``, AdamW has SB3's ``eps=1e-5`` for such policies. A2C writes its own default into
+    ``policy_kwargs``, RMSprop without weight decay, and it stays; ``use_rms_prop=False`` gives AdamW.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        chosen = kwargs.get("optimizer_class", th.optim.AdamW)
+        given: Any = kwargs.get("optimizer_kwargs") or {}
+        if kwargs.get("optimizer_kwargs") is None and chosen in (th.optim.AdamW, "AdamW"):
+            kwargs["optimizer_kwargs"] = {"eps": 1e-5}
+        elif chosen is th.optim.RMSprop and {*given} == {"alpha", "eps", "weight_decay"}:
+            # A2C's own default. An optimizer's arguments hold no weight decay here, since norms and biases have none.
+            own_decay = {"weight_decay": given["weight_decay"]} if kwargs.get("weight_decay") is None else {}
+            rest = {name: value for name, value in given.items() if name != "weight_decay"}
+            kwargs.update(optimizer_kwargs=rest, **own_decay)
+        super().__init__(*args, **kwargs)
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """The hidden layers of the actor, and those of the critic."""
+        policy: Any = self
+        return [policy.mlp_extractor.policy_net, policy.mlp_extractor.value_net]
+
+    def make_features_extractor(self) -> Any:
+        """The second, for the critic, is a copy of the first and so reads no weights."""
+        policy: Any = super()  # SB3's policy is next in the MRO
+        first = getattr(self, "features_extractor", None)
+        with nullcontext() if first is None else about_to_be_overwritten():
+            extractor = policy.make_features_extractor()
+        if first is not None:
+            extractor.load_state_dict(first.state_dict())
+        return extractor
+
+    def _build_mlp_extractor(self) -> None:
+        policy: Any = self
+        shape = (policy.features_dim, policy.net_arch, policy.activation_fn, policy.device)
+        policy.mlp_extractor = ResNetMlpExtractor(*shape, self.dropout, self.feature_norm)
+
+    def _widths(self, net_arch: Any) -> Any:
+        if not isinstance(net_arch, Mapping):
+            return widths_of(net_arch)
+        if not {*net_arch} <= {"pi", "vf"}:
+            raise ValueError(f"net_arch must be a list, or a dict of 'pi' and 'vf', got the keys {[*net_arch]}")
+        return {name: widths_of(widths) for name, widths in net_arch.items()}
+
+    def install_hooks(self) -> None:
+        super().install_hooks()
+        install_update_counter(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What was computed with a gradient last hangs on its graph, and PyTorch refuses to copy that.
+        distribution = copy.copy(self.__dict__["action_dist"])
+        for name, value in vars(distribution).items():
+            if isinstance(value, th.Tensor):
+                setattr(distribution, name, value.detach())
+            elif name == "distribution" or isinstance(value, th.distributions.Distribution):
+                setattr(distribution, name, None)  # as before the first observation
+            elif name == "distributions":
+                setattr(distribution, name, [])  # MaskablePPO's, of several discrete actions
+        return {**self.__dict__, "action_dist": distribution}
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        # SB3 leaves this one out, and so loads two features extractors into one.
+        shares: bool = self.share_features_extractor  # type: ignore[attr-defined]  # SB3's policy has it
+        return {**super()._get_constructor_parameters(), "share_features_extractor": shares}
+
+
+class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy):
+    """
+    Policy of PPO and A2C with a ResNet; :class:`ResNetActorCriticMixin` says what its arguments mean there.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        """DQN and QR-DQN, given this class, take the network of their policy at construction."""
+        if name in ("q_net", "quantile_net"):
+            raise WrongPolicyError(_FOR_DQN)
         return super().__getattr__(name)

@@ -1,13 +1,14 @@
-"""The same policy for sb3-contrib's QR-DQN."""
+"""The same policies for sb3-contrib's QR-DQN and MaskablePPO."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch as th
+from sb3_contrib.common.maskable.policies import MaskableActorCriticCnnPolicy
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
-from sb3_resnet.policies import ResNetNetworkMixin, ResNetPolicyMixin
+from sb3_resnet.policies import ResNetActorCriticMixin, ResNetNetworkMixin, ResNetQPolicyMixin
 
 
 class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
@@ -16,9 +17,10 @@ class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
     _head = "quantile_net"
 
 
-class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
+class ResNetQRDQNPolicy(ResNetQPolicyMixin, QRDQNPolicy):
     """
-    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies.ResNetPolicyMixin` lists its arguments.
+    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists its
+    arguments.
 
     Where ``policy_kwargs`` name no optimizer, QRDQN writes ``optimizer_class=torch.optim.Adam`` with ``eps`` alone into
     them, which is made AdamW here. The same written by hand looks no different, and becomes AdamW too: for Adam with
@@ -40,3 +42,10 @@ class ResNetQRDQNPolicy(ResNetPolicyMixin, QRDQNPolicy):
     def make_quantile_net(self) -> QuantileNetwork:
         network: QuantileNetwork = self._make_network(ResNetQuantileNetwork)
         return network
+
+
+class ResNetMaskableActorCriticCnnPolicy(ResNetActorCriticMixin, MaskableActorCriticCnnPolicy):
+    """
+    Policy of MaskablePPO with a ResNet; :class:`~sb3_resnet.policies.ResNetActorCriticMixin` says what its arguments
+    mean there.
+    """

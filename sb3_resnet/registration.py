@@ -6,28 +6,32 @@ import importlib
 from typing import Any
 
 import stable_baselines3
-from stable_baselines3 import DQN
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_resnet.policies import POLICY_NAME, ResNetCnnPolicy
+from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
+from sb3_resnet.policies_common import POLICY_NAME
 
 
 def register_policies() -> None:
     """
-    Register ``"ResNetCnnPolicy"`` with DQN, and with QR-DQN where sb3-contrib is installed; may run again.
+    Register ``"ResNetCnnPolicy"`` with DQN, PPO and A2C; may run again.
 
-    With other algorithms the name says what to write instead.
+    Where sb3-contrib is installed, QR-DQN and MaskablePPO have it too. With other algorithms the name says what to
+    write instead.
     """
     DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
+    PPO.policy_aliases[POLICY_NAME] = A2C.policy_aliases[POLICY_NAME] = ResNetActorCriticCnnPolicy
     contrib: Any = None
     try:
         contrib = importlib.import_module("sb3_contrib")
     except ImportError:
         pass
     else:
-        from sb3_resnet.policies_contrib import ResNetQRDQNPolicy
+        from sb3_resnet.policies_contrib import ResNetMaskableActorCriticCnnPolicy, ResNetQRDQNPolicy
 
         contrib.QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
+        contrib.MaskablePPO.policy_aliases[POLICY_NAME] = ResNetMaskableActorCriticCnnPolicy
     for package in (stable_baselines3, contrib):
         for algorithm in vars(package).values() if package is not None else ():
             if isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm):
@@ -46,9 +50,9 @@ def _explain(algorithm: type[BaseAlgorithm]) -> None:
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise ValueError(
-                f"Only DQN and QRDQN have {POLICY_NAME}. With this algorithm write policy={host!r}, "
-                "policy_kwargs=dict(features_extractor_class=sb3_resnet.ResNetExtractor), and arguments of the "
-                "extractor in features_extractor_kwargs"
+                f"Only DQN, QRDQN, PPO, A2C and MaskablePPO have {POLICY_NAME}. With this algorithm write "
+                f"policy={host!r}, policy_kwargs=dict(features_extractor_class=sb3_resnet.ResNetExtractor), and "
+                "arguments of the extractor in features_extractor_kwargs"
             )
 
     aliases[POLICY_NAME] = NoResNetCnnPolicy

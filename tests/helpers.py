@@ -12,7 +12,7 @@ import torch as th
 import torchvision
 from gymnasium import spaces
 from sb3_contrib import QRDQN
-from stable_baselines3 import DQN
+from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.callbacks import EvalCallback
 from torchvision.models.resnet import BasicBlock, ResNet
 
@@ -20,6 +20,7 @@ import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 from sb3_resnet.callbacks import AMPCallback
 
 ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
+ON_POLICY = {"ppo": PPO, "a2c": A2C}
 #: Keys of the hooks that a ResNet policy's own optimizer always has.
 POLICYS = ["learning rates", "non-finite gradients"]
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,24 @@ def make_model(algorithm="dqn", env=None, policy_kwargs=None, extractor=None, **
         **kwargs,
     }
     return ALGORITHMS[algorithm]("ResNetCnnPolicy", env or TinyGame(), policy_kwargs=policy_kwargs, **options)
+
+
+def make_actor_critic(algorithm="ppo", env=None, policy_kwargs=None, extractor=None, **kwargs):
+    """PPO with four updates in each ``train()``, or A2C with one."""
+    policy_kwargs = {**(policy_kwargs or {})}
+    policy_kwargs["features_extractor_kwargs"] = {"backbone": "resnet_mini", **(extractor or {})}
+    batches = {"batch_size": 4, "n_epochs": 2} if algorithm == "ppo" else {}
+    options = {"n_steps": 8, "seed": 0, "device": "cpu", **batches, **kwargs}
+    return ON_POLICY[algorithm]("ResNetCnnPolicy", env or TinyGame(), policy_kwargs=policy_kwargs, **options)
+
+
+def probabilities_and_values(model_or_policy, obs):
+    """What actor and critic say in eval mode, ``(batch, actions + 1)``."""
+    policy = getattr(model_or_policy, "policy", model_or_policy)
+    policy.set_training_mode(False)
+    with th.no_grad():
+        obs = th.as_tensor(obs, device=policy.device)
+        return th.cat([policy.get_distribution(obs).distribution.probs, policy.predict_values(obs)], dim=1)
 
 
 def fill(model, n=64, seed=0):

@@ -126,7 +126,7 @@ def restore_best(model: BaseAlgorithm, keeper: BestKeeper) -> str:
         warnings.warn(f"restore_best: {path} is gone, so the current weights stay", stacklevel=2)
         return "; nothing restored, the file is gone"
     policy: Any = model.policy
-    boundary = policy.online.features_extractor.boundary
+    boundary = policy.trained.features_extractor.boundary
     stage, moved_at = boundary.stage, boundary.moved_at_update
     _, params, _ = load_from_zip_file(path, device=model.device, load_data=False)
     policy.load_state_dict(params["policy"])

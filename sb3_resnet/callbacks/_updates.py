@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.common import host
 from sb3_resnet.common.step_hooks import StepHooks, before_step
-from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.extractor import ResNetExtractor, extractors_in
 from sb3_resnet.optim.groups import install_effective_lr, optimizer_of
+from sb3_resnet.optim.updates import gradient_updates, install_update_counter
 
 
 class UpdateHook:
@@ -22,6 +23,8 @@ class UpdateHook:
     Calls ``act(n)`` before each optimizer step; ``n`` counts gradient updates.
 
     SB3 updates its own counter only after the ``gradient_steps`` updates of one ``train()``, and PPO's counts epochs.
+    For PPO an update is one minibatch: ``train()`` makes ``n_epochs * n_steps * n_envs / batch_size`` of them, or fewer
+    with ``target_kl``. For A2C it is one ``train()``.
 
     :param act: what to do
     """
@@ -36,7 +39,7 @@ class UpdateHook:
         Start at the optimizer of the model.
 
         :param model: an SB3 model
-        :param n: where to start if the model has no such counter
+        :param n: where to start if the model has no counter of gradient updates yet
         :param first: act before all that act on the optimizer's step so far
         :raises ValueError: if the policy has not exactly one optimizer, or ``learn()`` was given two such callbacks
         """
@@ -44,7 +47,8 @@ class UpdateHook:
         optimizer = optimizer_of(model)
         _refuse_twins(owner)
         install_effective_lr(optimizer)
-        self.n = n
+        if not isinstance(model, OffPolicyAlgorithm):
+            install_update_counter(optimizer, n)
         self.follow(model)
         self.detach()
         self._hooks = before_step(optimizer)
@@ -52,9 +56,8 @@ class UpdateHook:
         self._hooks.add(self._key, self._before_step, first)
 
     def follow(self, model: BaseAlgorithm) -> None:
-        """Take over the model's counter where it counts gradient updates; it is saved and never reset."""
-        if isinstance(model, OffPolicyAlgorithm):
-            self.n = host.updates_done(model)
+        """Take over the count of gradient updates, which is saved with the model and never reset."""
+        self.n = gradient_updates(model)
 
     def detach(self) -> None:
         """Stop; may be called again (RL-Zoo calls ``on_training_end`` twice)."""
@@ -93,4 +96,4 @@ def record(model: BaseAlgorithm, values: Mapping[str, float]) -> None:
 
 def extractors_of(model: BaseAlgorithm) -> list[ResNetExtractor]:
     """:return: the online and the target network's; PPO's may be shared or two"""
-    return [module for module in model.policy.modules() if isinstance(module, ResNetExtractor)]
+    return extractors_in(model.policy)

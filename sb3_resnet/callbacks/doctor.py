@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search, walk
@@ -20,7 +21,7 @@ from sb3_resnet.nn.freezing import STAGES
 
 ACTIONS = ("warn", "stop")
 #: Values that other callbacks and SB3 log, and rules read.
-_LOGGED = ("train/loss", "train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
+_LOGGED = ("train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
 
 
 class DoctorCallback(BaseCallback):
@@ -39,7 +40,8 @@ class DoctorCallback(BaseCallback):
     ``epsilon_never_ends``, ``never_trains``, ``buffer_memory``, ``micro_batch``, ``loss_explodes``, ``q_explodes``,
     ``loss_oscillates``, ``slow_curve``, ``overfitting`` (needs an ``EvalCallback``), ``q_overestimation``,
     ``dead_features``, ``dormant_units``, ``gradients_vanish``, ``gradients_explode``, ``batchnorm_drift``,
-    ``amp_skips``.
+    ``amp_skips``. With PPO and A2C, whose losses follow the data of each rollout, those of the loss, of Q-values and of
+    the replay buffer do not apply, and ``q_overestimation`` judges the critic.
 
     :param action: ``"warn"``, or ``"stop"`` to end training at the first finding
     :param every: gradient updates between two measurements; findings are looked for after each ten measurements
@@ -139,7 +141,9 @@ class DoctorCallback(BaseCallback):
             values["rollout/ep_rew_mean"] = float(safe_mean(episodes))
         logger = host.logger_of(model)
         logged = {} if logger is None else logger.name_to_value
-        return {**values, **{key: float(logged[key]) for key in _LOGGED if key in logged}}
+        # PPO's loss falls and rises with the advantages of each rollout.
+        keys = (*_LOGGED, *(["train/loss"] if isinstance(model, OffPolicyAlgorithm) else []))
+        return {**values, **{key: float(logged[key]) for key in keys if key in logged}}
 
     def _note(self, values: dict[str, float]) -> None:
         for key in (*self._columns, *values):

@@ -134,7 +134,7 @@ class FeatureCacheCallback(BaseCallback):
         if not hasattr(policy, "set_freeze_boundary") or not isinstance(self.model, OffPolicyAlgorithm):
             raise ValueError(
                 f"FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer; {type(self.model).__name__} with "
-                f"{type(policy).__name__} has not both"
+                f"{type(policy).__name__} has not both: leave it out"
             )
         return policy.online.features_extractor
 

@@ -37,9 +37,9 @@ class LRScheduleCallback(BaseCallback):
     """
     Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 
-    The schedule counts gradient updates with the model's own counter, which is saved and never reset. So a second
+    The schedule counts gradient updates with a counter that is saved with the model and never reset. So a second
     ``learn()``, ``reset_num_timesteps=True`` and a resumed model continue where training stopped, and a warning says so
-    where that is at rate 0. Example::
+    where that is at rate 0. For PPO each minibatch is an update, not each epoch; for A2C each rollout. Example::
 
         LRScheduleCallback(warmup_steps=1000, schedule="cosine", decay_steps=200_000)
 

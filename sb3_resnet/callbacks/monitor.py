@@ -25,10 +25,14 @@ class MonitorCallback(BaseCallback):
     Log what training does: gradients, updates, Q-values, TD errors, the phase, memory and speed.
 
     Goes through SB3's logger, so TensorBoard, CSV and every other output get it. Training with and without it is the
-    same bit for bit: values are read from the batch of the update itself, nothing is sampled. Works with DQN and
-    QR-DQN, any number of environments, any replay buffer, with and without the feature cache. Example::
+    same bit for bit: values are read from the batch of the update itself, nothing is sampled. Works with
+    ``ResNetCnnPolicy`` of every algorithm that has it, any number of environments, any replay buffer, with and without
+    the feature cache. Example::
 
         model.learn(1_000_000, callback=[FeatureCacheCallback(), MonitorCallback()])
+
+    With PPO and A2C, whose losses SB3 logs itself, ``loss``, ``td_*``, ``target_lag``, ``q_mean``, ``q_max`` and
+    ``q_min`` are left out, ``q_start`` is the critic's value, and a gradient update is one minibatch.
 
     TD errors and loss are computed from what the two networks returned and the batch that the buffer gave, by the
     formulas of SB3's DQN and sb3-contrib's QR-DQN, so they are those of the update. A subclass with a ``train()`` of
@@ -122,7 +126,7 @@ class MonitorCallback(BaseCallback):
     def _phase(self) -> dict[str, float]:
         policy: Any = self.model.policy
         stage = policy.freeze_boundary
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.online.parameters()]
+        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in policy.trained.parameters()]
         return {
             "monitor/freeze_boundary": float(len(STAGES) if stage is None else STAGES.index(stage)),
             "monitor/phase": float(stage is not None),

@@ -19,6 +19,7 @@ from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, numbe
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
+from sb3_resnet.optim.updates import gradient_updates
 
 TRIGGERS = ("at_timestep", "at_update", "on_plateau")
 _STATE = "unfreeze"  # key of our state in the optimizer's groups, where it is saved
@@ -56,7 +57,9 @@ class Phase:
 
 class UnfreezeCallback(BaseCallback):
     """
-    Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy``, so with DQN and QR-DQN.
+    Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy`` of every algorithm that has it.
+
+    A phase begins between a rollout and the training on it. For PPO each minibatch is an update, not each epoch.
 
     The current phase is saved with the model. A resumed run, a second ``learn()`` and ``reset_num_timesteps=True``
     continue in that phase, and no phase begins twice. Example::
@@ -129,7 +132,7 @@ class UnfreezeCallback(BaseCallback):
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
             raise TypeError(f"UnfreezeCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
-        stages = policy.online.features_extractor.stages
+        stages = policy.trained.features_extractor.stages
         for phase in self.phases:
             choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])
         saved = recall(optimizer_of(self.model), _STATE)
@@ -184,7 +187,7 @@ class UnfreezeCallback(BaseCallback):
             self._missed.append(str(phase))
             warnings.warn(
                 f"The phase with {phase} never began: training ended at timestep {self.timesteps}, update "
-                f"{host.updates_done(self.model)}. Train longer, or let it begin earlier.",
+                f"{gradient_updates(self.model)}. Train longer, or let it begin earlier.",
                 stacklevel=2,
             )
         self._remember()
@@ -199,12 +202,12 @@ class UnfreezeCallback(BaseCallback):
 
     def _position(self, phase: Phase) -> int:
         policy: Any = self.model.policy
-        lowest = policy.online.features_extractor.stages[0]
+        lowest = policy.trained.features_extractor.stages[0]
         return STAGES.index(lowest if phase.unfreeze_from == "all" else phase.unfreeze_from)
 
     def _is_due(self, phase: Phase) -> bool:
         if phase.trigger == "at_update":
-            return phase.when is not None and host.updates_done(self.model) >= phase.when
+            return phase.when is not None and gradient_updates(self.model) >= phase.when
         if phase.when is not None and self.timesteps >= phase.when:
             return True
         return phase.trigger == "on_plateau" and phase is self._ahead[0] and self._plateau["factor"] == 0.0
@@ -214,7 +217,7 @@ class UnfreezeCallback(BaseCallback):
         policy: Any = self.model.policy
         before = policy.freeze_boundary
         restored = restore_best(self.model, self._keeper) if phase.restore_best else ""
-        policy.set_freeze_boundary(phase.unfreeze_from, at_update=host.updates_done(self.model))
+        policy.set_freeze_boundary(phase.unfreeze_from, at_update=gradient_updates(self.model))
         optimizer = optimizer_of(self.model)
         if phase.lr_backbone is not None:
             initial = float(self.model.lr_schedule(1))
@@ -222,11 +225,11 @@ class UnfreezeCallback(BaseCallback):
                 raise ValueError("lr_backbone is relative to learning_rate at the start of training, which is 0")
             set_lr_ratio(optimizer, "backbone", phase.lr_backbone / initial)
         self._plateau = schedules.plateau_start()
-        self._apply_ramp(host.updates_done(self.model))
+        self._apply_ramp(gradient_updates(self.model))
         self._remember()
         line = (
             f"Phase {self.phase} of {len(self.phases)} begins at timestep {self.timesteps}, update "
-            f"{host.updates_done(self.model)}: trains from {policy.freeze_boundary} up (was {before}){restored}"
+            f"{gradient_updates(self.model)}: trains from {policy.freeze_boundary} up (was {before}){restored}"
         )
         _log.info(line)
         if self.verbose:
@@ -238,7 +241,7 @@ class UnfreezeCallback(BaseCallback):
         reached = self.phase
         factor = 1.0
         if reached > 0:
-            started = policy.online.features_extractor.boundary.moved_at_update
+            started = policy.trained.features_extractor.boundary.moved_at_update
             factor = schedules.ramp(n, started, self.phases[reached - 1].ramp)
         set_lr_factor(optimizer_of(self.model), "ramp", factor, lambda group: is_part(group, "backbone"))
 

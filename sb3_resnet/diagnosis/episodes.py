@@ -1,4 +1,4 @@
-"""Compare the Q-value at the start of an episode with the return that follows."""
+"""Compare the value of the start of an episode with the return that follows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ _KEPT = 20  # episodes per mean
 
 class EpisodeValues:
     """
-    Compare the greedy Q-value of first observations with the discounted return of their episodes.
+    Compare the value of first observations, the greedy Q-value or the critic's, with the discounted return of their
+    episodes.
 
     :param min_gap: smallest number of environment steps between two measured starts, since each costs a forward pass
     """
@@ -25,7 +26,7 @@ class EpisodeValues:
         self.min_gap = min_gap
         self.finished: deque[tuple[float, float]] = deque(maxlen=_KEPT)
         self.largest_reward = 0.0
-        # By environment: Q-value, return so far, discount of the next reward.
+        # By environment: value, return so far, discount of the next reward.
         self._episodes: dict[int, list[float]] = {}
         self._fresh: dict[int, Any] = {}  # by environment: the first observation of its episode
         self._last = -math.inf
@@ -65,7 +66,7 @@ class EpisodeValues:
     def measured(self, model: BaseAlgorithm) -> dict[str, float]:
         """
         :param model: an SB3 model with a ResNet policy
-        :return: by log key: mean Q-value and return of the latest episodes, largest reward, largest possible return
+        :return: by log key: mean value and return of the latest episodes, largest reward, largest possible return
         """
         values: dict[str, float] = {}
         if self.finished:
@@ -85,6 +86,6 @@ class EpisodeValues:
         # Not predict(), whose feature cache remembers what it is asked: asking more would change which observations
         # are encoded in which batch.
         with th.no_grad():
-            values = policy.online(observations)
+            values = policy.online(observations) if hasattr(policy, "online") else policy.predict_values(observations)
         values = values.mean(dim=1) if values.ndim == 3 else values
         return dict(zip(envs, values.max(dim=1).values.tolist(), strict=True))

@@ -20,6 +20,7 @@ from sb3_resnet.diagnosis.measures import (
     relative_distance,
 )
 from sb3_resnet.diagnosis.td_errors import loss_of, predictions_and_targets, train_rule
+from sb3_resnet.extractor import extractors_in
 from sb3_resnet.optim.groups import optimizer_of
 
 _TD_QUANTILES = {"p50": 0.5, "p90": 0.9, "max": 1.0}
@@ -142,28 +143,32 @@ class _Armed:
     def before_step(self) -> bool:
         """:return: whether it is known what ``train()`` computed, so that its TD errors can be"""
         self.began = True
+        for _, parameters in self._trainable:
+            self._before.update({id(parameter): parameter.detach().clone() for parameter in parameters})
         policy = self._model.policy
+        if not hasattr(policy, "target"):
+            self._measure_layers()
+            return True  # there are no TD errors
         pairs = [
             (mine, other)
             for mine, other in zip(policy.online.parameters(), policy.target.parameters(), strict=True)
             if mine.requires_grad
         ]
         self._values["monitor/target_lag"] = relative_distance(pairs)
-        for _, parameters in self._trainable:
-            self._before.update({id(parameter): parameter.detach().clone() for parameter in parameters})
         return self._measure_td_errors()
 
     def _register(self) -> list[th.utils.hooks.RemovableHandle]:
-        online = self._model.policy.online
-        head = online.head
-        activations = [module for module in head if isinstance(module, self._model.policy.activation_fn)]
-        norms = online.features_extractor.boundary.live_norms
+        policy = self._model.policy
+        activations = [module for head in policy.heads for module in head if isinstance(module, policy.activation_fn)]
+        norms = [norm for extractor in extractors_in(policy.trained) for norm in extractor.boundary.live_norms]
         if hasattr(self._buffer, "sample"):
             watch_samples(self._buffer, self, self._see_batch)
+        networks = []
+        if hasattr(policy, "target"):
+            networks = [(policy.online, self._see_values), (policy.target, self._see_target)]
         return [
-            online.register_forward_hook(self._see_values),
-            self._model.policy.target.register_forward_hook(self._see_target),
-            head.register_forward_pre_hook(self._see_head),
+            *(network.register_forward_hook(see) for network, see in networks),
+            *(head.register_forward_pre_hook(self._see_head) for head in policy.heads),
             *(module.register_forward_hook(self._see_units) for module in activations),
             *(module.register_forward_pre_hook(self._see_norm) for module in norms),
             # After accumulation, not before: a loss scale is undone there, and micro-batches have been added up.
@@ -185,6 +190,9 @@ class _Armed:
         self._values.update(
             {"monitor/q_mean": greedy.mean(), "monitor/q_max": greedy.max(), "monitor/q_min": values.min()}
         )
+        self._measure_layers()
+
+    def _measure_layers(self) -> None:
         if self._units:
             self._values["monitor/dormant_units"] = dormant_units(self._units)
         if self._drifts:

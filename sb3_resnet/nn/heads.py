@@ -95,17 +95,22 @@ class FeatureStandardizer(nn.Module):
 
 
 class Head(nn.Sequential):
-    """The layers after the features extractor; statistics of a :class:`FeatureStandardizer` move in updates only."""
+    """
+    The layers after the features extractor; statistics of a :class:`FeatureStandardizer` move in updates only.
+
+    One that is the only layer has no parameter behind it, and perhaps no backward pass: its statistics move in each
+    forward pass in train mode with gradients.
+    """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        if isinstance(layers[0], FeatureStandardizer):
+        if len(layers) > 1 and isinstance(layers[0], FeatureStandardizer):
             layers[0].waits = True
 
     def forward(self, features: th.Tensor) -> th.Tensor:
         """:return: what the last layer returns, ``(batch, output_dim)``"""
         output: th.Tensor = super().forward(features)  # type: ignore[no-untyped-call]  # PyTorch's
-        if self.training and output.requires_grad and isinstance(self[0], FeatureStandardizer):
+        if self.training and output.requires_grad and len(self) > 1 and isinstance(self[0], FeatureStandardizer):
             output.register_hook(self._keep_statistics)  # type: ignore[no-untyped-call]  # PyTorch's
         return output
 
@@ -165,7 +170,7 @@ def make_head(
 ) -> Head:
     """
     :param features_dim: number of features
-    :param output_dim: number of outputs
+    :param output_dim: number of outputs; 0: the last hidden layer is the output
     :param net_arch: widths of the hidden layers; empty for a linear head
     :param activation_fn: activation after each hidden layer
     :param dropout: probability after each activation, in training only
