@@ -86,10 +86,12 @@ class Pool:
         """Without the memory above the last row in use, which nobody has written."""
         used = int(self.references.nonzero()[0].max(initial=-1)) + 1
         chunks = [chunk[: max(0, used - index * self._rows)] for index, chunk in enumerate(self._chunks)]
-        return {**self.__dict__, "_chunks": chunks}
+        return {**self.__dict__, "_chunks": chunks, "uses": np.trim_zeros(self.uses, "b")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
+        self.uses = np.zeros(len(self.references), np.int64)
+        self.uses[: len(state["uses"])] = state["uses"]
         for index, chunk in enumerate(self._chunks):
             self._chunks[index] = np.empty((self._rows, *self.shape), self.dtype)
             self._chunks[index][: len(chunk)] = chunk
