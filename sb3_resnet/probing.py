@@ -65,7 +65,8 @@ class Row:
     :param pooling: how its last map was pooled
     :param adapter: how channels reached it
     :param features: length of the features
-    :param images_per_second: frozen stages alone, in batches of 64 observations
+    :param images_per_second: of the stages up to the last, as plain modules in batches of 64; with
+        ``adapter="per_frame"`` an image is one frame
     :param scores: of each label
     """
 
@@ -232,25 +233,31 @@ def _features(
     poolings: Sequence[str],
     report: Callable[[int], None],
 ) -> Iterator[tuple[str, str, Array, float]]:
-    """All depths and poolings in one pass: stage, pooling, features ``(rows, n)``, and observations per second."""
+    """All depths and poolings in one pass: stage, pooling, features ``(rows, n)``, and images per second."""
+    images = extractor.preprocessing.as_images(th.as_tensor(recording.observations)).numpy()
+    # Stacks share frames, and each is encoded once.
+    alike = np.ascontiguousarray(images).reshape(len(images), -1)
+    _, first, which = np.unique(
+        alike.view(np.dtype((np.void, alike[0].nbytes))), return_index=True, return_inverse=True
+    )
     found: dict[tuple[str, str], list[Array]] = {key: [] for key in product(stages, poolings)}
     seconds = dict.fromkeys(stages, 0.0)
-    for start in range(0, len(recording.observations), _BATCH):
-        batch = th.as_tensor(recording.observations[start : start + _BATCH], device=extractor.input_mean.device)
+    for start in range(0, len(first), _BATCH):
+        batch = th.as_tensor(images[first[start : start + _BATCH]], device=extractor.input_mean.device)
         began, spent = time.perf_counter(), 0.0
-        x = extractor.preprocess(extractor.scale_raw(batch))
+        x = extractor.preprocessing.unit_images(batch)
         for stage in extractor.stages:
             x = extractor.run_stages(x, [stage])
             spent += time.perf_counter() - began
             if stage in seconds:
                 seconds[stage] += spent
                 for pooling in poolings:
-                    pooled = Pooling(pooling)(x).reshape(len(batch), -1)
-                    found[stage, pooling].append(pooled.cpu().numpy())
+                    found[stage, pooling].append(Pooling(pooling)(x).cpu().numpy())
             began = time.perf_counter()
-        report(start + len(batch))
+        report((start + len(batch)) * len(recording.observations) // len(first))
     for (stage, pooling), parts in found.items():
-        yield stage, pooling, np.concatenate(parts), len(recording.observations) / seconds[stage]
+        features = np.concatenate(parts)[which.ravel()].reshape(len(recording.observations), -1)
+        yield stage, pooling, features, len(first) / seconds[stage]
 
 
 def _scores(recording: Recording, features: Array, splits: tuple[Array, Array, Array], led: Array) -> dict[str, Score]:

@@ -77,7 +77,7 @@ def read_out(features: Array, labels: Mapping[str, Array], splits: tuple[Array, 
     fit, choose, score = splits
     mean, spread = features[fit].mean(axis=0), features[fit].std(axis=0)
     varies = spread > 1e-6 * max(float(spread.max(initial=0.0)), 1e-12)
-    scaled = ((features[:, varies] - mean[varies]) / spread[varies]).astype(np.float64)
+    scaled = ((features[:, varies] - mean[varies]) / spread[varies]).astype(np.float32)
     solver = _Ridge(scaled[fit], (scaled[choose], scaled[score]))
     return {name: _score(solver, values, splits) for name, values in labels.items()}
 
@@ -89,9 +89,9 @@ class _Ridge:
         self._wide = rows.shape[1] > rows.shape[0]
         self._rows = rows
         gram = rows @ rows.T if self._wide else rows.T @ rows
-        self._values, self._vectors = np.linalg.eigh(gram)
-        basis = rows.T @ self._vectors if self._wide else self._vectors
-        self._others = [other @ basis for other in others]
+        self._values, self._vectors = np.linalg.eigh(gram.astype(np.float64))
+        # In this order nothing is larger than the rows themselves, however many features there are.
+        self._others = [(other @ rows.T if self._wide else other) @ self._vectors for other in others]
 
     def predict(self, targets: Array) -> list[list[Array]]:
         """:return: by penalty, predictions for the two other splits, ``(rows, targets)``"""

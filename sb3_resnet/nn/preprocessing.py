@@ -90,6 +90,14 @@ class Preprocessing:
             x = augmentation(self._to_unit(observations)) / self.scale
         return self.as_images(x * 255.0 if self.is_uint8 else x)
 
+    def unit_images(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: raw, as :meth:`as_images` gives them
+        :return: the same as float32 in 0..1, resized, with the channels that the trunk or the adapter takes
+        """
+        x = self.resize(self._to_unit(self.scale_raw(images)))
+        return x.expand(-1, 3, -1, -1) if self.per_frame else x
+
     def resize(self, x: th.Tensor) -> th.Tensor:
         """:return: images ``(n, c, H, W)`` at the size that the trunk sees; as they are if they have it"""
         if not self.resizes or x.shape[-2:] == self.size:
