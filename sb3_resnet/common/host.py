@@ -292,9 +292,9 @@ def packed_convolution(
     weights = (packed, bias, *geometry)
     if added is None:
         out: th.Tensor = convolve(x, *weights, "relu" if relu else "none", [], "")
-    elif added.shape[-2:] == (1, 1):  # refused by PyTorch 2.6 and 2.8: "could not create a memory"
-        out = convolve(x, *weights, "none", [], "").add_(added)
-        out = out.relu_() if relu else out
+    elif x.shape[-2:] == added.shape[-2:] == (1, 1):  # refused by PyTorch 2.6 to 2.8: zeros make the maps larger
+        x, added = (nn.functional.pad(one, (0, 1, 0, 1)) for one in (x, added))
+        out = convolve.binary(x, added, *weights, "add", 1.0, "relu" if relu else None, [], "")[:, :, :1, :1]
     else:
         out = convolve.binary(x, added, *weights, "add", 1.0, "relu" if relu else None, [], "")
     return out
