@@ -113,7 +113,7 @@ def test_gradient_steps_minus_one_counts_one_update_a_step():
     model = make_model(learning_rate=LR, learning_starts=8, gradient_steps=-1)
     callback = LRScheduleCallback(0, "linear")
     model.learn(24, callback=callback)
-    assert callback._horizon == 16
+    assert [callback.factor(n) for n in (0, 8, 15, 16)] == pytest.approx([1.0, 0.5, 1 / 16, 0.0])
 
 
 def test_episodes_as_train_freq_need_decay_steps():
@@ -171,7 +171,7 @@ def test_plateau_state_lives_in_the_checkpoint(tmp_path):
     resumed = type(model).load(tmp_path / "model", env=TinyGame(), device="cpu")
     callback = LRScheduleCallback(0, "plateau", patience=2, gamma=0.5)
     resumed.learn(4, callback=[callback, Rewards([2.0])])
-    assert callback._plateau == {"best": 2.0, "bad": 2, "factor": 0.5}
+    assert recall(resumed.policy.optimizer, "lr_schedule")["plateau"] == {"best": 2.0, "bad": 2, "factor": 0.5}
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -189,7 +189,7 @@ def test_a_callback_starts_anew_with_another_model():
     for _ in range(2):
         model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
         model.learn(8, callback=[callback, Rewards([5.0, 4.0])])
-        assert callback._plateau == {"best": 5.0, "bad": 0, "factor": 0.5}
+        assert recall(model.policy.optimizer, "lr_schedule")["plateau"] == {"best": 5.0, "bad": 0, "factor": 0.5}
 
 
 def test_a_checkpoint_of_the_same_step_has_the_reduction(tmp_path):
@@ -248,7 +248,7 @@ def test_the_horizon_of_on_policy_algorithms(algorithm, planned):
     model = algorithm("MlpPolicy", "CartPole-v1", device="cpu", **options)
     callback = LRScheduleCallback(schedule="linear")
     model.learn(16, callback=callback)
-    assert callback._horizon == planned
+    assert [callback.factor(n) for n in (0, planned - 1, planned)] == pytest.approx([1.0, 1 / planned, 0.0])
 
 
 def test_policies_with_several_optimizers_are_refused():

@@ -233,11 +233,10 @@ def test_the_plateau_knows_the_evaluation_that_stops_training(first):
 def test_a_callback_starts_anew_with_another_model():
     callback = UnfreezeCallback([{"on_plateau": {"patience": 5}, "unfreeze_from": "layer4"}], verbose=0)
     for _ in range(2):
+        model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
         with pytest.warns(UserWarning, match="never began"):
-            make_model(learning_starts=0, extractor={"backbone": "resnet_mini"}).learn(
-                8, callback=[callback, Rewards([5.0, 4.0])]
-            )
-        assert callback._plateau == {"best": 5.0, "bad": 1, "factor": 1.0}
+            model.learn(8, callback=[callback, Rewards([5.0, 4.0])])
+        assert recall(model.policy.optimizer, "unfreeze")["plateau"] == {"best": 5.0, "bad": 1, "factor": 1.0}
 
 
 def test_invariant_3_timesteps_count_on_after_a_reset(tmp_path):
