@@ -290,6 +290,20 @@ def test_weights_written_without_a_trace_make_new_entries_in_the_next_learn():
     assert not th.allclose(model.replay_buffer.shared.batch(np.arange(4)).features, before, rtol=1e-2)
 
 
+@pytest.mark.parametrize("learns_before", [False, True])
+def test_twins_that_differ_are_refused_at_the_start_of_each_learn(learns_before):
+    """Not first by a batch: entries of an earlier ``learn()`` would serve the target without another look."""
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    if learns_before:
+        model.learn(20, callback=FeatureCacheCallback())
+    with th.no_grad():
+        model.q_net_target.features_extractor.backbone.conv1.weight.mul_(-1.0)
+    steps = model.num_timesteps
+    with pytest.raises(ValueError, match="Online and target network differ below the freeze boundary"):
+        model.learn(20, callback=FeatureCacheCallback(), reset_num_timesteps=False)
+    assert model.num_timesteps == steps
+
+
 def test_freezing_again_needs_an_equal_target():
     model = fill(make_model(learning_rate=1e-2))
     model.policy.set_freeze_boundary("layer4")
