@@ -13,11 +13,20 @@ import torchvision
 from gymnasium import spaces
 from sb3_contrib import QRDQN
 from stable_baselines3 import A2C, DQN, PPO
-from stable_baselines3.common.callbacks import EvalCallback
+from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from torchvision.models.resnet import BasicBlock, ResNet
+from typer.testing import CliRunner
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
-from sb3_resnet.callbacks import AMPCallback
+from sb3_resnet.callbacks import (
+    AMPCallback,
+    BestCheckpointCallback,
+    FeatureCacheCallback,
+    GradientClipCallback,
+    LRScheduleCallback,
+    UnfreezeCallback,
+)
+from sb3_resnet.cli.app import app
 
 ALGORITHMS = {"dqn": DQN, "qrdqn": QRDQN}
 ON_POLICY = {"ppo": PPO, "a2c": A2C}
@@ -266,3 +275,63 @@ def zoo(command, algorithm, folder, *arguments):
     done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def run_command(*arguments, width=200):
+    """:return: exit status, and what was printed"""
+    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(width)})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+class CutError(Exception):
+    """Stands for a crash."""
+
+
+class Fuse(BaseCallback):
+    """Ends ``learn()`` after so many steps and updates, in the midst of whatever is going on."""
+
+    def __init__(self, left):
+        super().__init__()
+        self.left = left
+
+    def _on_training_start(self):
+        self.model.policy.optimizer.register_step_post_hook(lambda *args: self._on_step())
+
+    def _on_step(self):
+        self.left -= 1
+        if self.left < 0:
+            raise CutError
+        return True
+
+
+class Evaluation(EvalCallback):
+    """Rewards that depend on the step alone; goes on counting where the run was cut."""
+
+    def __init__(self):
+        super().__init__(ForgetfulGame(), eval_freq=12, warn=False, verbose=0)
+
+    def _init_callback(self):
+        super()._init_callback()
+        self.n_calls = self.model.num_timesteps // self.model.n_envs
+
+    def _on_step(self):
+        if self.n_calls % self.eval_freq == 0:
+            self.last_mean_reward = 5.0 * np.sin(self.model.num_timesteps / 25)
+        return True
+
+
+def resuming_callbacks(folder, cached=False, **saving):
+    phases = [
+        {"at_timestep": 60, "unfreeze_from": "layer4", "lr_backbone": 5e-4, "ramp": 8, "restore_best": True},
+        {"on_plateau": {"patience": 1, "latest_timestep": 110}, "unfreeze_from": "layer3", "restore_best": True},
+    ]
+    return [
+        BestCheckpointCallback(save_path=folder, save_replay_buffer=True, keep_last=2, **{"save_freq": 15, **saving}),
+        UnfreezeCallback(phases, verbose=0),
+        LRScheduleCallback(4, "cosine", decay_steps=60),
+        GradientClipCallback(1.0),
+        Evaluation(),
+        *([FeatureCacheCallback()] if cached else []),
+    ]

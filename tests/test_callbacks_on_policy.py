@@ -20,8 +20,7 @@ from sb3_resnet.callbacks import (
     UnfreezeCallback,
 )
 from sb3_resnet.callbacks._updates import extractors_of
-from tests.helpers import ON_POLICY, TinyGame, assert_same, make_actor_critic, snapshot
-from tests.test_unfreeze_callback import Rewards
+from tests.helpers import ON_POLICY, Rewards, TinyGame, assert_same, make_actor_critic, snapshot
 
 algorithms = pytest.mark.parametrize("algorithm", ON_POLICY)
 UPDATES = {"ppo": 4, "a2c": 1}  # in each train(), after 8 steps

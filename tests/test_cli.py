@@ -11,7 +11,6 @@ import pytest
 import torch as th
 from stable_baselines3 import PPO
 from typer.main import get_command
-from typer.testing import CliRunner
 
 from sb3_resnet import ResNetExtractor, cli
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
@@ -22,7 +21,7 @@ from sb3_resnet.cli.app import app
 from sb3_resnet.cli.envs import register_atari
 from sb3_resnet.cli.extras import import_extra, missing_extra
 from sb3_resnet.cli.loading import load_model
-from tests.helpers import TinyGame, assert_same, fill, make_model, snapshot
+from tests.helpers import TinyGame, assert_same, fill, make_model, run_command, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
 
@@ -50,17 +49,9 @@ def dqn_zip(tmp_path_factory):
     return path
 
 
-def run(*arguments, width=200):
-    """:return: exit status, and what was printed"""
-    result = CliRunner().invoke(app, [*map(str, arguments)], env={"COLUMNS": str(width)})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
 def error_of(*arguments):
     """:return: the one line on stderr with which the command failed"""
-    status, _, error = run(*arguments)
+    status, _, error = run_command(*arguments)
     assert status == 1
     (line,) = error.splitlines()
     assert line.startswith("Error: ")
@@ -70,7 +61,7 @@ def error_of(*arguments):
 @pytest.mark.parametrize("width", [50, 80, 200])
 @pytest.mark.parametrize("command", get_command(app).commands)
 def test_help_shows_each_option_whole_at_any_width(command, width):
-    status, text, _ = run(command, "--help", width=width)
+    status, text, _ = run_command(command, "--help", width=width)
     assert status == 0
     assert max(map(len, text.splitlines())) <= max(width, 80)
     for parameter in get_command(app).commands[command].params:
@@ -95,7 +86,7 @@ def test_main_is_the_command(monkeypatch, capsys, dqn_zip):
 
 def test_groups_prints_the_table_and_a_picture(dqn_zip, tmp_path):
     svg = tmp_path / "groups.svg"
-    status, text, _ = run("--svg", svg, "groups", dqn_zip)
+    status, text, _ = run_command("--svg", svg, "groups", dqn_zip)
     assert status == 0
     rows = [line.strip("│").split() for line in text.splitlines() if "," in line]
     counts = {row[0]: [cell for cell in row if cell != "│"][-2:] for row in rows}
@@ -114,7 +105,7 @@ def test_a_picture_is_saved_only_where_the_command_did_its_work(dqn_zip, tmp_pat
     error_of("--svg", svg, "groups", tmp_path / "none.zip")
     assert svg.read_text() == "before"
     assert f"--svg {tmp_path} is a folder" in error_of("--svg", tmp_path, "groups", dqn_zip)
-    status, _, _ = run("--svg", svg, "check", *HEALTHY, "--param", "learning_starts=2000000")
+    status, _, _ = run_command("--svg", svg, "check", *HEALTHY, "--param", "learning_starts=2000000")
     assert status == 1  # of a finding
     assert "never_trains" in svg.read_text()
     assert "sb3-resnet check" in svg.read_text().replace("&#160;", " ")
@@ -161,7 +152,7 @@ def test_wrong_paths_name_the_models_nearby(tmp_path, dqn_zip):
     assert "no file" in error_of("groups", tmp_path / "nothing" / "model.zip")
     assert str(dqn_zip) in error_of("groups", dqn_zip.with_name("other.zip"))
     assert "a folder, not a model" in error_of("groups", dqn_zip.parent)
-    assert run("groups", dqn_zip.with_suffix(""))[0] == 0
+    assert run_command("groups", dqn_zip.with_suffix(""))[0] == 0
 
 
 def test_a_model_without_a_resnet_is_refused(tmp_path):
@@ -172,7 +163,7 @@ def test_a_model_without_a_resnet_is_refused(tmp_path):
 
 
 def test_check_of_a_healthy_run():
-    status, text, _ = run("check", *HEALTHY)
+    status, text, _ = run_command("check", *HEALTHY)
     assert "Nothing is wrong." in text
     assert status == 0
     for word in ("(8, 4, 32, 32)", "(8, 3)", "steps/s", "ReplayBuffer", "FrameReplayBuffer", "backbone_no_decay"):
@@ -200,14 +191,14 @@ CATCHES = {
 @pytest.mark.parametrize("case", CATCHES)
 def test_check_catches(case):
     changes, expected, message = CATCHES[case]
-    status, text, error = run("check", *HEALTHY, *changes)
+    status, text, error = run_command("check", *HEALTHY, *changes)
     assert status == expected
     assert sum(message in line for line in text.splitlines()) == 1
     assert not error
 
 
 def test_check_catches_a_batch_below_the_micro_batch():
-    status, text, _ = run("check", *HEALTHY, "--extractor-kwarg", "micro_batch_size=16")
+    status, text, _ = run_command("check", *HEALTHY, "--extractor-kwarg", "micro_batch_size=16")
     assert status == 1
     assert "error micro_batch: batch_size is 8 and micro_batch_size 16." in text
 
@@ -218,7 +209,7 @@ def test_check_names_the_extra_of_atari(monkeypatch):
     monkeypatch.setattr(gym.envs.registration, "registry", games)
     monkeypatch.setattr(gym, "registry", games)
     for name in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
-        status, text, _ = run("check", "--env", name)
+        status, text, _ = run_command("check", "--env", name)
         assert status == 1
         (line,) = (line for line in text.splitlines() if "error" in line and "setup" in line)
         assert "pip install 'sb3_resnet[atari]'" in line
@@ -228,7 +219,7 @@ def test_check_names_a_missing_rom(monkeypatch):
     register_atari()
     monkeypatch.setattr("gymnasium.register_envs", lambda module: None)
     monkeypatch.setattr("ale_py.roms.get_rom_path", lambda name: None)
-    status, text, _ = run("check", "--env", "PongNoFrameskip-v4")
+    status, text, _ = run_command("check", "--env", "PongNoFrameskip-v4")
     assert status == 1
     (line,) = (line for line in text.splitlines() if "error setup" in line)
     assert "PongNoFrameskip-v4 cannot be made" in line
@@ -243,7 +234,7 @@ def test_check_names_missing_extras(module, options, extra, monkeypatch, tmp_pat
     (tmp_path / "zoo.yml").write_text(YAML)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, module, None)
-    status, text, _ = run("check", *HEALTHY, *options)
+    status, text, _ = run_command("check", *HEALTHY, *options)
     assert status == 1
     assert f"pip install 'sb3_resnet[{extra}]'" in text
 
@@ -252,13 +243,13 @@ def test_check_reads_rl_zoos_yaml_and_leaves_nothing_behind(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zoo.yml").write_text(YAML)
     options = ["check", "--env", TINY, "--conf-file", "zoo.yml", "--memory", 4]
-    status, text, _ = run(*options)
+    status, text, _ = run_command(*options)
     # 2 observations of 4096 bytes, an action of 8, and three numbers of 4, each a million times
     assert "The replay buffer of 1,000,000 transitions takes 8.2 GB." in text
     assert "UnfreezeCallback" in text
     assert "frozen_random_backbone" not in text
     assert status == 1
-    status, text, _ = run(*options, "--buffer-size", 1000, "--extractor-kwarg", "pooling=flatten", "-n", 777)
+    status, text, _ = run_command(*options, "--buffer-size", 1000, "--extractor-kwarg", "pooling=flatten", "-n", 777)
     assert status == 0
     assert "(flatten)" in text
     assert "777" in text
@@ -269,11 +260,11 @@ def test_check_names_what_a_phase_leaves_frozen_with_random_weights_and_a_phase_
     file = tmp_path / "zoo.yml"
     options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
     file.write_text(YAML.replace("unfreeze_from: all", "unfreeze_from: layer4"))
-    status, text, _ = run(*options)
+    status, text, _ = run_command(*options)
     assert status == 0
     assert "warning frozen_random_backbone: The stages stem, layer1, layer2, layer3 are frozen" in text
     file.write_text(YAML.replace("at_timestep: 500", "at_timestep: 5000"))
-    _, text, _ = run(*options)
+    _, text, _ = run_command(*options)
     assert "The stages stem, layer1, layer2, layer3, layer4 are frozen" in text
     assert "warning phase_never_begins: Training ends at step 1000, before the phase with unfreeze_from='all'" in text
 
@@ -299,11 +290,11 @@ RESTORE = "{at_timestep: 500, unfreeze_from: all, restore_best: true}"
 def test_check_finds_what_ends_training_at_its_start(tmp_path, text, message):
     (tmp_path / "zoo.yml").write_text(text)
     options = ["check", "--env", TINY, "--conf-file", tmp_path / "zoo.yml", "--buffer-size", 1000]
-    status, printed, _ = run(*options)
+    status, printed, _ = run_command(*options)
     assert status == 1
     assert message in printed
     (tmp_path / "zoo.yml").write_text(YAML + CACHE)
-    assert "FeatureCacheCallback:" not in run(*options)[1]
+    assert "FeatureCacheCallback:" not in run_command(*options)[1]
 
 
 @pytest.mark.parametrize(
@@ -338,7 +329,7 @@ def test_check_names_counts_that_cannot_be(name, value, message, tmp_path):
     if name != "n_envs":
         calls.append(["--env", TINY, "--backbone", "resnet_tiny", "--param", f"{name}={value}"])
     for options in calls:
-        status, text, _ = run("check", *options)
+        status, text, _ = run_command("check", *options)
         assert status == 1
         assert f"error setup: {message}" in text
 
@@ -348,7 +339,7 @@ def test_check_names_a_section_without_a_length(tmp_path):
     file.write_text(YAML.replace("  n_timesteps: 1000\n", ""))
     options = ["check", "--env", TINY, "--conf-file", file, "--buffer-size", 1000]
     for length in ([], ["-n", 777]):
-        status, text, _ = run(*options, *length)
+        status, text, _ = run_command(*options, *length)
         assert status == 1
         assert f"error setup: {file} has no n_timesteps for {TINY}: write it, RL-Zoo wants it even beside -n" in text
 
@@ -374,15 +365,17 @@ def test_unreadable_yaml_ends_in_one_line(content, tmp_path):
 def test_yaml_without_a_section_or_with_code(tmp_path):
     path = tmp_path / "zoo.yml"
     path.write_text("Other-v0: {policy: ResNetCnnPolicy}")
-    status, text, _ = run("check", "--env", TINY, "--conf-file", path)
+    status, text, _ = run_command("check", "--env", TINY, "--conf-file", path)
     assert status == 1
     assert "Hyperparameters not found for dqn-Tiny-v0" in text
     register_atari()
-    status, text, _ = run("check", "--env", "PongNoFrameskip-v4", "--conf-file", path)
+    status, text, _ = run_command("check", "--env", "PongNoFrameskip-v4", "--conf-file", path)
     assert f"{path} has no section for PongNoFrameskip-v4: it needs 'PongNoFrameskip-v4' or 'atari'" in text
     path.write_text("default: {policy: ResNetCnnPolicy, n_timesteps: 9, policy_kwargs: dict()}")
-    assert "write it as a dict" in run("check", "--env", TINY, "--conf-file", path, "--backbone", "resnet_tiny")[1]
-    assert "none of RL-Zoo's algorithms" in run("check", "--env", TINY, "--conf-file", path, "--algo", "dq")[1]
+    assert (
+        "write it as a dict" in run_command("check", "--env", TINY, "--conf-file", path, "--backbone", "resnet_tiny")[1]
+    )
+    assert "none of RL-Zoo's algorithms" in run_command("check", "--env", TINY, "--conf-file", path, "--algo", "dq")[1]
 
 
 def test_pairs_need_an_equals_sign():
@@ -392,7 +385,7 @@ def test_pairs_need_an_equals_sign():
 
 def test_explain_writes_sheet_and_episode(dqn_zip, tmp_path):
     output = tmp_path / "new" / "folder"
-    status, text, _ = run("explain", dqn_zip, "--env", "Tiny-v0", "-o", output, "--gif", "--method", "saliency")
+    status, text, _ = run_command("explain", dqn_zip, "--env", "Tiny-v0", "-o", output, "--gif", "--method", "saliency")
     assert status == 0
     assert "in 13 steps" in text
     assert {path.name for path in output.iterdir()} == {"sheet.png", "episode.gif"}
@@ -438,7 +431,7 @@ def test_export_says_what_is_wrong(dqn_zip, tmp_path, monkeypatch):
 
 
 def test_narrow_terminals_lose_no_digit(dqn_zip):
-    wide, narrow = ("".join(run("groups", dqn_zip, width=width)[1].split()) for width in (200, 50))
+    wide, narrow = ("".join(run_command("groups", dqn_zip, width=width)[1].split()) for width in (200, 50))
     total = next(word for word in wide.split("│") if word.count(",") == 2)
     assert "…" not in narrow
     assert total not in narrow  # it is folded
@@ -463,7 +456,7 @@ def test_other_algorithms(algorithm, tmp_path):
         model = make_model(algorithm)
     path = tmp_path / "model.zip"
     model.save(path)
-    status, text, _ = run("groups", path)
+    status, text, _ = run_command("groups", path)
     assert status == 0
     assert f"{sum(parameter.numel() for parameter in model.policy.optimizer.param_groups[0]['params']):,}" in text
     loaded = load_model(path)
@@ -525,20 +518,20 @@ def test_the_advised_buffer_is_built_by_rl_zoo_and_by_check(tmp_path):
     many = YAML.replace("buffer_size: 1000000", "buffer_size: 1000000\n  n_steps: 3")
     file.write_text(many)
     options = ["check", "--env", TINY, "--conf-file", file, "--memory", 5]
-    _, text, _ = run(*options)
+    _, text, _ = run_command(*options)
     advice = re.search(r"or (replay_buffer_class: .*) with (replay_buffer_kwargs: .*) instead of n_steps", text)
     file.write_text(many.replace("n_steps: 3", "\n  ".join(advice.groups())))
     buffer = setups.from_zoo(file, TINY).model.replay_buffer
     assert (type(buffer), buffer.n_steps) == (FrameNStepReplayBuffer, 3)
-    _, text, _ = run(*options)
+    _, text, _ = run_command(*options)
     assert "buffer_memory" not in text
 
     option = "replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer"
     for given in (HEALTHY, [*options[1:], "--param", "replay_buffer_kwargs={}"]):
-        status, text, _ = run("check", *given, "--param", option)
+        status, text, _ = run_command("check", *given, "--param", option)
         assert "error" not in text.replace("0 errors", "")
         assert status == 0
-    _, text, _ = run("check", *HEALTHY, "--param", "replay_buffer_class=FrameReplayBuffer")
+    _, text, _ = run_command("check", *HEALTHY, "--param", "replay_buffer_class=FrameReplayBuffer")
     assert "error setup: replay_buffer_class FrameReplayBuffer: " in text
     assert "Write package.module.Class" in text
 
@@ -594,7 +587,7 @@ def test_a_trial_that_fails_is_a_finding(monkeypatch):
         raise RuntimeError("CUDA out of memory")
 
     monkeypatch.setattr(trial, "measure", fail)
-    status, text, _ = run("check", *HEALTHY)
+    status, text, _ = run_command("check", *HEALTHY)
     assert status == 1
     assert "error trial: A trial update failed: CUDA out of memory" in text
     assert "backbone_no_decay" in text
@@ -605,16 +598,16 @@ def test_paths_are_printed_as_they_are_written(text, tmp_path, dqn_zip):
     folder = tmp_path / text
     folder.mkdir(parents=True)
     (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n1,2\n2,3\n")
-    status, printed, _ = run("doctor", folder, width=400)
+    status, printed, _ = run_command("doctor", folder, width=400)
     assert status == 0
     assert str(folder) in printed
     assert f"{folder} is no folder: make it first" in error_of("plot", folder, "-o", folder / "none" / "c.png").replace(
         "/none", ""
     )
     (folder / "evaluations.npz").write_bytes(_evaluations())
-    assert str(folder / "c.png") in run("plot", folder, "-o", folder / "c.png", width=400)[1]
+    assert str(folder / "c.png") in run_command("plot", folder, "-o", folder / "c.png", width=400)[1]
     svg = folder / "groups.svg"
-    assert run("--svg", svg, "groups", dqn_zip)[0] == 0
+    assert run_command("--svg", svg, "groups", dqn_zip)[0] == 0
     assert svg.read_text().startswith("<svg")
 
 
@@ -628,7 +621,7 @@ def test_folders_and_logs_cannot_write_to_the_terminal(tmp_path):
     folder = tmp_path / "run\x1b[2J"
     folder.mkdir()
     (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n1,2\n2,3\n")
-    _, text, _ = run("doctor", folder, width=400)
+    _, text, _ = run_command("doctor", folder, width=400)
     assert "\x1b[2J" not in text
     assert "run\\x1b[2J" in text
     assert "\x1b[2J" not in error_of("doctor", folder / "none")
@@ -645,7 +638,7 @@ def test_names_in_a_model_cannot_write_to_the_terminal(dqn_zip, tmp_path):
                 th.save(optimizer, stream)
                 content = stream.getvalue()
             new.writestr(name, content)
-    status, text, _ = run("groups", tmp_path / "model.zip")
+    status, text, _ = run_command("groups", tmp_path / "model.zip")
     assert status == 0
     assert "\x1b[2J" not in text
     assert "head.[/x]\\x1b[2J" in text
@@ -674,8 +667,8 @@ def test_paths_of_the_command_line_may_lie_in_the_home_folder(dqn_zip, tmp_path,
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m.zip").write_bytes(dqn_zip.read_bytes())
     (tmp_path / "evaluations.npz").write_bytes(_evaluations())
-    assert run("--svg", "~/x.svg", "groups", "~/m.zip")[0] == 0
-    assert run("plot", "~", "-o", "~/c.png")[0] == 0
+    assert run_command("--svg", "~/x.svg", "groups", "~/m.zip")[0] == 0
+    assert run_command("plot", "~", "-o", "~/c.png")[0] == 0
     assert (tmp_path / "x.svg").exists()
     assert (tmp_path / "c.png").exists()
 
@@ -685,10 +678,10 @@ def test_a_gpu_that_is_not_there_is_an_error(dqn_zip, tmp_path):
     for device in ("cuda", "cuda:1"):
         wanted = f"--device {device}, but PyTorch finds no GPU: write --device auto or cpu"
         assert wanted in error_of("explain", dqn_zip, "--env", TINY, "-o", tmp_path / "x", "--device", device)
-        assert wanted in run("check", *HEALTHY, "--device", device)[1]
+        assert wanted in run_command("check", *HEALTHY, "--device", device)[1]
         file = tmp_path / "zoo.yml"
         file.write_text(YAML)
-        assert wanted in run("check", "--env", TINY, "--conf-file", file, "--device", device)[1]
+        assert wanted in run_command("check", "--env", TINY, "--conf-file", file, "--device", device)[1]
     assert "--device must be auto, cpu or cuda, got 'gpu'" in error_of(
         "explain", dqn_zip, "--env", TINY, "-o", tmp_path / "x", "--device", "gpu"
     )
@@ -768,5 +761,5 @@ def test_opencv_is_named_with_its_extra(error, monkeypatch):
 
     assert missing_extra(error) == "pip install 'sb3_resnet[atari]'"
     monkeypatch.setattr("sb3_resnet.cli.envs.make_vec_env", fail)
-    _, text, _ = run("check", *HEALTHY)
+    _, text, _ = run_command("check", *HEALTHY)
     assert "pip install 'sb3_resnet[atari]'" in text

@@ -24,7 +24,7 @@ from stable_baselines3.common.vec_env import (
 )
 
 from sb3_resnet.envs import AtariVecEnv, make_atari_vec_env, to_atari_vec_env
-from sb3_resnet.envs import atari as atari_module
+from sb3_resnet.envs import vec_env as atari_module
 from sb3_resnet.envs.game import AtariGame
 from tests.helpers import CONFIGS, PONG, SHORT_RUN, zoo
 

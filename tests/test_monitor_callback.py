@@ -231,7 +231,7 @@ def test_loss_and_td_errors_are_those_of_train_with_every_buffer(buffer, cached)
     twin.__class__ = Told
     for one in (model, twin):
         if cached:
-            start(one, FeatureCacheCallback("float32"))
+            start(one, FeatureCacheCallback())
         np.random.seed(0)
         th.manual_seed(0)
         if one is model:

@@ -10,8 +10,7 @@ from sb3_resnet import ResNetExtractor
 from sb3_resnet.diagnosis.readout import read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
 from sb3_resnet.probing import probe, record
-from tests.helpers import TinyGame, make_model
-from tests.test_cli import run
+from tests.helpers import TinyGame, make_model, run_command
 
 ROWS = 1200
 
@@ -146,7 +145,7 @@ def test_the_command_prints_a_table_and_writes_all_scores(tiny_id, tmp_path):
     file = tmp_path / "scores" / "probe.csv"
     arguments = ["--env", tiny_id, "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_tiny"]
     arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 200, "--n-envs", 4, "-o", file]
-    status, text, _ = run("probe", *arguments, width=200)
+    status, text, _ = run_command("probe", *arguments, width=200)
     assert status == 0
     assert "per_frame" in text
     assert "conv1x1" in text

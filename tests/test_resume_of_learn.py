@@ -10,20 +10,23 @@ import time
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_resnet
 from sb3_resnet.callbacks import (
     BestCheckpointCallback,
-    FeatureCacheCallback,
-    GradientClipCallback,
-    LRScheduleCallback,
-    UnfreezeCallback,
 )
 from sb3_resnet.common.checkpoints import checkpoints
-from tests.helpers import ALGORITHMS, ForgetfulGame, assert_same, make_model
+from tests.helpers import (
+    ALGORITHMS,
+    CutError,
+    ForgetfulGame,
+    Fuse,
+    assert_same,
+    make_model,
+    resuming_callbacks,
+)
 
 TOTAL = 150
 SETTINGS = {
@@ -43,58 +46,6 @@ SETTINGS = {
     "cache": {"cached": True, "gradient_steps": 4},
     "cache, 2 environments": {"cached": True, "n_envs": 2, "gradient_steps": -1},
 }
-
-
-class CutError(Exception):
-    """Stands for a crash."""
-
-
-class Fuse(BaseCallback):
-    """Ends ``learn()`` after so many steps and updates, in the midst of whatever is going on."""
-
-    def __init__(self, left):
-        super().__init__()
-        self.left = left
-
-    def _on_training_start(self):
-        self.model.policy.optimizer.register_step_post_hook(lambda *args: self._on_step())
-
-    def _on_step(self):
-        self.left -= 1
-        if self.left < 0:
-            raise CutError
-        return True
-
-
-class Evaluation(EvalCallback):
-    """Rewards that depend on the step alone; goes on counting where the run was cut."""
-
-    def __init__(self):
-        super().__init__(ForgetfulGame(), eval_freq=12, warn=False, verbose=0)
-
-    def _init_callback(self):
-        super()._init_callback()
-        self.n_calls = self.model.num_timesteps // self.model.n_envs
-
-    def _on_step(self):
-        if self.n_calls % self.eval_freq == 0:
-            self.last_mean_reward = 5.0 * np.sin(self.model.num_timesteps / 25)
-        return True
-
-
-def callbacks(folder, cached=False, **saving):
-    phases = [
-        {"at_timestep": 60, "unfreeze_from": "layer4", "lr_backbone": 5e-4, "ramp": 8, "restore_best": True},
-        {"on_plateau": {"patience": 1, "latest_timestep": 110}, "unfreeze_from": "layer3", "restore_best": True},
-    ]
-    return [
-        BestCheckpointCallback(save_path=folder, save_replay_buffer=True, keep_last=2, **{"save_freq": 15, **saving}),
-        UnfreezeCallback(phases, verbose=0),
-        LRScheduleCallback(4, "cosine", decay_steps=60),
-        GradientClipCallback(1.0),
-        Evaluation(),
-        *([FeatureCacheCallback()] if cached else []),
-    ]
 
 
 def begin_or_resume(folder, algorithm="dqn", n_envs=1, **settings):
@@ -117,7 +68,7 @@ def run(folder, cuts=(), cached=False, save_freq_episodes=0, **settings):
     saving = {"save_freq": 0, "save_freq_episodes": save_freq_episodes} if save_freq_episodes else {}
     for left in [*cuts, 10**9]:
         model = begin_or_resume(folder, **settings)
-        used = [*callbacks(folder, cached, **saving), Fuse(left)]
+        used = [*resuming_callbacks(folder, cached, **saving), Fuse(left)]
         try:
             model.learn(TOTAL - model.num_timesteps, callback=used, reset_num_timesteps=False)
         except CutError:

@@ -8,8 +8,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_resnet
 from sb3_resnet.common.checkpoints import checkpoints
-from tests.helpers import ON_POLICY, ForgetfulGame, assert_same, make_actor_critic
-from tests.test_resume_of_learn import CutError, Fuse, callbacks
+from tests.helpers import ON_POLICY, CutError, ForgetfulGame, Fuse, assert_same, make_actor_critic, resuming_callbacks
 
 pytestmark = pytest.mark.slow
 
@@ -39,7 +38,7 @@ def run(folder, cuts=(), **settings):
     """Train to the end, through the cuts."""
     for left in [*cuts, 10**9]:
         model = begin_or_resume(folder, **settings)
-        used = [*callbacks(folder), Fuse(left)]
+        used = [*resuming_callbacks(folder), Fuse(left)]
         try:
             model.learn(TOTAL - model.num_timesteps, callback=used, reset_num_timesteps=False)
         except CutError:
