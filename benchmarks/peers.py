@@ -81,7 +81,7 @@ def encoded(model: DQN) -> FeatureCacheCallback:
     callback.init_callback(model)
     callback.on_training_start({}, {})
     buffer = model.replay_buffer
-    rows = np.arange(buffer.pos)
+    rows = np.arange(buffer.buffer_size if buffer.full else buffer.pos)
     for env in range(model.n_envs):
         for column in (buffer.observations, buffer.next_observations):
             column[rows, np.full(len(rows), env)]
