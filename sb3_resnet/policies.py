@@ -20,7 +20,7 @@ from sb3_resnet.nn.heads import make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten
 from sb3_resnet.optim.updates import install_update_counter
-from sb3_resnet.policies_common import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
+from sb3_resnet.optim.policy import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
 
 _BY_NAME = f"write its name as a string, {POLICY_NAME!r}"
 _FOR_QRDQN = (
@@ -133,7 +133,7 @@ class ResNetQNetwork(ResNetNetworkMixin, QNetwork):
 
 class ResNetCnnPolicy(ResNetQPolicyMixin, DQNPolicy):
     """
-    Policy of DQN with a ResNet; :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists its arguments.
+    Policy of DQN with a ResNet; :class:`~sb3_resnet.optim.policy.ResNetPolicyMixin` lists its arguments.
     """
 
     _network = "q_net"
@@ -183,7 +183,7 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
     """
     What the ResNet policies of PPO, A2C and MaskablePPO share; goes before SB3's policy class.
 
-    :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists the arguments. All that is not trunk or adapter is the
+    :class:`~sb3_resnet.optim.policy.ResNetPolicyMixin` lists the arguments. All that is not trunk or adapter is the
     head: the hidden layers of actor and critic, their outputs, and ``log_std``. ``net_arch`` may also be a dict, such
     as ``{"pi": [256], "vf": [512]}``. With ``share_features_extractor=False`` the critic's ResNet begins as a copy of
     the actor's, and both follow one freeze boundary.

@@ -19,7 +19,7 @@ class ResNetQuantileNetwork(ResNetNetworkMixin, QuantileNetwork):
 
 class ResNetQRDQNPolicy(ResNetQPolicyMixin, QRDQNPolicy):
     """
-    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.policies_common.ResNetPolicyMixin` lists its
+    Policy of QR-DQN with a ResNet; :class:`~sb3_resnet.optim.policy.ResNetPolicyMixin` lists its
     arguments.
 
     Where ``policy_kwargs`` name no optimizer, QRDQN writes ``optimizer_class=torch.optim.Adam`` with ``eps`` alone into

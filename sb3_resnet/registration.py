@@ -10,7 +10,7 @@ from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
 from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
-from sb3_resnet.policies_common import POLICY_NAME
+from sb3_resnet.optim.policy import POLICY_NAME
 
 
 def register_policies() -> None:

@@ -20,7 +20,7 @@ from sb3_resnet.cli.loading import algorithm_class, read_device
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.cli.zoo_code import refuse_code
 from sb3_resnet.common.arguments import shown
-from sb3_resnet.policies_common import POLICY_NAME
+from sb3_resnet.optim.policy import POLICY_NAME
 
 #: Algorithms that :func:`from_arguments` builds.
 ALGORITHMS = ("dqn", "qrdqn")
