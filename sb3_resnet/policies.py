@@ -19,8 +19,8 @@ from sb3_resnet.common import host
 from sb3_resnet.nn.heads import make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten
-from sb3_resnet.optim.updates import install_update_counter
 from sb3_resnet.optim.policy import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
+from sb3_resnet.optim.updates import install_update_counter
 
 _BY_NAME = f"write its name as a string, {POLICY_NAME!r}"
 _FOR_QRDQN = (

@@ -9,8 +9,8 @@ import stable_baselines3
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
 from sb3_resnet.optim.policy import POLICY_NAME
+from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
 
 
 def register_policies() -> None:
