@@ -291,4 +291,5 @@ def _flat_dim(parts: Mapping[str, Any], keys: Iterable[str]) -> int:
 
 
 def _side_by_side(observations: Mapping[str, th.Tensor], keys: Iterable[str]) -> th.Tensor:
-    return th.cat([observations[key].float().flatten(1) for key in keys], dim=1)
+    """Numbers without axes come as ``(batch,)``."""
+    return th.cat([observations[key].float().reshape(len(observations[key]), -1) for key in keys], dim=1)
