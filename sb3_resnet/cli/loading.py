@@ -84,8 +84,8 @@ def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
     extractor = getattr(owner, "features_extractor", None)
     if isinstance(extractor, ResNetCombinedExtractor):
         raise ValueError(
-            f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model "
-            "trained with ResNetCnnPolicy"
+            f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
+            "ResNetCnnPolicy (sb3-resnet groups, doctor and plot work with a Dict)"
         )
     if not isinstance(extractor, ResNetExtractor):
         other = getattr(policy, "features_extractor_class", type(extractor)).__name__
