@@ -90,7 +90,7 @@ class ResNetCombinedExtractor(BaseFeaturesExtractor):
         super().__init__(observation_space, of_images + [dim, *widths][-1] + _flat_dim(parts, others))
 
         #: The ResNet of each image, by the name of its module; :attr:`resnets` has them by key.
-        self.images = nn.ModuleDict(images)
+        self.extractors = nn.ModuleDict(images)
         scale = "standardize" if flag("standardize_vectors", standardize_vectors) and vectors else "none"
         #: Standardisation and MLP of the vectors.
         self.vectors = make_head(dim, 0, widths, nn.ReLU, 0.0, scale)
@@ -101,8 +101,8 @@ class ResNetCombinedExtractor(BaseFeaturesExtractor):
     @property
     def resnets(self) -> dict[str, ResNetExtractor]:
         """The features extractor of each image, by its key; the same one for all that share it."""
-        images: Any = self.images
-        return {key: images[name] for key, name in self._names.items()}
+        extractors: Any = self.extractors
+        return {key: extractors[name] for key, name in self._names.items()}
 
     @property
     def stages(self) -> tuple[str, ...]:

@@ -73,7 +73,7 @@ def test_each_image_has_a_resnet_of_its_own_or_all_share_one():
     assert len(extractors_in(own)) == 2
     assert len(extractors_in(shared)) == 1
     assert shared.resnets["left"] is shared.resnets["right"]
-    assert {key.split(".")[1] for key in shared.state_dict() if key.startswith("images.")} == {"shared"}
+    assert {key.split(".")[1] for key in shared.state_dict() if key.startswith("extractors.")} == {"shared"}
     observations = batch(shared)
     for extractor in (own.eval(), shared.eval()):
         features = extractor(observations)

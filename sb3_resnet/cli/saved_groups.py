@@ -23,7 +23,7 @@ from sb3_resnet.optim.groups import is_part
 _ONLINE = {"dqn": "q_net.", "qrdqn": "quantile_net."}
 # With a Dict the modules of each image are under its name.
 _IN_EXTRACTOR = re.compile(
-    r"((?:.*\.)?(?:pi_|vf_)?features_extractor\.(?:images\.([^.]+)\.)?)(adapter|backbone)\.(\w+)"
+    r"((?:.*\.)?(?:pi_|vf_)?features_extractor\.(?:extractors\.([^.]+)\.)?)(adapter|backbone)\.(\w+)"
 )
 _STEM = {"conv1", "bn1"}
 
