@@ -6,10 +6,12 @@ import subprocess
 import sys
 import warnings
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from sb3_contrib import MaskablePPO
 from stable_baselines3 import A2C, DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
@@ -44,6 +46,7 @@ from tests.helpers import (
     assert_same,
     dict_observations,
     make_dict_model,
+    run_command,
     scores,
     snapshot,
 )
@@ -608,6 +611,47 @@ def test_the_groups_of_a_file_are_those_of_the_model(tmp_path, algorithm):
         ValueError, match=r"^m sees a Dict with ResNetCombinedExtractor, and this command works with one"
     ):
         extractor_of(model, "m")
+
+
+@pytest.fixture
+def dict_id():
+    """The Dict game in gymnasium's registry."""
+    gym.register("Dict-v0", "tests.helpers:DictGame")
+    yield "Dict-v0"
+    del gym.envs.registration.registry["Dict-v0"]
+
+
+def test_commands_that_work_with_one_image_say_so(tmp_path, dict_id):
+    seen = "sees a Dict with ResNetCombinedExtractor, and this command works with one image"
+    status, text, _ = run_command("check", "--env", dict_id, "--backbone", "resnet_mini")
+    assert status == 1
+    assert f"The model {seen}" in " ".join(text.split())
+    make_dict_model("ppo").save(tmp_path / "model.zip")
+    for command in (["explain", tmp_path / "model.zip", "--env", dict_id], ["export", tmp_path / "model.zip"]):
+        status, _, error = run_command(*command)
+        assert status == 1
+        assert seen in " ".join(error.split())
+    status, _, error = run_command("probe", "--env", dict_id)
+    assert status == 1
+    assert "A probe looks at one image, and the environment gives a Dict" in " ".join(error.split())
+
+
+class Masked(DictGame):
+    def action_masks(self):
+        return np.array([True, False, True])
+
+
+def test_maskable_ppo_has_the_policy_too(tmp_path):
+    eyes = {"backbone": "resnet_mini", "freeze_backbone": False}
+    small = {"n_steps": 8, "batch_size": 4, "n_epochs": 1, "policy_kwargs": {"features_extractor_kwargs": eyes}}
+    model = MaskablePPO("ResNetMultiInputPolicy", Masked(), device="cpu", **small)
+    before = [snapshot(extractor) for extractor in trunks(model)]
+    model.learn(16)
+    for extractor, state in zip(trunks(model), before, strict=True):
+        assert not th.equal(extractor.backbone.conv1.weight, state["backbone.conv1.weight"])
+    model.save(tmp_path / "model")
+    loaded = MaskablePPO.load(tmp_path / "model", device="cpu")
+    assert th.equal(scores(model, dict_observations(model)), scores(loaded, dict_observations(model)))
 
 
 def test_findings_are_those_of_all_images():
