@@ -18,6 +18,7 @@ from sb3_resnet.nn.backbones import smallest_size
 from sb3_resnet.nn.freezing import FreezeBoundary, set_boundaries, stages_of
 from sb3_resnet.nn.heads import make_head, widths_of
 from sb3_resnet.nn.image_spaces import has_image_bounds, scale_of
+from sb3_resnet.nn.weights import checkpoint_follows
 
 _OF_ONE_IMAGE = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 _FOR_ALL = ("freeze_backbone", "frozen_dtype")  # one value for all images, since the policy has one
@@ -204,7 +205,7 @@ def _image_keys(space: Any, given: Any) -> list[str]:
         what = f"The Dict has no image, its keys are {', '.join(map(repr, space.spaces))}"
         instead = "policy='MultiInputPolicy', SB3's policy with its own features extractor."
         raise ValueError(f"{what}: write {' '.join([instead, *odd])}")
-    for text in odd:
+    for text in [] if checkpoint_follows() else odd:
         warnings.warn(f"{text} It is flattened, as SB3 does; write image_keys={found} if so it is to be.", stacklevel=4)
     return found
 
