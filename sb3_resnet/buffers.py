@@ -105,6 +105,11 @@ class _ColumnBuffer(ReplayBuffer):
         n_envs: int = 1,
         **kwargs: Any,
     ) -> None:
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"{type(self).__name__} stores one image, and the observation space is a Dict: leave "
+                "replay_buffer_class out, so that SB3 takes its DictReplayBuffer, or write HerReplayBuffer"
+            )
         # With its full size SB3 would reserve the memory that the columns save.
         super().__init__(n_envs, observation_space, action_space, device, n_envs, **kwargs)
         resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())

@@ -8,6 +8,7 @@ import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticCnnPolicy
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
+from sb3_resnet.optim.policy import DictObservationsMixin
 from sb3_resnet.policies import ResNetActorCriticMixin, ResNetNetworkMixin, ResNetQPolicyMixin
 
 
@@ -49,3 +50,11 @@ class ResNetMaskableActorCriticCnnPolicy(ResNetActorCriticMixin, MaskableActorCr
     Policy of MaskablePPO with a ResNet; :class:`~sb3_resnet.policies.ResNetActorCriticMixin` says what its arguments
     mean there.
     """
+
+
+class ResNetQRDQNMultiInputPolicy(DictObservationsMixin, ResNetQRDQNPolicy):
+    """The policy of QR-DQN with ResNets for the images of a Dict."""
+
+
+class ResNetMaskableMultiInputActorCriticPolicy(DictObservationsMixin, ResNetMaskableActorCriticCnnPolicy):
+    """The policy of MaskablePPO with ResNets for the images of a Dict."""

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -112,6 +113,10 @@ def record(
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
+    if isinstance(env.observation_space, spaces.Dict):
+        raise ValueError(
+            "A probe looks at one image, and the environment gives a Dict: take the image out in a wrapper"
+        )
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)

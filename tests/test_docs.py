@@ -25,9 +25,12 @@ PUBLIC = (
     + [f"sb3_resnet.diagnosis.{name}" for name in sb3_resnet.diagnosis.__all__]
     + [f"sb3_resnet.buffers.{name}" for name in ("FrameReplayBuffer", "FrameNStepReplayBuffer")]
 )
-WITH_TABLE = ["sb3_resnet.ResNetExtractor", "sb3_resnet.ResNetCnnPolicy", "sb3_resnet.fine_tuning_callbacks"] + [
-    f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__ if name.endswith("Callback")
-]
+WITH_TABLE = [
+    "sb3_resnet.ResNetExtractor",
+    "sb3_resnet.ResNetCombinedExtractor",
+    "sb3_resnet.ResNetCnnPolicy",
+    "sb3_resnet.fine_tuning_callbacks",
+] + [f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__ if name.endswith("Callback")]
 
 
 def page_id(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
@@ -131,6 +132,10 @@ class FeatureCacheCallback(BaseCallback):
 
     def _extractor(self) -> Any:
         policy: Any = self.model.policy
+        if isinstance(self.model.observation_space, spaces.Dict):
+            raise ValueError(
+                "FeatureCacheCallback keeps the entries of one image, and the observation space is a Dict: leave it out"
+            )
         if not hasattr(policy, "set_freeze_boundary") or not isinstance(self.model, OffPolicyAlgorithm):
             raise ValueError(
                 f"FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer; {type(self.model).__name__} with "
