@@ -132,9 +132,9 @@ def test_ten_rollouts_with_and_without_the_cache_give_the_same_parameters(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("frozen_dtype", ["float32", "bfloat16"])
-def test_a_larger_network_and_random_images_train_the_same_too(frozen_dtype):
-    extractor = {"backbone": "resnet18", "frozen_dtype": frozen_dtype}
-    options = {"n_steps": 16, "batch_size": 8, "n_epochs": 3, "steps": 320, "learning_rate": 1e-3}
+def test_a_larger_network_and_larger_batches_train_the_same_too(frozen_dtype):
+    extractor = {"backbone": "resnet_tiny", "frozen_dtype": frozen_dtype}
+    options = {"n_steps": 16, "batch_size": 16, "n_epochs": 3, "steps": 160, "learning_rate": 1e-3}
     plain, cached = pair(extractor=extractor, callbacks=phases, **options)
     assert_equal_training(plain, cached, tolerance=1e-5 if frozen_dtype == "float32" else 1e-3)
 
@@ -334,10 +334,31 @@ def test_minibatches_are_those_of_the_stock_buffer(n_envs):
                 assert all(th.equal(a, b) for a, b in zip(one, other, strict=True))
         assert len(lent.shared.store) == 7 * n_envs
         assert np.array_equal(np.asarray(lent.observations), stock.observations)
+    assert lend_rollout_buffer(lent, frame_channels=2).shared.store.frame_channels == 2
     give_rollout_buffer_back(lent)
     give_rollout_buffer_back(lent)
     assert type(lent) is RolloutBuffer
     assert np.array_equal(lent.observations, stock.observations)
+
+
+@pytest.mark.parametrize("n_envs", [1, 2])
+def test_questions_of_others_while_a_rollout_is_collected_change_nothing(n_envs):
+    """Such as a callback's, which asks for actions and values of observations of its own."""
+
+    class Ask(BaseCallback):
+        def _on_step(self):
+            state = th.get_rng_state()
+            with th.no_grad():
+                for count in (n_envs, 5):
+                    obs = th.as_tensor(observations(self.model, count))
+                    expected = probabilities_and_values(self.model, obs)[:, -1:]
+                    self.model.policy.predict_values(obs)
+                    assert th.allclose(self.model.policy(obs)[1], expected, rtol=1e-4, atol=1e-5)
+            th.set_rng_state(state)
+            return True
+
+    plain, cached = pair(n_envs=n_envs, callbacks=lambda: [Ask()], steps=16 * n_envs)
+    assert_equal_training(plain, cached)
 
 
 def masked(shared):
