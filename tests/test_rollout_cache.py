@@ -307,6 +307,8 @@ def test_the_policy_says_the_same_of_entries_as_of_pixels(shared, boundary):
     assert th.allclose(got, expected, rtol=1e-5, atol=1e-6)
     assert th.allclose(values, expected[:, -1:], rtol=1e-5, atol=1e-6)
     assert th.allclose(log_prob.exp(), expected[:, 0], rtol=1e-5, atol=1e-6)
+    assert len(encoded[::2]) == 4
+    assert th.equal(encoded[::2].entries, encoded.entries[::2])
 
 
 @pytest.mark.parametrize("n_envs", [1, 3])
