@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
+from sb3_resnet.cache.actor_critic import EncodedFeatures, RolloutEncodingMixin
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
 from sb3_resnet.nn.heads import ResNetMlpExtractor, make_head, widths_of
@@ -155,7 +156,7 @@ class ResNetMultiInputPolicy(DictObservationsMixin, ResNetCnnPolicy):
     """
 
 
-class ResNetActorCriticMixin(ResNetPolicyMixin):
+class ResNetActorCriticMixin(RolloutEncodingMixin, ResNetPolicyMixin):
     """
     What the ResNet policies of PPO, A2C and MaskablePPO share; goes before SB3's policy class.
 
@@ -222,7 +223,7 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
                 setattr(distribution, name, None)  # as before the first observation
             elif name == "distributions":
                 setattr(distribution, name, [])  # MaskablePPO's, of several discrete actions
-        return {**self.__dict__, "action_dist": distribution}
+        return {**self.__dict__, "action_dist": distribution, "encoding": None}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         # SB3 leaves this one out, and so loads two features extractors into one.
@@ -230,7 +231,7 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
         return {**super()._get_constructor_parameters(), "share_features_extractor": shares}
 
 
-class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy):
+class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy, EncodedFeatures):
     """
     Policy of PPO and A2C with a ResNet; :class:`ResNetActorCriticMixin` says what its arguments mean there.
     """

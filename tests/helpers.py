@@ -356,9 +356,9 @@ def amp(model, dtype="float16", **kwargs):
     return start(model, AMPCallback(dtype, verbose=0, **kwargs))
 
 
-def zoo(command, algorithm, folder, *arguments):
-    """Run one of RL-Zoo's commands on Pong; return what it prints."""
-    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", PONG, "-f", folder]
+def zoo(command, algorithm, folder, *arguments, env=PONG):
+    """Run one of RL-Zoo's commands on a game; return what it prints."""
+    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", env, "-f", folder]
     line += ["--gym-packages", "sb3_resnet", "--device", "cpu", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)

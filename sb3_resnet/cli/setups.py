@@ -25,7 +25,7 @@ from sb3_resnet.common.arguments import shown
 from sb3_resnet.optim.policy import DICT_POLICY_NAME, POLICY_NAME
 
 #: Algorithms that :func:`from_arguments` builds.
-ALGORITHMS = ("dqn", "qrdqn")
+ALGORITHMS = ("dqn", "qrdqn", "ppo", "a2c")
 Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
 _ROWS = 8  # rows of the small replay buffer, per environment
