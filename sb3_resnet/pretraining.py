@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -29,8 +28,9 @@ from sb3_resnet.diagnosis.readout import mean_r2, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
+from sb3_resnet.nn.pretraining.board import tensorboard
 from sb3_resnet.nn.pretraining.frames import Frames
-from sb3_resnet.nn.pretraining.run import Log, Probe, Run, Told, refuse_other
+from sb3_resnet.nn.pretraining.run import CHECKPOINT, Probe, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
 from sb3_resnet.nn.pretraining.trainer import Trainer
@@ -39,6 +39,7 @@ from sb3_resnet.probing import LabelFunction, Recording, features_of, record, sc
 _HELD_OUT_SEED = 1_000_003  # added to the seed: other episodes
 _IDENTITY = "arguments"  # key in the metadata of the file of frames
 _LABEL = "label."
+_FRAMES = "frames.safetensors"
 
 
 @dataclass(frozen=True)
@@ -98,38 +99,46 @@ def pretrain(
     began = time.monotonic()
     chosen = Settings.read(settings)
     path = _output(output)
-    images = chosen.images(env.observation_space)
-    source = {
-        "env": name_of(env),
-        "space": str(env.observation_space),
-        "source": _source(model, replay_buffer),
-        "labels": [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys],
-    }
+    needed = chosen.frame_bytes(chosen.images(env.observation_space))
+    source = _source(env, model, replay_buffer, labels, info_keys)
     identity = {**source, **chosen.plain()}
     budget = {"updates": chosen.updates, "minutes": chosen.minutes}
-    if path.exists():
-        return _finished(path, {**identity, **budget})
-    _check_memory(chosen.frame_bytes(images))
     folder = path.with_name(f"{path.name}.run")
+    if path.exists():
+        result = _finished(path, {**identity, **budget})
+        _remove(folder)  # an attempt may have been killed right before this
+        return result
+    _check_memory(needed)
     prepare_folder(folder)
     remove_left_overs(folder)
-    stored = folder / "frames.safetensors"
     collecting = {**source, **chosen.plain(only_collecting=True)}
-    if not stored.exists():
+    if not (folder / _FRAMES).exists():
         held_out = _held_out(env, chosen, model, labels, info_keys, told)
-        _store(stored, _collected(env, model, replay_buffer, chosen, told), held_out, collecting)
+        _store(folder / _FRAMES, _collected(env, model, replay_buffer, chosen, told), held_out, collecting)
     # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
-    frames, held_out = _stored(stored, collecting, env.observation_space)
+    frames, held_out = _stored(folder / _FRAMES, collecting, env.observation_space)
     trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
     run = Run(folder, chosen, identity, began)
-    with _tensorboard(tensorboard_log) as log:
+    with tensorboard(tensorboard_log) as log:
         run.train(trainer, _probe_of(held_out, chosen), told, log)
-    card = _card(run, chosen, trainer, {**identity, **budget})
+    return _written(path, run, trainer, {**identity, **budget})
+
+
+def _written(path: Path, run: Run, trainer: Trainer, arguments: Mapping[str, Any]) -> Result:
+    card = _card(run, trainer, arguments)
     remove_left_overs(path.parent)
     with written_whole(path) as (temporary,):
         save_with_card(temporary, run.best["trunk"], card)
-    shutil.rmtree(folder)
+    _remove(run.folder)
     return Result(path, card)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a run has written into its folder, and nothing else that may be there."""
+    for name in (CHECKPOINT, _FRAMES):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def name_of(env: VecEnv) -> str:
@@ -154,12 +163,15 @@ def _output(output: Any) -> Path:
     return path
 
 
-def _source(model: Any, replay_buffer: Any) -> str:
-    """What frames come from, so that a run is not gone on from with others."""
+def _source(
+    env: VecEnv, model: Any, replay_buffer: Any, labels: LabelFunction, info_keys: Sequence[str]
+) -> dict[str, Any]:
+    """What frames and labels come from, so that a run is not gone on from with others."""
     player = "random actions" if model is None else f"{type(model).__name__} of {model.num_timesteps:,} steps"
-    if replay_buffer is None:
-        return player
-    return f"{type(replay_buffer).__name__} of {replay_buffer.size():,} rows, probe: {player}"
+    if replay_buffer is not None:
+        player = f"{type(replay_buffer).__name__} of {replay_buffer.size():,} rows, probe: {player}"
+    names = [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys]
+    return {"env": name_of(env), "space": str(env.observation_space), "source": player, "labels": names}
 
 
 def _check_memory(needed: int) -> None:
@@ -185,7 +197,9 @@ def _held_out(
     told("Playing episodes to be held out", 0.0, "")
     seed = settings.seed + _HELD_OUT_SEED
     recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys)
-    split_episodes(recording.episodes)  # too few of them are better found now
+    led = recording.actions >= 0
+    if not all((split & led).any() for split in split_episodes(recording.episodes)):  # better found now
+        raise ValueError(f"held_out={settings.held_out} are too few steps to be probed: write held_out=2400 or so")
     return recording
 
 
@@ -243,8 +257,8 @@ def _probe_of(held_out: Recording, settings: Settings) -> Probe:
     return probe
 
 
-def _card(run: Run, settings: Settings, trainer: Trainer, identity: Mapping[str, Any]) -> dict[str, Any]:
-    images = trainer.images
+def _card(run: Run, trainer: Trainer, identity: Mapping[str, Any]) -> dict[str, Any]:
+    images, settings = trainer.images, trainer.settings
     versions = {}
     for name in ("sb3_resnet", "torch", "torchvision", "stable_baselines3"):
         try:
@@ -269,22 +283,6 @@ def _card(run: Run, settings: Settings, trainer: Trainer, identity: Mapping[str,
         "updates": trainer.update,
         "versions": versions,
     }
-
-
-@contextmanager
-def _tensorboard(folder: str | Path | None) -> Iterator[Log]:
-    if folder is None:
-        yield lambda name, value, update: None
-        return
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError("tensorboard_log needs TensorBoard: pip install 'sb3_resnet[tensorboard]'") from error
-    writer: Any = SummaryWriter(str(path_of("tensorboard_log", folder)))
-    try:
-        yield lambda name, value, update: writer.add_scalar(f"pretrain/{name}", value, update)
-    finally:
-        writer.close()
 
 
 def _number(value: float | None) -> float:

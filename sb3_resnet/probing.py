@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.playing import next_actions
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
@@ -44,7 +45,8 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode
+    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode; 0 for all
+        others where an action is no choice among several
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -120,7 +122,7 @@ def record(
     observations: Any = env.reset()
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
-    actions, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
+    choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = env.reset_infos
     for _ in range(-(-steps // env.num_envs)):
         for index, inner in enumerate(env.get_attr("unwrapped")):
@@ -130,11 +132,9 @@ def record(
                 "start": bool(starts[index]),
                 "labels": known,
             }
-            tracks[index].append({**row, "action": int(actions[index]), "reward": float(rewards[index])})
-        actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
-        if model is not None:
-            greedy, _ = model.predict(observations, deterministic=True)
-            actions = np.where(rng.random(env.num_envs) < epsilon, actions, greedy)
+            tracks[index].append({**row, "action": int(choices[index]), "reward": float(rewards[index])})
+        actions = next_actions(env, observations, model, epsilon, rng)
+        choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
         observations, rewards, starts, infos = env.step(actions)
     return _joined(tracks, env.observation_space)
 
@@ -252,8 +252,7 @@ def _fitting(source: str, kind: str, stages: Sequence[str], backbone: str) -> tu
         return [*stages], {**options, "pretrained": source == "pretrained"}
     path = Path(source).expanduser()
     card = read_card(path) if path.is_file() else None
-    fitting = {} if card is None else extractor_arguments(card)
-    options |= {"weights": str(path), **fitting}
+    options |= {"weights": str(path), **({} if card is None else extractor_arguments(card))}
     if options["adapter"] != kind:
         return [], options
     return [stage for stage in stages if STAGES.index(stage) <= STAGES.index(options["last_stage"])], options

@@ -24,7 +24,8 @@ Told = Callable[[str, float, str], None]
 #: Told a name, a value and an update.
 Log = Callable[[str, float, int], None]
 
-_CHECKPOINT = "checkpoint.pt"
+#: Its name in the folder of a run.
+CHECKPOINT = "checkpoint.pt"
 _SAVE_SECONDS = 60.0  # between checkpoints, beside those of the probes
 
 
@@ -39,7 +40,9 @@ class Run:
     """
 
     def __init__(self, folder: Path, settings: Settings, identity: Mapping[str, Any], began: float) -> None:
-        self._path = folder / _CHECKPOINT
+        #: Of the checkpoint.
+        self.folder = folder
+        self._path = folder / CHECKPOINT
         self._settings, self._identity, self._began = settings, dict(identity), began
         #: By probe: update, mean loss since the one before, score, spread, effective rank; the first of random weights.
         self.history: list[dict[str, Any]] = []
@@ -117,7 +120,7 @@ class Run:
         for name, value in (("score", known), ("spread", spread), ("effective_rank", rank)):
             if value is not None:
                 log(name, value, trainer.update)
-        refuse_collapse(spread, rank, trainer.update)
+        refuse_collapse(spread, rank, trainer.update, self.history[0]["spread"] if self.history else 0.0)
         self.history.append(entry)
         self._losses = []
         if trainer.update == 0:
@@ -143,7 +146,7 @@ class Run:
         if not self._path.exists():
             return
         state = th.load(self._path, map_location="cpu", weights_only=True)
-        refuse_other(self._path.parent, json.loads(state["identity"]), self._identity)
+        refuse_other(self.folder, json.loads(state["identity"]), self._identity)
         trainer.load(state["trainer"])
         self.history, self.best = state["history"], state["best"]
         self.random_scores, self._losses = state["random_scores"], state["losses"]

@@ -9,6 +9,7 @@ import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_resnet.common.playing import next_actions
 from sb3_resnet.nn.pretraining.frames import Frames, FrameWriter
 
 Report = Callable[[float], None]
@@ -42,11 +43,7 @@ def play(
             if writer.is_full:
                 return writer.finished()
             writer.add(index, observations[index], bool(starts[index]))
-        actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
-        if model is not None:
-            greedy, _ = model.predict(observations, deterministic=True)
-            random = (rng.random(env.num_envs) < epsilon).reshape(-1, *(1,) * (actions.ndim - 1))
-            actions = np.where(random, actions, greedy)
+        actions = next_actions(env, observations, model, epsilon, rng)
         if is_choice:
             for index, action in enumerate(actions):
                 writer.act(index, int(action) - _first(env.action_space))
