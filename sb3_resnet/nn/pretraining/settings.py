@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
 from sb3_resnet.nn.adapters import ADAPTERS, read_frame_channels
 from sb3_resnet.nn.backbones import STAGES, available
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
@@ -99,7 +99,10 @@ class Settings:
         choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         if self.adapter is not None:
             choice("adapter", self.adapter, ADAPTERS)
-        read_image_size(self.image_size)
+        self._set("image_size", read_image_size(self.image_size))
+        for name in ("input_mean", "input_std"):
+            if getattr(self, name) is not None:
+                self._set(name, _numbers(name, getattr(self, name)))
 
     @classmethod
     def read(cls, given: dict[str, Any]) -> Settings:
@@ -169,3 +172,10 @@ class Settings:
         values = {name: [*value] if isinstance(value, (tuple, list)) else value for name, value in asdict(self).items()}
         names = _COLLECTING if only_collecting else {*values} - {"updates", "minutes", "device"}
         return {name: values[name] for name in sorted(names)}
+
+
+def _numbers(name: str, values: Any) -> list[float]:
+    """Plain numbers, which a card can hold; NumPy's are none."""
+    if isinstance(values, str) or not hasattr(values, "__iter__"):
+        raise ValueError(f"{name} must be numbers, one per channel of the trunk, got {shown(values)}")
+    return [number(name, value, -np.inf) for value in values]
