@@ -16,13 +16,13 @@ import argparse
 import csv
 import json
 import os
-import platform
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch as th
+from peers import machine
 
 from sb3_resnet.cli.envs import make_env
 from sb3_resnet.pretraining import Result, pretrain
@@ -53,7 +53,7 @@ def one_game(game: str, arguments: argparse.Namespace) -> dict[str, Any]:
         "command": f"python {' '.join(sys.argv)}",
         "game": game,
         "settings": {**result.card["arguments"]},
-        "machine": {"cpu": platform.processor() or platform.machine(), "threads": th.get_num_threads()},
+        "machine": machine(),
         "versions": result.card["versions"],
         "updates": result.card["updates"],
         "best update": result.card["update"],

@@ -195,6 +195,8 @@ def test_an_extractor_sees_what_the_trunk_was_trained_on(env, changes, tmp_path,
         own = trunk(network.preprocessing.as_images(seen)).reshape(5, -1)
     assert th.allclose(features, own, rtol=1e-4, atol=1e-5)
     assert features.std(dim=0).max() > 1e-3
+    if network.adapter is not None:
+        assert th.equal(network.adapter.weight, trunk.adapter.weight)
 
 
 @pytest.mark.parametrize("objective", ["atc", "barlow"])
