@@ -111,14 +111,14 @@ def pretrain(
     _check_memory(needed)
     prepare_folder(folder)
     remove_left_overs(folder)
+    run = Run(folder, chosen, identity, began)
     collecting = {**source, **chosen.plain(only_collecting=True)}
-    if not (folder / _FRAMES).exists():
+    if not _is_stored(folder / _FRAMES, collecting):
         held_out = _held_out(env, chosen, model, labels, info_keys, told)
         _store(folder / _FRAMES, _collected(env, model, replay_buffer, chosen, told), held_out, collecting)
     # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
-    frames, held_out = _stored(folder / _FRAMES, collecting, env.observation_space)
+    frames, held_out = _stored(folder / _FRAMES, env.observation_space)
     trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
-    run = Run(folder, chosen, identity, began)
     with tensorboard(tensorboard_log) as log:
         run.train(trainer, _probe_of(held_out, chosen), told, log)
     return _written(path, run, trainer, {**identity, **budget})
@@ -171,7 +171,8 @@ def _source(
     if replay_buffer is not None:
         player = f"{type(replay_buffer).__name__} of {replay_buffer.size():,} rows, probe: {player}"
     names = [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys]
-    return {"env": name_of(env), "space": str(env.observation_space), "source": player, "labels": names}
+    space = str(env.observation_space)
+    return {"env": name_of(env), "n_envs": env.num_envs, "space": space, "source": player, "labels": names}
 
 
 def _check_memory(needed: int) -> None:
@@ -187,7 +188,7 @@ def _finished(path: Path, identity: Mapping[str, Any]) -> Result:
     card = read_card(path)
     if card is None:
         raise ValueError(f"{str(path)!r} exists and is no file of a pretraining: write another output, or delete it")
-    refuse_other(path, card["arguments"], identity)
+    refuse_other(path, card.get("arguments", {}), identity)
     return Result(path, card)
 
 
@@ -224,12 +225,18 @@ def _store(path: Path, frames: Frames, held_out: Recording, identity: Mapping[st
         save_file({**frames.tensors(), **tensors}, temporary, metadata={_IDENTITY: json.dumps(identity)})
 
 
-def _stored(path: Path, identity: Mapping[str, Any], space: Any) -> tuple[Frames, Recording]:
+def _is_stored(path: Path, identity: Mapping[str, Any]) -> bool:
     from safetensors import safe_open
+
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(json.loads(file.metadata()[_IDENTITY]) == identity)
+
+
+def _stored(path: Path, space: Any) -> tuple[Frames, Recording]:
     from safetensors.torch import load_file
 
-    with safe_open(path, "pt") as file:
-        refuse_other(path.parent, json.loads(file.metadata()[_IDENTITY]), identity)
     tensors = load_file(path)
     arrays = {
         key.removeprefix("held_out."): value.numpy() for key, value in tensors.items() if key.startswith("held_out.")

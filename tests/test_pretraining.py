@@ -381,8 +381,15 @@ def test_a_folder_of_another_run_is_not_gone_on_from(tmp_path):
         small(path, told=stop_at_update(3))
     with pytest.raises(ValueError, match=r"other arguments \(batch_size=8 instead of 16\)"):
         small(path, batch_size=16)
-    with pytest.raises(ValueError, match=r"other arguments \(seed=0 instead of 1\)"):
-        small(path, seed=1)
+    with pytest.raises(ValueError, match=r"other arguments \(n_envs=4 instead of 2\)"):
+        pretrain(make_vec_env(TinyGame, 2), path, labels=column, **SMALL)
+
+
+def test_frames_that_turn_out_to_be_too_few_stand_in_nobodys_way(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match="write more frames"):
+        small(path, frames=12)
+    assert small(path).card["updates"] == 6
 
 
 def test_minutes_count_the_time_of_earlier_attempts(tmp_path, monkeypatch):

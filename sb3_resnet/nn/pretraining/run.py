@@ -37,6 +37,7 @@ class Run:
     :param settings: what was chosen
     :param identity: what must be the same for a checkpoint to be gone on from
     :param began: second of ``time.monotonic()`` at which this attempt began
+    :raises ValueError: for a checkpoint of a run with other arguments
     """
 
     def __init__(self, folder: Path, settings: Settings, identity: Mapping[str, Any], began: float) -> None:
@@ -52,6 +53,9 @@ class Run:
         self.random_scores: dict[str, Any] = {}
         self._losses: list[float] = []
         self._saved = began
+        self._trained: dict[str, Any] | None = None
+        if self._path.exists():
+            self._read()
 
     @property
     def seconds(self) -> float:
@@ -66,9 +70,11 @@ class Run:
         :param probe: scores weights
         :param told: told of each update
         :param log: told each figure
-        :raises ValueError: for a checkpoint of a run with other arguments, and for features that collapse
+        :raises CollapseError: for features that collapse
         """
-        self._load(trainer)
+        if self._trained is not None:
+            trainer.load(self._trained)
+            self._trained = None
         if not self.history:
             self._probe(trainer, probe, log)
             self._save(trainer)
@@ -142,12 +148,10 @@ class Run:
             th.save(state, temporary)
         self._saved = time.monotonic()
 
-    def _load(self, trainer: Trainer) -> None:
-        if not self._path.exists():
-            return
+    def _read(self) -> None:
         state = th.load(self._path, map_location="cpu", weights_only=True)
         refuse_other(self.folder, json.loads(state["identity"]), self._identity)
-        trainer.load(state["trainer"])
+        self._trained = state["trainer"]
         self.history, self.best = state["history"], state["best"]
         self.random_scores, self._losses = state["random_scores"], state["losses"]
         self._began -= state["seconds"]
