@@ -45,7 +45,7 @@ class Settings:
     :param frames: frames to train on, each kept once as uint8: 7 kB each at 84x84
     :param held_out: observations of other episodes, on which the features are probed
     :param epsilon: share of random actions beside those of a model
-    :param batch_size: pairs of observations per update (the paper's; a CPU makes more of 128 and ``warmup=100``)
+    :param batch_size: pairs of observations per update (the paper's; on a CPU write 128, and ``warmup=100``)
     :param learning_rate: of Adam
     :param warmup: updates in which the learning rate rises to it
     :param max_grad_norm: gradients are clipped at this norm
