@@ -86,9 +86,10 @@ def with_values(section: Mapping[str, Any], values: Mapping[str, Any], learning_
     values = dict(values)
     _set_rates(changed, policy, values, learning_rate)
     policy |= {name: values.pop(name) for name in ("weight_decay", "dropout") if name in values}
-    extractor |= {name: values.pop(name) for name in ("last_stage", "pooling") if name in values}
-    if extractor.get("pooling", "avg") != "grid":
+    if values.get("pooling", "grid") != "grid":
         extractor.pop("grid_size", None)  # refused beside other poolings
+    moves = {*values} & {"last_stage", "unfreeze_from", "unfreeze_at"}
+    extractor |= {name: values.pop(name) for name in ("last_stage", "pooling") if name in values}
     if extractor:
         policy["features_extractor_kwargs"] = extractor
     callbacks = _callbacks(changed)
@@ -96,7 +97,8 @@ def with_values(section: Mapping[str, Any], values: Mapping[str, Any], learning_
         arguments = _arguments(callbacks, "LRScheduleCallback", _RECIPE)
         arguments = _added(callbacks, _SCHEDULE) if arguments is None else arguments
         arguments["warmup_steps"] = values.pop("warmup_steps")
-    _set_phases(changed, callbacks, values, last_stage(changed))
+    if moves:
+        _set_phases(changed, callbacks, values, last_stage(changed))
     if callbacks:
         changed["callback"] = [{path: arguments} if arguments else path for path, arguments in callbacks]
     return changed | values
@@ -125,7 +127,10 @@ def _set_phases(section: dict[str, Any], callbacks: list[Callback], values: dict
         if stage is None and at is None:
             return
         arguments = _added(callbacks, _UNFREEZE)
-    first, *others = [dict(phase) for phase in arguments.get("phases") or [{}]]
+    phases = arguments.get("phases", [{}])
+    if not (isinstance(phases, list) and phases and all(isinstance(phase, Mapping) for phase in phases)):
+        return  # the callback says what is wrong with them
+    first, *others = map(dict, phases)
     if stage is not None:
         first["unfreeze_from"] = stage
     if at is not None:
