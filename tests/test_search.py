@@ -370,7 +370,8 @@ def test_poolings_for_which_images_are_too_small_are_left_out_or_refused(tmp_pat
 
 def test_ranges_come_from_a_python_configuration_too(tmp_path, tiny_id):
     path = tmp_path / "config.py"
-    path.write_text(f"hyperparams = {dict([(tiny_id, small_section()), ('search', {'dropout': 0.125})])!r}")
+    sections = {tiny_id: small_section(), "search": {"dropout": 0.125}}
+    path.write_text(f"hyperparams = {sections!r}")
     manager = manager_of(tmp_path, small_section())
     manager.config = str(path)
     assert experiment_of(manager).space.values["dropout"] == Fixed(0.125)

@@ -17,12 +17,13 @@ from typing import Any
 import optuna
 from optuna.storages import JournalStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 JOURNAL = ".log"  # how RL-Zoo knows a journal file
 _BEAT = "sb3_resnet:heartbeat"  # the trial's own attribute
 _MISSED = 5  # signs of life that a dead trial has missed
+_RETRIES = 2  # after that the values themselves may bring workers down, such as by taking too much memory
 _ATTEMPTS = 10
 
 
@@ -75,10 +76,9 @@ class _Heartbeat(BaseHeartbeat):
         return self.seconds
 
     def get_heartbeat_stale_trial_callback(self) -> Any:
-        return retry_callback()
-
-    def get_failed_trial_callback(self) -> Any:  # before Optuna 4.9
-        return retry_callback()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=_RETRIES)
 
 
 class JournalHeartbeatStorage(_Heartbeat, JournalStorage):
@@ -87,15 +87,6 @@ class JournalHeartbeatStorage(_Heartbeat, JournalStorage):
 
 class DatabaseHeartbeatStorage(_Heartbeat, RDBStorage):
     """A database whose running trials give signs of life."""
-
-
-def retry_callback() -> Any:
-    """:return: puts the values of a dead trial back into the queue, unless it has brought down three workers"""
-    name = "RetryHeartbeatStaleTrialCallback"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        make = getattr(optuna.storages, name, None) or optuna.storages.RetryFailedTrialCallback
-        return make(max_retry=2)
 
 
 def is_retry(trial: Any) -> bool:
@@ -114,7 +105,10 @@ def open_storage(written: str, heartbeat_seconds: int) -> Any:
     """
     if written.endswith(JOURNAL):
         Path(written).parent.mkdir(parents=True, exist_ok=True)
-        storage: Any = JournalHeartbeatStorage(JournalFileBackend(written))
+        # A worker that dies while it writes holds the lock. It must be broken before the others, who cannot write
+        # signs of life, seem to be dead too; Optuna warns of less than three seconds.
+        lock = JournalFileSymlinkLock(written, grace_period=max(3, 2 * int(heartbeat_seconds)))
+        storage: Any = JournalHeartbeatStorage(JournalFileBackend(written, lock))
     else:
         storage = _database(written)
     storage.seconds = heartbeat_seconds

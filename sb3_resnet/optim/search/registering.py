@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import socket
+import traceback
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -52,13 +53,18 @@ def _objective(plain: Callable[[Any, Any], float], manager: Any, trial: Any) -> 
         try:
             return plain(own, trial)
         except optuna.TrialPruned as pruned:
-            cause = pruned.__cause__
-            if cause is not None:  # RL-Zoo takes a ValueError for bad luck with the values
-                trial.set_user_attr("error", f"{type(cause).__name__}: {cause}")
-                optuna.logging.get_logger("optuna.sb3_resnet").warning(
-                    f"Trial {trial.number} is pruned because of {type(cause).__name__}: {cause}"
-                )
+            if pruned.__cause__ is not None:  # RL-Zoo takes an error for bad luck with the values
+                error = _described(pruned.__cause__)
+                trial.set_user_attr("error", error)
+                optuna.logging.get_logger("optuna.sb3_resnet").warning(f"Trial {trial.number} is pruned: {error}")
             raise
+
+
+def _described(error: BaseException) -> str:
+    """With the line, since an assertion often says no more."""
+    text = "".join(traceback.format_exception_only(type(error), error)).strip()
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return text + "".join(f" ({frame.filename}, line {frame.lineno})" for frame in last)
 
 
 def _load_trial(plain: Callable[..., Any], manager: Any, storage: str, name: str, number: Any = None, **kw: Any) -> Any:
