@@ -401,6 +401,16 @@ def test_a_module_is_extended_when_it_is_imported_and_at_once_if_it_is(tmp_path,
     monkeypatch.delitem(sys.modules, "imported_later")
 
 
+def test_a_module_that_is_just_being_imported_is_left_for_later(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    lines = ["from sb3_resnet.common import host_zoo", "host_zoo.when_imported(__name__, lambda module: module.end)"]
+    (tmp_path / "imported_now.py").write_text("\n".join([*lines, "end = 1"]))
+    with pytest.warns(UserWarning, match=r"call sb3_resnet\.register_samplers\(\) later"):
+        module = __import__("imported_now")
+    monkeypatch.delitem(sys.modules, "imported_now")
+    assert module.end == 1
+
+
 def test_a_manager_without_what_is_needed_is_named():
     with pytest.raises(RuntimeError, match=r"rl_zoo3 .* has no ExperimentManager.objective"):
         host_zoo.wrap_method(types.ModuleType("rl_zoo3.exp_manager"), "objective", print)

@@ -138,7 +138,7 @@ def read_storage(written: str) -> Any:
     """
     path = None
     if "://" not in written:
-        path = Path(written)
+        written = str(path := Path(written).expanduser())
     elif written.startswith("sqlite:///") and ":memory:" not in written:
         path = Path(written.removeprefix("sqlite:///"))
     if path is not None and not path.is_file():

@@ -10,6 +10,7 @@ import importlib.util
 import io
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
 from importlib.machinery import ModuleSpec
@@ -31,7 +32,13 @@ def when_imported(name: str, action: Callable[[ModuleType], None]) -> None:
     :param action: what to do with it
     """
     module = sys.modules.get(name)
-    if module is not None:
+    if getattr(getattr(module, "__spec__", None), "_initializing", False):
+        warnings.warn(
+            f"sb3_resnet is imported by what {name} imports, too early to extend it: call "
+            "sb3_resnet.register_samplers() later",
+            stacklevel=2,
+        )
+    elif module is not None:
         action(module)
     elif not any(isinstance(finder, _Finder) and finder.name == name for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(name, action))

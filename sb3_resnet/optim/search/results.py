@@ -23,8 +23,11 @@ def find_trial(storage: str, study_name: str | None = None, number: int | None =
 
     from sb3_resnet.common.host_optuna import read_storage
 
-    opened = read_storage(storage)
-    names = optuna.get_all_study_names(opened)
+    try:
+        opened = read_storage(storage)
+        names = optuna.get_all_study_names(opened)
+    except optuna.exceptions.StorageInternalError as error:
+        raise ValueError(f"{storage} cannot be read as a storage of Optuna: {error.__cause__ or error}") from error
     if study_name is None and len(names) != 1:
         found = f"has {len(names)} studies, write --study-name with one of {', '.join(names)}" if names else "has none"
         raise ValueError(f"{storage} must hold one study, but it {found}")
