@@ -65,6 +65,7 @@ def states(trials):
     return [trial.state.name for trial in trials]
 
 
+@pytest.mark.slow
 def test_workers_run_so_many_trials_in_all(storage):
     objective = Objective()
     trials = run_workers(storage, objective, 3, 8, 60)
