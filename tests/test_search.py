@@ -15,6 +15,7 @@ from rl_zoo3.utils import SimpleLinearSchedule
 
 import sb3_resnet
 from sb3_resnet.callbacks import UnfreezeCallback
+from sb3_resnet.cli.setups import read_sections
 from sb3_resnet.common import host_zoo
 from sb3_resnet.optim.search.experiment import ATTRIBUTE, Sampler, experiment_of, trial_of
 from sb3_resnet.optim.search.ranges import Choices, Fixed, Range
@@ -87,6 +88,14 @@ def test_each_value_goes_to_its_place_and_all_else_stays():
             {UNFREEZE: {"phases": [{"at_timestep": 300, "unfreeze_from": "layer1", "ramp": 7}]}},
         ],
     }
+
+
+def test_what_a_trial_does_to_its_section_is_its_own_affair():
+    before = copy.deepcopy(SECTION)
+    changed = with_values(SECTION, EVERYTHING)
+    changed["policy_kwargs"]["net_arch"].append(7)
+    phases_of(changed)[0].clear()
+    assert before == SECTION
 
 
 def test_without_values_the_section_stays_as_it_is():
@@ -187,6 +196,13 @@ def test_the_boundary_is_searched_from_the_last_stage_down():
     assert space.values["unfreeze_from"] == Choices(("layer1", "layer2", "layer3"))
     space = read_space({"last_stage": ["stem", "layer1"]}, SECTION, ARGUMENTS)
     assert space.values["unfreeze_from"] == Choices(("stem", "layer1"))
+
+
+def test_without_batches_there_is_no_batch_size():
+    arguments = [name for name in ARGUMENTS if name != "batch_size"]
+    assert "batch_size" not in read_space(None, {}, arguments).values
+    with pytest.raises(TypeError, match="knows no 'batch_size'"):
+        read_space({"batch_size": [8, 16]}, {}, arguments)
 
 
 def test_what_is_named_is_searched_and_a_phase_of_the_searchs_own_has_both_parts():
@@ -368,6 +384,11 @@ def test_poolings_for_which_images_are_too_small_are_left_out_or_refused(tmp_pat
         experiment_of(manager)
 
 
+def test_a_file_with_ranges_is_a_configuration_for_the_commands_too(tmp_path, tiny_id):
+    manager = manager_of(tmp_path, small_section(), search={"only": ["dropout"]})
+    assert read_sections(manager.config).keys() == {tiny_id, "search"}
+
+
 def test_ranges_come_from_a_python_configuration_too(tmp_path, tiny_id):
     path = tmp_path / "config.py"
     sections = {tiny_id: small_section(), "search": {"dropout": 0.125}}
@@ -382,7 +403,7 @@ def test_registering_twice_wraps_once():
     sb3_resnet.register_samplers()
     assert (hyperparams_opt.HYPERPARAMS_SAMPLER, ExperimentManager.objective) == before
     ours = {name for name, sampler in before[0].items() if isinstance(sampler, Sampler)}
-    assert ours == {"dqn", "qrdqn", "ppo"}
+    assert ours == {"dqn", "qrdqn", "ppo", "a2c"}
     assert not isinstance(before[0]["dqn"].plain, Sampler)
 
 

@@ -180,13 +180,14 @@ def test_a_killed_workers_trial_is_run_again_and_the_best_one_trains(storage, tr
     # Those without values were begun when others had begun the last one, and not run.
     assert [trial.number for trial in by_state["FAIL"] if trial.params] == [killed.number]
     assert {*by_state} <= {"COMPLETE", "FAIL"}
-    assert len(by_state["COMPLETE"]) == TRIALS
+    # One more if a trial begins between the moments at which the killed one is marked and its values are queued.
+    assert len(by_state["COMPLETE"]) in (TRIALS, TRIALS + 1)
     (retry,) = (trial for trial in trials if is_retry(trial))
     assert retry.system_attrs["retry_history"] == [killed.number]
     assert retry.params == killed.params
     # Although all workers have the same seed, none repeats another's values.
     values = [tuple(sorted(trial.params.items())) for trial in by_state["COMPLETE"]]
-    assert len({*values}) == TRIALS
+    assert len({*values}) == len(values)
 
     best = tmp_path / "best.yml"
     assert run_command("best", storage, "-o", best)[0] == 0

@@ -1,5 +1,6 @@
 """Several workers on one study: no trial is lost, and none is run twice. And what is written of the best one."""
 
+import argparse
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +9,7 @@ import optuna
 import pytest
 import yaml
 from optuna.trial import TrialState, create_trial
+from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from sb3_resnet.common import host_optuna
 from sb3_resnet.optim.search.experiment import ATTRIBUTE
@@ -133,6 +135,36 @@ def test_values_that_bring_down_every_worker_are_given_up(storage):
             host_optuna.fail_the_dead(study)
             time.sleep(BEAT)
     assert states(study.get_trials()) == ["FAIL"] * 3
+
+
+def failing(errors):
+    def make(url, **options):
+        if errors:
+            raise errors.pop(0)
+        return argparse.Namespace(url=url)
+
+    return make
+
+
+def test_a_worker_that_makes_the_tables_when_others_do_tries_again(monkeypatch):
+    table = ProgrammingError("create table", {}, Exception('relation "studies" already exists'))
+    internal = optuna.exceptions.StorageInternalError("An exception is raised during the commit.")
+    internal.__cause__ = Exception("duplicate key value violates unique constraint")
+    monkeypatch.setattr(host_optuna, "DatabaseHeartbeatStorage", failing([table, internal]))
+    opened = host_optuna.open_storage("postgresql://host", 3)
+    assert (opened.url, opened.seconds) == ("postgresql://host", 3)
+    monkeypatch.setattr(host_optuna, "DatabaseHeartbeatStorage", failing([table] * 20))
+    monkeypatch.setattr(host_optuna.time, "sleep", lambda seconds: None)
+    with pytest.raises(ProgrammingError):
+        host_optuna.open_storage("postgresql://host", 3)
+
+
+def test_another_error_of_a_database_is_raised_at_once(monkeypatch):
+    errors = [OperationalError("connect", {}, Exception("connection refused"))] * 2
+    monkeypatch.setattr(host_optuna, "DatabaseHeartbeatStorage", failing(errors))
+    with pytest.raises(OperationalError):
+        host_optuna.open_storage("postgresql://host", 3)
+    assert len(errors) == 1
 
 
 def test_a_watch_counts_from_its_own_first_look_and_from_each_change():

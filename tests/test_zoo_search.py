@@ -44,7 +44,9 @@ class Looks(BaseCallback):
         policy = self.model.policy
         extractor = policy.trained.features_extractor
         rates = {group["name"]: group["lr"] for group in policy.optimizer.param_groups}
-        self.seen.append((policy.dropout, extractor.pooling, extractor.stages[-1], self.model.batch_size, rates))
+        self.seen.append(
+            (policy.dropout, extractor.pooling, extractor.stages[-1], getattr(self.model, "batch_size", 8), rates)
+        )
 
     def _on_step(self):
         if self.error is not None:
@@ -128,7 +130,8 @@ def test_a_refusal_of_a_callback_ends_the_search_in_its_own_words(search):
 
 def our_manager(tmp_path, algo, section, **options):
     config = tmp_path / "config.yml"
-    fixed = {"lr_head": 0.01, "lr_ratio": 0.5, "dropout": 0.25, "pooling": "grid", "batch_size": 8}
+    fixed = {"lr_head": 0.01, "lr_ratio": 0.5, "dropout": 0.25, "pooling": "grid"}
+    fixed |= {} if algo == "a2c" else {"batch_size": 8}
     config.write_text(yaml.safe_dump({"search": {**fixed, "only": ["weight_decay"]}, "Tiny-v0": section}))
     defaults = {"optimize_hyperparameters": True, "n_evaluations": 2, "n_eval_episodes": 1, "n_trials": 2}
     defaults |= {"sampler": "random", "pruner": "none", "no_optim_plots": True, "device": "cpu", "verbose": 0}
@@ -138,7 +141,7 @@ def our_manager(tmp_path, algo, section, **options):
 
 
 def our_section(algo, **callback):
-    own = {"n_steps": 8} if algo == "ppo" else {"buffer_size": 100, "learning_starts": 8}
+    own = {"n_steps": 8} if algo in ("ppo", "a2c") else {"buffer_size": 100, "learning_starts": 8}
     extractor = {"backbone": "resnet_tiny", "last_stage": "layer2"}
     return {
         "policy": "ResNetCnnPolicy",
@@ -149,7 +152,7 @@ def our_section(algo, **callback):
     }
 
 
-@pytest.mark.parametrize("algo", ["dqn", "qrdqn", "ppo"])
+@pytest.mark.parametrize("algo", ["dqn", "qrdqn", "ppo", "a2c"])
 def test_trials_train_with_the_values_of_our_sampler_and_can_be_loaded(algo, tmp_path, tiny_id):
     storage = str(tmp_path / "study.log")
     shared = {"storage": storage, "study_name": "s", "max_total_trials": 2}

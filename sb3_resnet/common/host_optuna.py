@@ -1,8 +1,8 @@
 """
 The one place that touches parts of Optuna which its documentation does not promise.
 
-It imports Optuna, an extra: import it inside functions. Optuna's own heartbeat needs a database and a look by the
-database's clock; here a journal file has one too, and no clocks are compared.
+It imports Optuna, an extra: import it inside functions. Optuna's own heartbeat needs a database, and does not notice
+who dies before the first sign of life. Here a journal file has one too, and each process goes by its own clock.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def _database(url: str) -> Any:
             # A search may be idle for longer than a server keeps a connection.
             return DatabaseHeartbeatStorage(url, engine_kwargs={"pool_pre_ping": True})
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-            if attempt == _ATTEMPTS - 1 or not {"exists", "unique"} & {*str(error).lower().split()}:
+            words = {*f"{error} {error.__cause__}".lower().split()}
+            if attempt == _ATTEMPTS - 1 or not {"exists", "unique"} & words:
                 raise
             time.sleep(random.uniform(0.05, 0.5))
     raise AssertionError("unreachable")

@@ -20,7 +20,7 @@ from sb3_resnet.optim.search import sections
 from sb3_resnet.optim.search.space import SearchSpace, leave_out_refused, read_space
 
 #: Algorithms of RL-Zoo that search by :class:`SearchSpace` where the policy is ours.
-ALGORITHMS = ("dqn", "qrdqn", "ppo")
+ALGORITHMS = ("dqn", "qrdqn", "ppo", "a2c")
 #: The trial's own attribute with its section, from which ``sb3-resnet best`` writes the YAML.
 ATTRIBUTE = "sb3_resnet"
 _SCHEDULED = ("learning_rate", "clip_range", "clip_range_vf")

@@ -60,7 +60,7 @@ def zoo_sections(trial: Any, n_timesteps: int | None = None) -> tuple[str, dict[
     if not isinstance(kept, Mapping):
         raise ValueError(
             f"Trial {trial.number} holds no section: it failed before its values were drawn, or was not a search with "
-            "--gym-packages sb3_resnet, ResNetCnnPolicy and DQN, QR-DQN or PPO"
+            "--gym-packages sb3_resnet, ResNetCnnPolicy and DQN, QR-DQN, PPO or A2C"
         )
     section = dict(kept["section"])
     if n_timesteps is not None:

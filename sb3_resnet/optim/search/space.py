@@ -44,7 +44,7 @@ class SearchSpace:
         where that is written
     :param lr_ratio: the backbone's learning rate as a part of the head's; sets ``lr_backbone``
     :param weight_decay: of weights
-    :param batch_size: observations per gradient update
+    :param batch_size: observations per gradient update; not for A2C
     :param warmup_steps: of the ``LRScheduleCallback``, in gradient updates. Without a range of your own it is searched
         only where the section has that callback
     :param dropout: dropout probability in the head
@@ -126,9 +126,10 @@ def read_space(given: Any, section: Mapping[str, Any], arguments: Collection[str
     given = {} if given is None else given
     if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
         raise TypeError(f"search must be a mapping of names to ranges, got {shown(given)}")
-    others = {*arguments} - _NOT_SEARCHED - {*_READERS}
-    for name in {*given} - others - {*_READERS} - {"only", "heartbeat_seconds"}:
-        known = sorted(_READERS)
+    missing = {"batch_size"} - {*arguments}  # A2C learns from each rollout as a whole
+    known = sorted({*_READERS} - missing)
+    others = {*arguments} - _NOT_SEARCHED - {*known}
+    for name in {*given} - others - {*known} - {"only", "heartbeat_seconds"}:
         raise TypeError(
             f"search knows no {shown(name)}{nearest(name, [*known, *others])}. It takes {', '.join(known)}, and "
             "arguments of the algorithm"
@@ -140,7 +141,7 @@ def read_space(given: Any, section: Mapping[str, Any], arguments: Collection[str
     phase = {"unfreeze_from", "unfreeze_at"}
     if named & phase and not sections.has_callback(section, "UnfreezeCallback"):
         named |= phase  # the search adds the phase, which needs both
-    left_out = {*sections.not_searched(section)} - named
+    left_out = ({*sections.not_searched(section)} - named) | missing
     space.keep({*space.values} - left_out)
     if "unfreeze_from" in space.values and "unfreeze_from" not in given:
         stages = _all_of(space.values.get("last_stage"), sections.last_stage(section))
