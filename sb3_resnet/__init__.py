@@ -5,6 +5,7 @@ from sb3_resnet.common.checkpoints import newest_checkpoint
 from sb3_resnet.common.seeding import restore_random_states, seed_everything
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor
+from sb3_resnet.optim.search.registering import register_samplers
 from sb3_resnet.optim.summary import param_group_summary
 from sb3_resnet.policies import (
     ResNetActorCriticCnnPolicy,
@@ -27,8 +28,10 @@ __all__ = [
     "newest_checkpoint",
     "param_group_summary",
     "register_policies",
+    "register_samplers",
     "restore_random_states",
     "seed_everything",
 ]
 
 register_policies()
+register_samplers()

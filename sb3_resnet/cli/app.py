@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sb3_resnet.cli import check, doctor, explain, export, groups, plot, pretrain, probe
+from sb3_resnet.cli import best, check, doctor, explain, export, groups, plot, pretrain, probe
 from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "export": (export.command, "ONNX of preprocessing and network, verified."),
     "plot": (plot.command, "Learning curves with confidence bands."),
     "pretrain": (pretrain.command, "Train a ResNet on frames of an environment, without rewards."),
+    "best": (best.command, "After a search: the best trial as a YAML for RL-Zoo."),
     "probe": (probe.command, "What the features of a frozen ResNet show of an environment."),
 }
 _PICTURE = "sb3_resnet.picture"  # key of the picture's file in the context that all commands share
