@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_resnet.buffers import with_columns
@@ -14,6 +13,7 @@ from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
+from sb3_resnet.callbacks._lending import LendingCallback
 from sb3_resnet.callbacks._updates import record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, shown
@@ -25,7 +25,7 @@ from sb3_resnet.nn.encoder import overridden
 _SLACK = 1.25  # entries per transition for which memory is reserved: episodes have one observation more than steps
 
 
-class FeatureCacheCallback(BaseCallback):
+class FeatureCacheCallback(LendingCallback):
     """
     Encode each observation once, keep the result beside its pixels, and train on that.
 
@@ -90,7 +90,7 @@ class FeatureCacheCallback(BaseCallback):
             expected = int(_SLACK * buffer.buffer_size * buffer.n_envs) * images
             cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, [target.trunk], copies)
         cache.refuse_different_twins()
-        buffer.shared.encode_with(cache)
+        buffer.shared.encode_with(cache, self.lending)
         model.policy.encoding = CachedEncoding(buffer.shared)
         self._shared = buffer.shared
 
