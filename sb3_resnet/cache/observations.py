@@ -87,7 +87,7 @@ class Observations:
     def latest(self, pixels: Array) -> Array:
         """:return: ids of observations ``(n_envs,)`` that are the last ones of their environments; -1 of others"""
         found = [self.store.last(env, image) for env, image in enumerate(pixels)]
-        return np.array([-1 if obs_id is None else obs_id for obs_id in found])
+        return np.array([-1 if obs_id is None else obs_id for obs_id in found], np.int64)
 
     def image_ids(self, obs_ids: Array) -> Array:
         """:return: ids of what is encoded at once, ``(*obs_ids.shape, images)``; -1 where an observation's id is"""

@@ -19,7 +19,7 @@ from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import KVWriter
 
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
-from sb3_resnet.callbacks._lending import LendingCallback
+from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
 

@@ -6,8 +6,7 @@ import logging
 from functools import partial
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, extractors_of, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of, record
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.nn.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype

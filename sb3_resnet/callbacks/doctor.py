@@ -9,8 +9,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search, walk
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings

@@ -13,8 +13,7 @@ from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import record
+from sb3_resnet.callbacks._updates import LendingCallback, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch as th
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, extractors_of
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of
 from sb3_resnet.common.arguments import number
 from sb3_resnet.optim.groups import optimizer_of
 

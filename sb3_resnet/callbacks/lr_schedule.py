@@ -9,8 +9,7 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.optim import schedules

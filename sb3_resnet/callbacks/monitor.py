@@ -6,8 +6,7 @@ import time
 from typing import Any
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes

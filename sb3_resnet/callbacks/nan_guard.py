@@ -8,7 +8,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from torch.optim import Optimizer
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._lending import LendingCallback
+from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common.nonfinite import (
     POLICYS_CHECK,
     RewardCheck,

@@ -11,8 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
-from sb3_resnet.callbacks._lending import LendingCallback
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
