@@ -6,10 +6,11 @@ import pickle
 from collections.abc import Iterator
 from typing import Any
 
-import cloudpickle
 import gymnasium as gym
 from gymnasium.utils import EzPickle
 from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv, VecEnvWrapper, VecNormalize
+
+from sb3_resnet.common import host, host_progress
 
 #: Of a wrapper of SB3's: what its constructor has set.
 _MADE = ("venv", "num_envs", "observation_space", "action_space", "class_attributes", "metadata", "render_mode")
@@ -21,11 +22,12 @@ def environment_state(env: VecEnv) -> dict[str, Any]:
     """
     :param env: an SB3 environment
     :return: what its wrappers remember, by position from the outermost in, and the pickled state of its environments;
-        ``None`` in its place where that cannot be had: other processes, C++, open files, Gymnasium's ``EzPickle``
+        ``None`` in its place where that cannot be had: other processes, C++, open files, lambdas, Gymnasium's
+        ``EzPickle``
     """
     wrappers, base = _layers(env)
     kept = [{name: value for name, value in vars(one).items() if _can_keep(name, value)} for one in wrappers]
-    return {"wrappers": kept, "envs": _pickled(base)}
+    return {"wrappers": kept, "envs": _pickled(base), "seeds": host.seeds_of(base)}
 
 
 def put_back(env: VecEnv, state: dict[str, Any]) -> bool:
@@ -53,6 +55,8 @@ def put_back(env: VecEnv, state: dict[str, Any]) -> bool:
             raise ValueError(f"The checkpoint is of {[kind for kind, _ in saved]}, and the environments are {here}")
         for one, (_, content) in zip(base.envs, saved, strict=True):  # type: ignore[attr-defined]  # likewise
             vars(one).update(content)
+    if len(state["seeds"]) == base.num_envs:
+        host_progress.set_seeds(base, state["seeds"])  # else the seeds of the start would be taken a second time
     return goes_on
 
 
@@ -69,7 +73,7 @@ def _can_keep(name: str, value: Any) -> bool:
     if name in _MADE:
         return False
     try:
-        cloudpickle.dumps(value)
+        pickle.dumps(value)
     except Exception:  # whatever the value is, it says in its own way that it cannot be pickled
         return False
     return True
@@ -82,7 +86,7 @@ def _pickled(base: VecEnv) -> bytes | None:
     if any(isinstance(inner, EzPickle) for env in base.envs for inner in _inside(env)):
         return None
     try:
-        content: bytes = cloudpickle.dumps([(type(env).__name__, vars(env)) for env in base.envs])
+        content: bytes = pickle.dumps([(type(env).__name__, vars(env)) for env in base.envs])
         pickle.loads(content)
     except Exception:  # likewise
         return None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.vec_env import VecEnv
 
 #: What training changes in a model, beside its tensors; each algorithm has some of these.
 _PROGRESS = (
@@ -29,6 +30,15 @@ def last_observation(model: BaseAlgorithm) -> Any:
     :return: the observations on which ``learn()`` acts next; ``None`` if there are none, or nothing tells
     """
     return getattr(model, "_last_obs", None)
+
+
+def set_seeds(env: VecEnv, seeds: Sequence[int | None]) -> None:
+    """
+    :param env: an SB3 environment
+    :param seeds: those that its next reset takes, one per environment; ``None``: its generator goes on
+    """
+    if hasattr(env, "_seeds"):
+        env._seeds = list(seeds)
 
 
 def take_over_progress(model: BaseAlgorithm, saved: Mapping[str, Any], has_environments: bool) -> None:

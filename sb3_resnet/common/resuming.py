@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Sequence
 from operator import attrgetter
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-import cloudpickle
 import numpy as np
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
@@ -49,7 +49,7 @@ def save_run(model: Any, path: Path, run: str, save_replay_buffer: bool, callbac
         "eval_envs": [environment_state(env) for env in evals],
         "callbacks": [(type(callback).__name__, _counted(callback)) for callback in callbacks],
     }
-    write_checkpoint(model, path, run, random_states(model), save_replay_buffer, cloudpickle.dumps(state))
+    write_checkpoint(model, path, run, random_states(model), save_replay_buffer, pickle.dumps(state))
 
 
 def resume_run(model: Any, path: Path, callbacks: Sequence[BaseCallback], is_own: bool = True) -> bool:
@@ -71,8 +71,8 @@ def resume_run(model: Any, path: Path, callbacks: Sequence[BaseCallback], is_own
         model.set_parameters(tensors, exact_match=True, device=model.device)
     except (KeyError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"{path} was written by a model with other arguments ({error}). To start a new run write another folder, "
-            "to go on write the arguments of the first start"
+            f"{path} was written by a model with other arguments ({shorten(str(error), 250)}). To start a new run, "
+            "write another folder; to go on, write the arguments of the first start"
         ) from error
     for name, value in (variables or {}).items():
         if value is not None:
