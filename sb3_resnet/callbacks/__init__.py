@@ -9,6 +9,7 @@ from sb3_resnet.callbacks.lr_schedule import LRScheduleCallback
 from sb3_resnet.callbacks.mlflow_tracker import MLflowTrackerCallback
 from sb3_resnet.callbacks.monitor import MonitorCallback
 from sb3_resnet.callbacks.nan_guard import NanGuardCallback
+from sb3_resnet.callbacks.preemption import PreemptionCallback
 from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 from sb3_resnet.callbacks.wandb_tracker import WandbTrackerCallback
 from sb3_resnet.common.checkpoints import newest_checkpoint
@@ -23,6 +24,7 @@ __all__ = [
     "MLflowTrackerCallback",
     "MonitorCallback",
     "NanGuardCallback",
+    "PreemptionCallback",
     "UnfreezeCallback",
     "WandbTrackerCallback",
     "newest_checkpoint",

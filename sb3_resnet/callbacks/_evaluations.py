@@ -13,6 +13,7 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_resnet.common import host
+from sb3_resnet.common.vec_normalize import check_stored_layout
 from sb3_resnet.optim.groups import optimizer_of
 
 SelfCallback = TypeVar("SelfCallback", bound=BaseCallback)
@@ -45,6 +46,9 @@ def refusals_end_the_search(start: Callable[[SelfCallback], None]) -> Callable[[
     """
     Decorate a ``_on_training_start``: a wrong set-up must not count as a trial with bad hyperparameters.
 
+    An environment whose images no replay buffer can take is refused here for all callbacks. SB3's own buffers notice
+    at the first step, in NumPy's words.
+
     RL-Zoo prunes a trial that raises ``ValueError`` or ``AssertionError``, so a search would go through all its trials
     and find nothing.
     """
@@ -52,6 +56,7 @@ def refusals_end_the_search(start: Callable[[SelfCallback], None]) -> Callable[[
     @wraps(start)
     def wrapper(callback: SelfCallback) -> None:
         try:
+            check_stored_layout(callback.model)
             start(callback)
         except (AssertionError, ValueError) as error:
             if is_trial(callback.locals.get("callback")):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.optim import schedules
@@ -33,7 +32,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 _STATE = "lr_schedule"  # key of our state in the optimizer's groups, where it is saved
 
 
-class LRScheduleCallback(BaseCallback):
+class LRScheduleCallback(LendingCallback):
     """
     Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 

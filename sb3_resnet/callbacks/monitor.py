@@ -5,10 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes
@@ -20,7 +18,7 @@ from sb3_resnet.nn.freezing import STAGES
 GAUGES = ("train/lr_", "param_norm/")
 
 
-class MonitorCallback(BaseCallback):
+class MonitorCallback(LendingCallback):
     """
     Log what training does: gradients, updates, Q-values, TD errors, the phase, memory and speed.
 
@@ -91,6 +89,8 @@ class MonitorCallback(BaseCallback):
             raise TypeError(f"MonitorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
+        if self.lending is not None:
+            self.lending.when_closed(self, self._probe.pause)
         self._episodes.start()
         self._window = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
         cache = self._feature_cache

@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
@@ -55,7 +53,7 @@ class Phase:
         return f"unfreeze_from={self.unfreeze_from!r} at {name}{'' if self.when is None else f' {self.when}'}"
 
 
-class UnfreezeCallback(BaseCallback):
+class UnfreezeCallback(LendingCallback):
     """
     Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy`` of every algorithm that has it.
 

@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.lending import Lending
 from sb3_resnet.common.nonfinite import FIND_THE_STEP, any_non_finite, gradients
 
 DTYPES = {"float32": th.float32, "float16": th.float16, "bfloat16": th.bfloat16}
@@ -119,12 +120,19 @@ class MixedPrecision:
 
     :param dtype: what the trunk computes in
     :param scaler: scales the trunk's gradients; ``None``: they are not scaled
+    :param lending: says when it may act; ``None``: always
     """
 
-    def __init__(self, dtype: th.dtype, scaler: LossScaler | None = None) -> None:
+    def __init__(self, dtype: th.dtype, scaler: LossScaler | None = None, lending: Lending | None = None) -> None:
         self.dtype = dtype
         self.scaler = scaler
+        self._lending = lending
         self._watched: dict[int, tuple[Any, list[Any]]] = {}
+
+    @property
+    def may_act(self) -> bool:
+        """Whether ``learn()`` acts or updates, and not somebody else."""
+        return self._lending is None or self._lending.updating or self._lending.acting
 
     def leave_trunk(self, features: th.Tensor, trunk: Any) -> th.Tensor:
         """
@@ -133,7 +141,7 @@ class MixedPrecision:
         :return: the features in float32; in training their gradient is scaled on its way into the trunk
         """
         features = features.float()
-        if self.scaler is None or not (trunk.training and features.requires_grad):
+        if self.scaler is None or not (trunk.training and features.requires_grad and self.may_act):
             return features
         self._unscale_at_parameters(trunk)
         scaled: th.Tensor = _ScaleGradient.apply(features, self.scaler)
@@ -160,7 +168,7 @@ class MixedPrecision:
 
     def _unscale(self, gradient: th.Tensor) -> th.Tensor:
         assert self.scaler is not None
-        return gradient * (1.0 / self.scaler.scale)
+        return gradient * (1.0 / self.scaler.scale) if self.may_act else gradient
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -171,7 +179,7 @@ class MixedPrecision:
 
 def autocast(precision: MixedPrecision | None, device: th.device) -> AbstractContextManager[Any]:
     """:return: the context in which a trunk computes"""
-    return nullcontext() if precision is None else th.autocast(device.type, precision.dtype)
+    return nullcontext() if precision is None or not precision.may_act else th.autocast(device.type, precision.dtype)
 
 
 class _ScaleGradient(th.autograd.Function):
