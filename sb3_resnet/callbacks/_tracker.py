@@ -20,6 +20,7 @@ from stable_baselines3.common.logger import KVWriter
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
+from sb3_resnet.common.ranks import ranks_of
 
 
 class Tracker(KVWriter):
@@ -119,6 +120,8 @@ class TrackerCallback(BaseCallback):
     @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
+        if not ranks_of(self.model).is_first:
+            return
         self._root = host.root_callback(self)
         self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
         logger = host.logger_of(self.model)
