@@ -19,7 +19,8 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import shown
 from sb3_resnet.common.host_ranks import restart_environments
-from sb3_resnet.common.ranks import Ranks, address_of
+from sb3_resnet.common.launcher import address_of
+from sb3_resnet.common.ranks import Ranks
 from sb3_resnet.common.seeding import random_states
 
 #: Constructor arguments that may differ, since they are about one process, or are sent at the start.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import os
-import socket
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,6 +13,8 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 from torch import distributed as dist
+
+from sb3_resnet.common.launcher import backend_for, launched
 
 
 class LostRankError(RuntimeError):
@@ -120,7 +120,7 @@ class Ranks:
             return value
         box = [value]
         with explained(self.rank, self.timeout):
-            dist.broadcast_object_list(box, src=dist.get_global_rank(self._control, rank), group=self._control)
+            dist.broadcast_object_list(box, group_src=rank, group=self._control)
         return box[0]
 
     def sum_(self, tensor: th.Tensor) -> None:
@@ -141,9 +141,8 @@ class Ranks:
         :param tensor: contiguous
         """
         if self.size > 1:
-            group = self._group_of(tensor)
             with explained(self.rank, self.timeout):
-                dist.broadcast(tensor, src=dist.get_global_rank(group, 0), group=group)
+                dist.broadcast(tensor, group_src=0, group=self._group_of(tensor))
 
     @th.no_grad()
     def joint_moments(self, mean: th.Tensor, variance: th.Tensor, count: int) -> tuple[th.Tensor, th.Tensor, int]:
@@ -187,8 +186,7 @@ def ranks_of(model: BaseAlgorithm) -> Ranks:
 
 def join(model: BaseAlgorithm, timeout: float) -> Ranks:
     """
-    Let this process be one of those that train a model. A process group that exists is used, else the launcher's
-    variables tell where to find the others; a process without such variables is by itself.
+    Let this process be one of those that train a model.
 
     :param model: an SB3 model
     :param timeout: seconds to wait for the others, then and later
@@ -197,22 +195,38 @@ def join(model: BaseAlgorithm, timeout: float) -> Ranks:
     :raises LostRankError: if the others do not come
     """
     leave(model)
-    patience = timedelta(seconds=timeout)
-    if dist.is_available() and not dist.is_initialized():
-        rank, size = launched()
-        if size > 1:
-            with explained(rank, timeout):
-                dist.init_process_group(backend_for(model.device), rank=rank, world_size=size, timeout=patience)
-            atexit.register(_disconnect)
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
-        return Ranks()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    with explained(rank, timeout):
-        control = dist.new_group(backend="gloo", timeout=patience)
-        is_cpu = model.device.type == "cpu"
-        data = None if is_cpu else dist.new_group(backend="nccl", timeout=patience)
-    ranks = _joined[model] = Ranks(rank, size, control, data, timeout)
+    ranks = _joined[model] = connect(model.device, timeout)
     return ranks
+
+
+def connect(device: th.device, timeout: float) -> Ranks:
+    """
+    Find the other processes. A process group that exists is used, else the launcher's variables tell where they are; a
+    process without such variables is by itself.
+
+    :param device: of the tensors
+    :param timeout: seconds to wait for the others, then and later
+    :return: this process among them
+    :raises ValueError: if the launcher's variables are incomplete
+    :raises LostRankError: if the others do not come
+    """
+    if not dist.is_available():
+        return Ranks()
+    patience = timedelta(seconds=timeout)
+    if not dist.is_initialized():
+        rank, size = launched()
+        if size == 1:
+            return Ranks()
+        with explained(rank, timeout):
+            dist.init_process_group(backend_for(device), rank=rank, world_size=size, timeout=patience)
+        atexit.register(_disconnect)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    if size == 1:
+        return Ranks()
+    with explained(rank, timeout):  # groups of our own: whoever made the first one may use that for other things
+        control = dist.new_group(backend="gloo", timeout=patience)
+        data = None if device.type == "cpu" else dist.new_group(backend="nccl", timeout=patience)
+    return Ranks(rank, size, control, data, timeout)
 
 
 def leave(model: BaseAlgorithm) -> None:
@@ -224,50 +238,6 @@ def leave(model: BaseAlgorithm) -> None:
     ranks = _joined.pop(model, None)
     if ranks is not None:
         ranks.close()
-
-
-def backend_for(device: th.device) -> str:
-    """:return: PyTorch's name of the backends that carry tensors of a device, and of the CPU"""
-    return "gloo" if device.type == "cpu" else f"cpu:gloo,{device.type}:nccl"
-
-
-def launched() -> tuple[int, int]:
-    """
-    What the launcher says: ``torchrun``, ``accelerate launch`` and others by ``RANK`` and ``WORLD_SIZE``, ``srun`` by
-    ``SLURM_PROCID`` and ``SLURM_STEP_NUM_TASKS``.
-
-    :return: number of this process, and how many there are; 0 and 1 where nothing says so
-    :raises ValueError: if a part is missing or makes no sense
-    """
-    # A batch script of SLURM has SLURM_PROCID too; only what srun starts has the number of the step's tasks.
-    pairs = [("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")]
-    names = next((pair for pair in pairs if all(name in os.environ for name in pair)), None)
-    if names is None:
-        if "WORLD_SIZE" in os.environ and os.environ["WORLD_SIZE"] != "1":
-            raise ValueError("WORLD_SIZE is set, but RANK is not: start the script with torchrun")
-        return 0, 1
-    try:
-        rank, size = (int(os.environ[name]) for name in names)
-    except ValueError:
-        rank, size = 0, 0
-    if not 0 <= rank < size:
-        said = ", ".join(f"{name}={os.environ[name]}" for name in names)
-        raise ValueError(f"{said}: the first must be a whole number below the second")
-    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-    if size > 1 and missing:
-        raise ValueError(
-            f"{' and '.join(missing)} must say where rank 0 waits for the others. torchrun sets them; with srun write "
-            'export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1) MASTER_PORT=29500'
-        )
-    return rank, size
-
-
-def address_of(device: th.device) -> str | None:
-    """:return: which GPU of which machine a device is; ``None`` for a CPU, which ranks may share"""
-    if device.type != "cuda":
-        return None
-    index = th.cuda.current_device() if device.index is None else device.index
-    return f"{socket.gethostname()}, GPU {getattr(th.cuda.get_device_properties(index), 'uuid', index)}"
 
 
 @contextmanager
