@@ -26,6 +26,10 @@ class ThreadRanks(Ranks):
     def close(self):
         self.after_average.clear()
 
+    @property
+    def group(self):
+        return self._control
+
 
 def in_threads(monkeypatch, act, size=2, timeout=20.0):
     """
@@ -33,14 +37,8 @@ def in_threads(monkeypatch, act, size=2, timeout=20.0):
 
     :return: by rank, what it returned or the error that it raised
     """
-    store, local, done = dist.HashStore(), threading.local(), [None] * size
-
-    def connect(device, given_timeout):
-        local.groups += 1
-        prefix = dist.PrefixStore(str(local.groups), store)
-        patience = min(timeout, given_timeout)
-        group = dist.ProcessGroupGloo(prefix, local.rank, size, timedelta(seconds=patience))
-        return ThreadRanks(local.rank, size, group, group, patience)
+    done = [None] * size
+    local = connected_by_threads(monkeypatch, size, timeout)
 
     def run(rank):
         local.rank, local.groups = rank, 0
@@ -49,13 +47,27 @@ def in_threads(monkeypatch, act, size=2, timeout=20.0):
         except BaseException as error:
             done[rank] = error
 
-    monkeypatch.setattr("sb3_resnet.common.ranks.connect", connect)
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     return done
+
+
+def connected_by_threads(monkeypatch, size, timeout):
+    """Let ``connect()`` find the other threads; each writes its ``rank`` and ``groups = 0`` into what is returned."""
+    store, local = dist.HashStore(), threading.local()
+
+    def connect(device, given_timeout):
+        local.groups += 1
+        prefix = dist.PrefixStore(str(local.groups), store)
+        patience = min(timeout, given_timeout)
+        group = dist.ProcessGroupGloo(prefix, local.rank, size, timedelta(seconds=patience))
+        return ThreadRanks(local.rank, size, group, group, patience)
+
+    monkeypatch.setattr("sb3_resnet.common.ranks.connect", connect)
+    return local
 
 
 def results(done):

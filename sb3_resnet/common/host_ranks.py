@@ -26,6 +26,14 @@ def after_backward(act: Callable[[], None]) -> None:
     queue(act)
 
 
+def steps_of_environments(model: BaseAlgorithm) -> int:
+    """
+    :param model: an SB3 model
+    :return: the calls of ``env.step()`` by which DQN times its target network; 0 where nothing counts them
+    """
+    return int(getattr(model, "_n_calls", 0))
+
+
 def restart_environments(model: BaseAlgorithm) -> None:
     """
     Reset the environments within ``learn()``, so that they take up the seeds which they were given.

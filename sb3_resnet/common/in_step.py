@@ -18,7 +18,7 @@ from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import shown
-from sb3_resnet.common.host_ranks import restart_environments
+from sb3_resnet.common.host_ranks import restart_environments, steps_of_environments
 from sb3_resnet.common.launcher import address_of
 from sb3_resnet.common.ranks import Ranks
 from sb3_resnet.common.seeding import random_states
@@ -133,6 +133,7 @@ def _settings(model: BaseAlgorithm) -> dict[str, str]:
         "num_timesteps": str(model.num_timesteps),
         "total_timesteps": str(host.planned_timesteps(model)),
         "updates": str(host.updates_done(model)),
+        "calls of env.step()": str(steps_of_environments(model)),
     }
 
 

@@ -52,6 +52,6 @@ class _Sum(th.autograd.Function):
 
 def _sum(value: th.Tensor, group: Any) -> th.Tensor:
     summed = value.clone(memory_format=th.contiguous_format)
-    with explained(dist.get_rank()):
+    with explained(dist.get_rank() if group is None else group.rank()):
         dist.all_reduce(summed, group=group)
     return summed
