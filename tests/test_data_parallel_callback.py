@@ -28,14 +28,16 @@ from sb3_resnet.callbacks import (
     UnfreezeCallback,
     newest_checkpoint,
 )
-from sb3_resnet.common.in_step import IntervalOfAll, weigh
-from sb3_resnet.common.ranks import LostRankError, ranks_of
+from sb3_resnet.common.in_step import IntervalOfAll, seed_apart, weigh
+from sb3_resnet.common.ranks import LostRankError, Ranks, ranks_of
 from tests.helpers import TinyGame, make_actor_critic, make_model
 from tests.ranks import BATCH, in_threads, results, train_on, values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a Backend")
 MINI = {"backbone": "resnet_mini"}
 STOP_AT = 100
+#: The seed of rank 1 after 500 timesteps with seed 7.
+RESUMED = int(np.random.SeedSequence([7, 1, 500]).generate_state(1)[0]) % 2**31
 
 
 def largest_difference(left, right, names=lambda name: True):
@@ -386,22 +388,38 @@ def test_a_policy_with_several_optimizers_is_refused(monkeypatch):
     assert "needs a policy with one optimizer" in refused(monkeypatch, act)
 
 
-@pytest.mark.parametrize(("seeds", "expected"), [((3, 3), (3, 5)), ((3, 40), (3, 40))])
-def test_ranks_with_the_same_seed_get_others_and_environments_as_in_one_process(seeds, expected, monkeypatch):
+def test_ranks_with_the_same_seed_get_others_and_environments_as_in_one_process(monkeypatch):
     def act(rank):
         env = DummyVecEnv([TinyGame, TinyGame])
-        model = make_model(env=env, extractor=MINI, seed=seeds[rank])
+        model = make_model(env=env, extractor=MINI, seed=3)
         model.learn(2, callback=DataParallelCallback())
         return [one.unwrapped.np_random.bit_generator.state["state"]["state"] for one in env.envs]
 
     seen = results(in_threads(monkeypatch, act))
-    for states, seed in zip(seen, expected, strict=True):
+    for states, seed in zip(seen, (3, 5), strict=True):
         env = DummyVecEnv([TinyGame, TinyGame])
         env.seed(seed)
         env.reset()
         for one in env.envs * 4:  # a rollout
             one.step(0)
         assert states == [one.np_random.bit_generator.state["state"]["state"] for one in env.envs]
+
+
+@pytest.mark.parametrize(
+    ("same", "timesteps", "expected"),
+    [([], 0, None), (["numpy"], 0, 8), (["envs"], 0, 8), (["torch"], 500, RESUMED)],
+)
+def test_ranks_are_seeded_apart_only_where_they_have_the_same_random_numbers(same, timesteps, expected):
+    class Second(Ranks):
+        def gather(self, value):
+            return [{key: text if key in same else "0" * 64 for key, text in value.items()}, value]
+
+    model = make_model(extractor=MINI, seed=7)
+    model.num_timesteps = timesteps
+    seeds = []
+    model.set_random_seed = seeds.append
+    seed_apart(Second(1, 2), model)
+    assert seeds == ([] if expected is None else [expected])
 
 
 def test_vec_normalize_learns_from_the_rewards_of_all_ranks(monkeypatch):

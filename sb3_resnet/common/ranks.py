@@ -251,7 +251,7 @@ def explained(rank: int, timeout: float | None = None) -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:
+    except RuntimeError as error:  # its traceback would say nothing more than its text
         reason = " ".join(str(error).split())
         patience = "in time" if timeout is None else f"within {timeout:g} seconds"
         raise LostRankError(
@@ -259,7 +259,7 @@ def explained(rank: int, timeout: float | None = None) -> Iterator[None]:
             "the first error in the logs of all ranks, then start all of them again from the newest checkpoint. If an "
             "evaluation or an environment takes that long, write a larger timeout in DataParallelCallback. PyTorch "
             f"says: {reason[:300]}"
-        ) from error
+        ) from None
 
 
 def _disconnect() -> None:
