@@ -33,7 +33,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="batch of a rank")
     parser.add_argument("--envs", type=int, default=4, help="environments of a rank")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--link", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.link:
+        measure_link()
+        return
     if arguments.worker is not None:
         work(arguments)
         return
@@ -56,7 +60,8 @@ def main() -> None:
         for phase, runs in found.items()
     }
     settings = {"batch": arguments.batch, "envs": arguments.envs, "steps": arguments.steps, "rounds": arguments.rounds}
-    RESULTS.write_text(json.dumps({"settings": settings, "phases": results}, indent=1) + "\n")
+    link = launch(cores[:2], ["--link"])
+    RESULTS.write_text(json.dumps({"settings": settings, "link": link, "phases": results}, indent=1) + "\n")
     print({phase: round(values["speed_up"], 2) for phase, values in results.items()})
 
 
@@ -65,22 +70,51 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure(arguments: Any, phase: str, cores: list[int]) -> dict[str, float]:
-    """:return: what the first rank says"""
+    options = {"--worker": phase, "--steps": arguments.steps, "--batch": arguments.batch, "--envs": arguments.envs}
+    return launch(cores, [str(part) for option in options.items() for part in option])
+
+
+def launch(cores: list[int], options: list[str]) -> dict[str, float]:
+    """
+    Run this script once per core, as ranks.
+
+    :return: what the first rank says
+    """
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    line = [sys.executable, "-W", "ignore", __file__, "--worker", phase]
-    line += ["--steps", str(arguments.steps), "--batch", str(arguments.batch), "--envs", str(arguments.envs)]
-    launch = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    common = {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     workers = []
     for rank, core in enumerate(cores):
-        mine = {"RANK": str(rank), "WORLD_SIZE": str(len(cores)), "CORE": str(core)}
-        workers.append(subprocess.Popen(line, env={**os.environ, **launch, **mine}, stdout=subprocess.PIPE, text=True))
+        mine = {**os.environ, **common, "RANK": str(rank), "WORLD_SIZE": str(len(cores)), "CORE": str(core)}
+        line = [sys.executable, "-W", "ignore", __file__, *options]
+        workers.append(subprocess.Popen(line, env=mine, stdout=subprocess.PIPE, text=True))
     outputs = [worker.communicate()[0] for worker in workers]
     if any(worker.returncode for worker in workers):
         raise SystemExit("a rank failed")
     values: dict[str, float] = json.loads(outputs[0].splitlines()[-1])
     return values
+
+
+def measure_link() -> None:
+    """Seconds of a hop, of which the smallest sum of two ranks makes two, and bytes per second of a large one."""
+    os.sched_setaffinity(0, {int(os.environ["CORE"])})
+    import torch as th
+
+    from sb3_resnet.common.ranks import connect
+
+    ranks = connect(th.device("cpu"), 60.0)
+    seconds = {}
+    for numbers in (1, 5_000_000):
+        message, times = th.zeros(numbers), []
+        for _ in range(20):
+            ranks.any(False)
+            start = time.perf_counter()
+            ranks.sum_(message)
+            times.append(time.perf_counter() - start)
+        seconds[numbers] = statistics.median(times)
+    rate = 4 * 5_000_000 / (seconds[5_000_000] - seconds[1])
+    print(json.dumps({"seconds_of_a_hop": seconds[1] / 2, "bytes_per_second": rate}))
 
 
 def work(arguments: Any) -> None:

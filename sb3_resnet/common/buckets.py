@@ -89,7 +89,7 @@ class GradientAverage:
                 if share == 0.0:
                     parameter.grad = None
         self.latest_bytes = self._ranks.bytes_summed - before
-        for act in self._ranks.after_average:
+        for act in [*self._ranks.after_average]:
             act()
 
     def _statistics(self, device: th.device, dtype: th.dtype) -> list[th.Tensor]:
