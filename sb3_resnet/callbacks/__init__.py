@@ -2,6 +2,7 @@
 
 from sb3_resnet.callbacks.amp import AMPCallback
 from sb3_resnet.callbacks.best_checkpoint import BestCheckpointCallback
+from sb3_resnet.callbacks.data_parallel import DataParallelCallback
 from sb3_resnet.callbacks.doctor import DoctorCallback
 from sb3_resnet.callbacks.feature_cache import FeatureCacheCallback
 from sb3_resnet.callbacks.gradient_clip import GradientClipCallback
@@ -17,6 +18,7 @@ from sb3_resnet.common.checkpoints import newest_checkpoint
 __all__ = [
     "AMPCallback",
     "BestCheckpointCallback",
+    "DataParallelCallback",
     "DoctorCallback",
     "FeatureCacheCallback",
     "GradientClipCallback",

@@ -13,6 +13,8 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_resnet.common import host
+from sb3_resnet.common.buckets import share_model
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.vec_normalize import check_stored_layout
 from sb3_resnet.optim.groups import optimizer_of
 
@@ -119,10 +121,19 @@ def restore_best(model: BaseAlgorithm, keeper: BestKeeper) -> str:
     Weights, BatchNorm statistics and optimizer moments alone: learning rates, counters, exploration, the replay
     buffer and the freeze boundary go on as they are.
 
+    Of several ranks the first one has the file, and sends the others what it reads.
+
     :param model: an SB3 model with a ResNet policy
     :param keeper: who has the best model
     :return: what was done, for the log
     """
+    ranks = ranks_of(model)
+    done = _restore_best(model, keeper) if ranks.is_first else ""
+    share_model(ranks, model)
+    return str(ranks.tell(done))
+
+
+def _restore_best(model: BaseAlgorithm, keeper: BestKeeper) -> str:
     best = keeper.best_of_phase()
     if best is None:
         return "; nothing restored, there was no evaluation in the phase that ends"

@@ -22,6 +22,7 @@ from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals
 from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
+from sb3_resnet.common.ranks import ranks_of
 
 
 class Tracker(KVWriter):
@@ -124,6 +125,8 @@ class TrackerCallback(LendingCallback):
     @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
+        if not ranks_of(self.model).is_first:
+            return
         self._root = host.root_callback(self)
         self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
         if self.lending is not None:

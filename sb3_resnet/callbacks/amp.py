@@ -9,6 +9,7 @@ from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of, record
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.nn.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
@@ -77,6 +78,7 @@ class AMPCallback(LendingCallback):
         if name == "float16":
             self._scaler = self._new_scaler()
             self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
+            self._scaler.share(ranks_of(self.model).size)
         self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler, self.lending)
         self._updates.attach(self.model, first=True)
         self._lend(self._precision)

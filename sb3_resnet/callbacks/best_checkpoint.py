@@ -19,6 +19,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
 from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, remove_checkpoint, run_of, write_checkpoint
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.seeding import random_states
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
@@ -87,12 +88,16 @@ class BestCheckpointCallback(BaseCallback):
 
     def best_of_phase(self) -> tuple[Path, float] | None:
         """:return: file and mean reward of the best evaluated model of the current phase, up to this moment"""
+        if self._rests:
+            return None
         self._poll()
         entry = self._record.get(self._phase_name)
         return None if entry is None else (Path(entry["file"]), float(entry["reward"]))
 
     @refusals_end_the_search
     def _on_training_start(self) -> None:
+        if self._rests:
+            return
         root = host.root_callback(self)
         self._evaluations = Evaluations(root)
         # A trial's files would be another trial's, but the best model must be there for restore_best.
@@ -118,20 +123,26 @@ class BestCheckpointCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         """The last rollout's updates are made, and nothing of the next one has happened."""
         self._rollout_is_whole = False
+        if self._rests:
+            return
         steps = self.model.num_timesteps - self._last_save
         if 0 < self.save_freq <= steps or 0 < self.save_freq_episodes <= self._episodes:
             self._save_checkpoint()
 
     def _on_step(self) -> bool:
         self._episodes += int(np.sum(self.locals.get("dones", 0)))
-        self._poll()
+        if not self._rests:
+            self._poll()
         return True
 
     def _on_rollout_end(self) -> None:
         self._rollout_is_whole = True
-        self._poll()
+        if not self._rests:
+            self._poll()
 
     def _on_training_end(self) -> None:
+        if self._rests:
+            return
         # Of an evaluation that stops training, after which SB3 calls no on_rollout_end; RL-Zoo ends training twice.
         self._poll()
         # Stopped within a rollout, the model lacks its updates: the run that was not stopped never was in that state.
@@ -140,6 +151,11 @@ class BestCheckpointCallback(BaseCallback):
             self._save_checkpoint()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether this is one of several processes that train the model, and another one saves it."""
+        return not ranks_of(self.model).is_first
 
     @property
     def _folder(self) -> Path:

@@ -12,6 +12,7 @@ from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_sear
 from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import (
     optimizer_of,
@@ -157,13 +158,15 @@ def _planned_updates(model: Any) -> int:
     """Number of gradient updates that are left in this ``learn()``."""
     planned = host.planned_timesteps(model) or 0
     steps: int = planned - model.num_timesteps
+    ranks = ranks_of(model).size  # timesteps are those of all ranks, and each has a rollout of its own
     if isinstance(model, OffPolicyAlgorithm):
         frequency: Any = model.train_freq
         if frequency.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError("train_freq counts episodes, so the number of updates is unknown: write decay_steps=...")
         steps = planned - max(model.num_timesteps, model.learning_starts)
         rollout: int = frequency.frequency * model.n_envs
-        return max(0, steps) // rollout * int(rollout if model.gradient_steps < 0 else model.gradient_steps)
+        updates = int(rollout if model.gradient_steps < 0 else model.gradient_steps)
+        return max(0, steps) // (rollout * ranks) * updates
     rollout = model.n_steps * model.n_envs
     batches = math.ceil(rollout / getattr(model, "batch_size", rollout))
-    return math.ceil(steps / rollout) * int(getattr(model, "n_epochs", 1)) * batches
+    return math.ceil(steps / (rollout * ranks)) * int(getattr(model, "n_epochs", 1)) * batches

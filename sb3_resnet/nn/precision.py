@@ -62,6 +62,8 @@ class LossScaler:
         self.scale = number("init_scale", init_scale, MIN_SCALE, MAX_SCALE)
         self.growth_tracker = 0
         self.skipped = 0
+        #: What the scale is divided by on its way through the trunk.
+        self.divisor = 1
         self._growth_factor = number("growth_factor", growth_factor, 1.0, above=True)
         self._backoff_factor = number("backoff_factor", backoff_factor, 0.0, 0.999, above=True)
         self._growth_interval = integer("growth_interval", growth_interval, 1)
@@ -76,6 +78,20 @@ class LossScaler:
         self.scale = float(saved["scale"])
         self.growth_tracker = int(saved["growth_tracker"])
         self.skipped = int(saved["skipped"])
+
+    @property
+    def applied(self) -> float:
+        """What gradients are multiplied by on their way through the trunk."""
+        return self.scale / self.divisor
+
+    def share(self, ranks: int) -> None:
+        """
+        Let the scale mean the same as in one process: the loss of a rank is a mean over its own part of the batch, so
+        that its gradients are as many times larger as there are ranks.
+
+        :param ranks: number of processes that train the model together
+        """
+        self.divisor = 1 << (ranks - 1).bit_length()  # a power of two, so that scaling rounds nothing
 
     def before_step(self, optimizer: th.optim.Optimizer) -> bool:
         """
@@ -168,7 +184,7 @@ class MixedPrecision:
 
     def _unscale(self, gradient: th.Tensor) -> th.Tensor:
         assert self.scaler is not None
-        return gradient * (1.0 / self.scaler.scale) if self.may_act else gradient
+        return gradient * (1.0 / self.scaler.applied) if self.may_act else gradient
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -192,7 +208,7 @@ class _ScaleGradient(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
-        return gradient * ctx.scaler.scale, None
+        return gradient * ctx.scaler.applied, None
 
 
 def _remove(handles: Iterable[Any]) -> None:
