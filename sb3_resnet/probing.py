@@ -114,9 +114,7 @@ def record(
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
     if isinstance(env.observation_space, spaces.Dict):
-        raise ValueError(
-            "A probe looks at one image, and the environment gives a Dict: take the image out in a wrapper"
-        )
+        raise ValueError("A probe looks at one image, not at a Dict: take the image out in a wrapper")
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)

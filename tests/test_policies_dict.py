@@ -644,7 +644,7 @@ def test_commands_that_work_with_one_image_say_so(tmp_path, dict_id):
         assert seen in " ".join(error.split())
     status, _, error = run_command("probe", "--env", dict_id)
     assert status == 1
-    assert "A probe looks at one image, and the environment gives a Dict" in " ".join(error.split())
+    assert "A probe looks at one image, not at a Dict" in " ".join(error.split())
 
 
 class Masked(DictGame):
