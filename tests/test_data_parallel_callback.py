@@ -25,6 +25,7 @@ from sb3_resnet.callbacks import (
     BestCheckpointCallback,
     DataParallelCallback,
     LRScheduleCallback,
+    MonitorCallback,
     UnfreezeCallback,
     newest_checkpoint,
 )
@@ -458,6 +459,27 @@ def test_a_single_process_trains_as_without_the_callback():
     alone, plain = run(DataParallelCallback(verbose=1)), run()
     assert weigh(alone) == weigh(plain)
     assert alone.num_timesteps == plain.num_timesteps == 48
+
+
+def test_the_log_has_the_norm_of_the_mean_gradient(monkeypatch):
+    def act(rank):
+        logged = {}
+
+        class Look(BaseCallback):
+            def _on_rollout_end(self):
+                logged.update(self.logger.name_to_value)
+
+            def _on_step(self):
+                return True
+
+        model = make_model(extractor=MINI, max_grad_norm=1e9)
+        model.learn(64, callback=[DataParallelCallback(), MonitorCallback(every=1), Look()], log_interval=None)
+        return {key: value for key, value in logged.items() if key.startswith("grad_norm") or "clip" in key}
+
+    first, second = results(in_threads(monkeypatch, act))
+    assert first["monitor/clip_share"] == 0.0
+    assert first["grad_norm/head"] == pytest.approx(first["grad_norm_clipped/head"])
+    assert first == second
 
 
 @pytest.mark.parametrize("make", [PPO, A2C, DQN])

@@ -222,7 +222,7 @@ def test_statistics_of_features_are_those_of_the_batches_of_all_ranks(monkeypatc
         assert th.equal(own.running_mean, done[0][1].running_mean)
         assert th.equal(own.running_var, done[0][1].running_var)
         assert own.running_count == 24
-        th.testing.assert_close(own.running_var, joint.running_var, rtol=1e-5, atol=0)
+        th.testing.assert_close(own.running_var, joint.running_var, rtol=1e-4, atol=0)
 
 
 def test_sync_norm_on_cpus_is_batch_norm_of_all_batches_with_its_gradient(monkeypatch):

@@ -38,12 +38,11 @@ class IntervalOfAll(int):
     :param ranks: number of ranks, each with as many environments
     """
 
-    ranks: int
-
     def __new__(cls, steps: int, ranks: int) -> IntervalOfAll:
-        made = super().__new__(cls, steps)
-        made.ranks = ranks
-        return made
+        return super().__new__(cls, steps)
+
+    def __init__(self, steps: int, ranks: int) -> None:
+        self.ranks = ranks
 
     def __floordiv__(self, n_envs: int) -> int:
         return int(self) // (n_envs * self.ranks)
