@@ -322,6 +322,20 @@ def test_another_train_in_one_rollout_is_still_that_of_learn():
     assert max(one_by_one.norms) < 2e-3
 
 
+def test_updates_of_another_callback_are_plain_and_named(recwarn):
+    class Eager(BaseCallback):
+        def _on_step(self):
+            if self.n_calls == 20:
+                self.model.train(gradient_steps=1, batch_size=4)
+            return True
+
+    model, used = begin("clip")
+    model.learn(32, callback=[*used, Eager()])
+    assert [str(warning.message)[:45] for warning in recwarn if "sb3_resnet" in str(warning.message)] == [
+        "An update was made before on_rollout_end or a"
+    ]
+
+
 class FakeTracker(Tracker):
     def __init__(self):
         super().__init__("fake")

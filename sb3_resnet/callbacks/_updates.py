@@ -120,7 +120,8 @@ class UpdateHook:
     def _before_step(self, optimizer: Optimizer) -> None:
         lending = getattr(getattr(self._act, "__self__", None), "lending", None)
         if lending is not None and not lending.updating:
-            return  # an update of somebody else, after a learn() that was interrupted
+            lending.was_passed_over = True
+            return  # an update of somebody else, most likely after a learn() that was interrupted
         n, self.n = self.n, self.n + 1
         self._act(n)
 

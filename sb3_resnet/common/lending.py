@@ -8,6 +8,7 @@ another ``predict()``, ``train()`` or ``learn()``. What was lent asks before it 
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,6 +49,8 @@ class Lending:
         self._latest: Any = None  # observations that the loop got last
         self._is_asked_about_latest = False
         self._when_closed: dict[Any, Callable[[], None]] = {}
+        #: Whether an update was made in which nothing may act.
+        self.was_passed_over = False
 
     @property
     def acting(self) -> bool:
@@ -89,6 +92,13 @@ class Lending:
         :param latest: observations on which the loop acts next
         """
         self._see()
+        if self.was_passed_over:  # and learn() goes on, so it was another callback
+            self.was_passed_over = False
+            warnings.warn(
+                "An update was made before on_rollout_end or after train(), by another callback: it was not scheduled, "
+                "clipped or checked by the callbacks of sb3_resnet, which take part in learn()'s own updates alone",
+                stacklevel=3,
+            )
         self._part, self._latest, self._acts = _ACTING, latest, not self._has_replay
 
     def update(self) -> None:
