@@ -16,8 +16,8 @@ from .suite import end_with_parent, execute_all, runs_of
 from .tuning import choose, learning_rate_of
 
 ROOT = Path(__file__).parent.parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "atari"
-CHECKPOINTS = ROOT / "runs" / "atari"
+RESULTS = ROOT / "benchmarks" / "results"
+CHECKPOINTS = ROOT / "runs"
 _COMMANDS = ("suite", "run", "tune", "report", "pong")
 
 
@@ -91,7 +91,8 @@ def _report(given: argparse.Namespace) -> None:
 def _pong(given: argparse.Namespace) -> None:
     from .pong import pong
 
-    pong(given.results / "pong", given.checkpoints / "pong", _seeds(given, 5), given.minutes, given.weights.get("Pong"))
+    results, checkpoints = given.results / "atari" / "pong", given.checkpoints / "atari" / "pong"
+    pong(results, checkpoints, _seeds(given, 5), given.minutes, given.weights.get("Pong"))
 
 
 def _seeds(given: argparse.Namespace, default: int | None = None) -> list[int]:
