@@ -148,7 +148,7 @@ def build(arm: str, env: VecEnv, budget: Budget, seed: int, learning_rate: float
         replay_buffer_class=FrameNStepReplayBuffer,
         replay_buffer_kwargs={"n_steps": N_STEPS, "gamma": GAMMA},
         target_update_interval=budget.target_update_interval,
-        exploration_fraction=0.1,
+        exploration_fraction=budget.exploration_fraction,
         exploration_final_eps=EPSILON,
         max_grad_norm=10,
         policy_kwargs=_policy_kwargs(arm, learning_rate, weights),

@@ -19,8 +19,9 @@ class Budget:
     :param learning_starts: environment steps before the first update
     :param updates_per_rollout: gradient updates after each step of all environments
     :param target_update_interval: environment steps between two copies of the target network
+    :param exploration_fraction: share of the steps in which epsilon falls to its end
     :param device: of the network
-    :param threads: torch threads of a process
+    :param threads: of a process: torch's, and emulators at work
     """
 
     steps: int
@@ -32,6 +33,7 @@ class Budget:
     learning_starts: int
     updates_per_rollout: int
     target_update_interval: int = 1_000
+    exploration_fraction: float = 0.1
     device: str = "cpu"
     threads: int = 1
 
@@ -47,12 +49,14 @@ BUDGETS = {
     "smoke": Budget(5_000, 1, 4_000, 2, 2_000, 5_000, 400, 1),
     "cpu": Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS),
     "gpu": Budget(400_000, 5, 10_000, 20, 100_000, 100_000, 2_000, N_ENVS, device="cuda"),
+    # Of `atari.py pong`, which ends a run before that. Pong needs less exploration than a suite of games.
+    "pong": Budget(1_000_000, 5, 25_000, 20, 100_000, 100_000, 2_000, N_ENVS, exploration_fraction=0.02, threads=2),
 }
 
 
 def budget_of(name: str, steps: int | None = None) -> Budget:
     """
-    :param name: ``"smoke"``, ``"cpu"`` or ``"gpu"``
+    :param name: ``"smoke"``, ``"cpu"``, ``"gpu"`` or ``"pong"``
     :param steps: other than the budget's
     :return: the budget
     :raises ValueError: for an unknown name, or steps that are no multiple of the number of environments

@@ -11,7 +11,8 @@ from pathlib import Path
 from .arms import ARMS, LEARNING_RATES
 from .budgets import BUDGETS, budget_of
 from .games import SUITES, suite_of
-from .runs import Run, execute
+from .runs import execute
+from .spec import Run
 from .suite import end_with_parent, execute_all, runs_of
 from .tuning import choose, learning_rate_of
 
@@ -128,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     places.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, metavar="FOLDER")
     kind = argparse.ArgumentParser(add_help=False)
     kind.add_argument("--suite", choices=[*SUITES], default="atari")
-    kind.add_argument("--budget", choices=[*BUDGETS], default="cpu")
+    kind.add_argument("--budget", choices=[name for name in BUDGETS if name != "pong"], default="cpu")
     kind.add_argument("--steps", type=int, metavar="N", help="environment steps of a run, instead of the budget's")
     files = argparse.ArgumentParser(add_help=False)
     files.add_argument(

@@ -72,7 +72,7 @@ class NewestFrames:
         return EncodedBatch(trunk.per_observation(entries.flatten(0, 1)))
 
 
-def evaluate(model: DQN, suite: str, game: str, arm: str, episodes: int, seed: int) -> list[float]:
+def evaluate(model: DQN, suite: str, game: str, arm: str, episodes: int, seed: int, threads: int = 1) -> list[float]:
     """
     :param model: the agent, as training left it; it goes on as if this had not happened
     :param suite: name of the suite
@@ -80,9 +80,10 @@ def evaluate(model: DQN, suite: str, game: str, arm: str, episodes: int, seed: i
     :param arm: name of the arm
     :param episodes: number of whole games
     :param seed: of games and random actions
+    :param threads: emulators at work at the same time
     :return: the raw return of each game
     """
-    env = make_env(suite, game, min(_ENVS, episodes), seed, evaluates=True)
+    env = make_env(suite, game, min(_ENVS, episodes), seed, evaluates=True, threads=threads)
     policy: Any = model.policy
     before = getattr(policy, "encoding", None)
     try:

@@ -60,7 +60,7 @@ class Suite:
     :param tuning: those that learning rates and recipes are chosen on, which are never reported
     :param arms: those that run without ``--arms``
     :param env_id: id of gymnasium's registry of a game
-    :param make: environments of a game id, their number, a seed, and whether they are for evaluation
+    :param make: environments of a game id, their number, a seed, whether they are for evaluation, and threads
     :param normalised: what a return in a game is worth
     :param unit: of that
     """
@@ -69,19 +69,18 @@ class Suite:
     tuning: tuple[str, ...]
     arms: tuple[str, ...]
     env_id: Callable[[str], str]
-    make: Callable[[str, int, int, bool], VecEnv]
+    make: Callable[[str, int, int, bool, int], VecEnv]
     normalised: Callable[[str, float], float]
     unit: str
     description: str
 
 
-def _atari(env_id: str, n_envs: int, seed: int, evaluates: bool) -> VecEnv:
+def _atari(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
     whole = {"terminal_on_life_loss": False, "clip_reward": False} if evaluates else {}
-    # One thread: a process of the suite has one core.
-    return make_atari_vec_env(env_id, n_envs, seed, n_threads=1, **whole)
+    return make_atari_vec_env(env_id, n_envs, seed, n_threads=threads, **whole)
 
 
-def _minigrid(env_id: str, n_envs: int, seed: int, evaluates: bool) -> VecEnv:
+def _minigrid(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
     from minigrid.wrappers import ImgObsWrapper, RGBImgPartialObsWrapper
 
     def make() -> gym.Env[Any, Any]:
@@ -176,15 +175,16 @@ def register(suite: str) -> None:
         raise ImportError(f"{error}: pip install 'sb3_resnet[atari,evidence]'") from error
 
 
-def make_env(suite: str, game: str, n_envs: int, seed: int, evaluates: bool = False) -> VecEnv:
+def make_env(suite: str, game: str, n_envs: int, seed: int, evaluates: bool = False, threads: int = 1) -> VecEnv:
     """
     :param suite: name of the suite
     :param game: name of the game
     :param n_envs: number of environments
     :param seed: of the first one
     :param evaluates: whole games with raw rewards, instead of what training sees
+    :param threads: emulators at work at the same time
     :return: the environments, images channels first
     """
     register(suite)
     domain = suite_of(suite)
-    return VecTransposeImage(domain.make(domain.env_id(game), n_envs, seed, evaluates))
+    return VecTransposeImage(domain.make(domain.env_id(game), n_envs, seed, evaluates, threads))

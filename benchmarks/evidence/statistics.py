@@ -12,6 +12,7 @@ import numpy as np
 
 from .arms import ARMS
 from .games import Suite
+from .results import SECONDS
 
 REPS = 2_000  # bootstrap samples, as many as rliable's own examples take at least
 CONTROLS = ("nature", "nature_head")  # what all others are compared with
@@ -137,7 +138,7 @@ def seconds(table: Table) -> tuple[str, dict[str, np.ndarray]]:
     column = 2 if on_gpu else 1
 
     def spent(game: str, result: dict[str, Any]) -> list[float]:
-        return [row[column] for row in result["times"]["seconds of training (step, processor, clock)"]]
+        return [row[column] for row in result["times"][SECONDS]]
 
     return "of a clock" if on_gpu else "of one core", {arm: table.of(arm, spent).mean((0, 1)) for arm in table.arms}
 

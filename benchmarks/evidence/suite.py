@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from .arms import ARMS, weights_for
 from .games import check_game
-from .runs import Run, refuse_other_settings
+from .runs import refuse_other_settings
+from .spec import Run
 
 SCRIPT = Path(__file__).parent.parent / "atari.py"
 
