@@ -48,13 +48,13 @@ def execute(
     :raises ValueError: if files of this name belong to other settings
     """
     result, folder = results / run.folder / f"{run.name}.json", checkpoints / run.folder / run.name
-    if result.exists():
-        refuse_other_settings(run, result)
-        tell(run.steps)
-        return result
     th.set_num_threads(run.plan.threads)
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
+        if result.exists():
+            refuse_other_settings(run, result)
+            tell(run.steps)
+            return result
         remove_left_overs(folder)
         log, settings = _last(folder), None
         while log.steps < run.steps and not ends(log):
@@ -82,14 +82,12 @@ def refuse_other_settings(run: Run, result: Path) -> None:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """
-    :param folder: of a run
-    :raises ValueError: if another process is at work there
+    Wait until no other process is at work on a run.
+
+    :param folder: of the run
     """
     with (folder / "lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"Another process runs {folder.name}: wait for it") from None
+        fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
