@@ -152,17 +152,18 @@ def fill(folder, share, seeds=3, spread=0.02, some_games=("Boxing", "Krull")):
 def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
     fill(tmp_path, {"nature": 0.1, "nature_head": 0.11, "random_frozen": 0.5})
     page = tmp_path / "page.md"
-    page.write_text("# Title\n\n<!-- report: atari cpu -->\nold\n<!-- end of report: atari cpu -->\nafter\n")
+    page.write_text("# Title\n<!-- report: atari cpu -->\nold\n<!-- end of report: atari cpu -->\nafter\n")
     text = reports.report(tmp_path / "atari" / "cpu", "atari", page=page)
-    first = text.splitlines()[:5]
+    first = page.read_text().splitlines()[2:6]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     iqm = found["iqm"]["last"]
     assert first[0].startswith(f"**Won:** `random_frozen`, IQM {iqm['random_frozen']['value']:.3f} [")
     gain = iqm["random_frozen"]["value"] - iqm["nature"]["value"]
     assert abs(gain - 0.4) < 0.03
-    assert f"{gain:.3f} over `nature`" in first[1]
-    assert re.search(r"\*\*Lost to it:\*\* `nature` 0\.\d+ \[0\.\d+, 0\.\d+\]", first[2])
-    assert first[4].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
+    assert f", by {gain:.3f} over `nature`" in first[0]
+    assert re.match(r"\*\*Lost to it:\*\* `nature` 0\.\d+ \[0\.\d+, 0\.\d+\]", first[1])
+    assert first[2] == "No arm is left undecided.<br>"
+    assert first[3].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
     assert found["verdict"]["beaten"] == ["nature", "nature_head"]
     assert found["probability of improvement"]["random_frozen over nature"]["value"] == 1.0
     assert found["command"] == "python benchmarks/atari.py report --suite atari --budget cpu"
@@ -172,7 +173,7 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
         links = re.findall(r"\]\(([^)]+)\)", written)
         assert len(links) == 12
         assert all((place / link).is_file() for link in links if "://" not in link)
-    assert page.read_text().startswith("# Title\n\n<!-- report: atari cpu -->\n**Won:**")
+    assert page.read_text().startswith("# Title\n<!-- report: atari cpu -->\n**Won:**")
     assert page.read_text().endswith("<!-- end of report: atari cpu -->\nafter\n")
     assert "old" not in page.read_text()
 
@@ -180,10 +181,11 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
 @pytest.mark.usefixtures("_rliable")
 def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path):
     fill(tmp_path, {"nature": 0.28, "random_frozen": 0.3}, spread=0.2)
-    first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:5]
-    assert first[0].startswith("**Nothing was shown to win.**")
-    assert "overlap" in first[1]
-    assert "nothing was shown to lose" in first[2]
+    first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:4]
+    assert first[0].startswith("**Nothing was shown to win.** The highest is `random_frozen`, IQM ")
+    assert "but all other intervals overlap its own" in first[0]
+    assert first[1].startswith("**Nothing was shown to lose**")
+    assert first[2].startswith("**Nothing was shown** between `random_frozen` and `nature` ")
     assert "Won" not in "".join(first)
 
 
@@ -205,8 +207,8 @@ def test_the_verdict_follows_the_intervals():
     assert (found["best"], found["beaten"], found["open"]) == ("a", ["c"], ["b"])
     assert found["pairs"] == [("a", "c"), ("b", "c")]
     lines = reports.summary(iqm, "2 seeds", "score")
-    assert lines[1].startswith("**By how much:** 0.300 over `c`")
-    assert "**Nothing was shown** between `a` and `b` 0.450 [0.300, 0.500]. Shown besides: `b` over `c`." in lines[3]
+    assert lines[0].startswith("**Won:** `a`, IQM 0.500 [0.400, 0.600], by 0.300 over `c`: ")
+    assert lines[2] == "**Nothing was shown** between `a` and `b` 0.450 [0.300, 0.500]. Shown besides: `b` over `c`."
 
 
 @pytest.mark.usefixtures("_rliable")

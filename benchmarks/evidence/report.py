@@ -56,7 +56,7 @@ def report(folder: Path, name: str, steps: int | None = None, page: Path | None 
 
 def summary(iqm: dict[str, Interval], shown: str, unit: str) -> list[str]:
     """
-    The first five lines of a report.
+    The first lines of a report.
 
     :param iqm: by arm
     :param shown: how many seeds, games and steps
@@ -72,17 +72,18 @@ def summary(iqm: dict[str, Interval], shown: str, unit: str) -> list[str]:
     won = f"`{best}`, IQM {iqm[best]}"
     if beaten:
         gains = ", ".join(f"{iqm[best].value - iqm[arm].value:.3f} over `{arm}`" for arm in beaten)
-        first, second = f"**Won:** {won}.", f"**By how much:** {gains}; the 95 % intervals do not overlap."
-        third = f"**Lost to it:** {listed(beaten)}."
+        first = f"**Won:** {won}, by {gains}: the 95 % intervals do not overlap."
+        second = f"**Lost to it:** {listed(beaten)}."
     else:
-        first = f"**Nothing was shown to win.** The highest is {won}."
-        reason = "there is one seed, so no interval" if np.isnan(iqm[best].low) else "its interval overlaps all others"
-        second = f"**By how much:** nothing was shown, since {reason}."
-        third = "**Lost:** nothing was shown to lose to it."
+        reason = (
+            "there is one seed, so no interval" if np.isnan(iqm[best].low) else "all other intervals overlap its own"
+        )
+        first = f"**Nothing was shown to win.** The highest is {won}, but {reason}."
+        second = "**Nothing was shown to lose** to it."
     others = [f"`{one}` over `{other}`" for one, other in found["pairs"] if one != best]
-    fourth = f"**Nothing was shown** between `{best}` and {listed(rest)}." if rest else "No arm is left undecided."
-    fourth += f" Shown besides: {', '.join(others)}." if others else ""
-    return [first, second, third, fourth, f"**Measured:** {shown}; {unit}."]
+    third = f"**Nothing was shown** between `{best}` and {listed(rest)}." if rest else "No arm is left undecided."
+    third += f" Shown besides: {', '.join(others)}." if others else ""
+    return [first, second, third, f"**Measured:** {shown}; {unit}."]
 
 
 def _text(
@@ -94,9 +95,11 @@ def _text(
     command: str,
 ) -> str:
     suite = suite_of(name)
-    lines = [*summary(iqm["last"], _shown(table), suite.unit), ""]
+    tuning = [game for game in table.games if game in map(suite.env_id, suite.tuning)]
+    note = f"; {', '.join(tuning)}: games for tuning, so no evidence for games that were not seen" if tuning else ""
+    *first, last = summary(iqm["last"], _shown(table), f"{suite.unit}{note}")
     # Each a line of its own, also where Markdown joins lines.
-    lines[:5] = [f"{line}<br>" for line in lines[:4]] + lines[4:5]
+    lines = [*(f"{line}<br>" for line in first), last, ""]
     lines += [f"`{command}` made all of this from [the result files](PLACE/report.json).", ""]
     lines += _aggregate_rows(table, iqm)
     lines += ["", f"IQM: interquartile mean over {_shown(table)}; in brackets 95 % stratified bootstrap intervals", ""]
@@ -160,9 +163,6 @@ def _about(folder: Path, name: str, table: Table) -> str:
         lines.append(f"* Learning rate not tuned, {rate} as in RL-Zoo: {', '.join(f'`{arm}`' for arm in untuned)}.")
     if tuned:
         lines.append(f"* Learning rates tuned on {', '.join(suite.tuning)}: [tries](PLACE/{rates.name}).")
-    tuning_games = [game for game in table.games if game in map(suite.env_id, suite.tuning)]
-    if tuning_games:
-        lines.append(f"* {', '.join(tuning_games)}: games for tuning, so no evidence for games that were not seen.")
     missing = [arm for arm in suite.arms if arm not in table.arms]
     if missing:
         lines.append(f"* Not run: {', '.join(f'`{arm}`' for arm in missing)}.")
