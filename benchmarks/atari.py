@@ -1,7 +1,7 @@
 """
 Where a ResNet helps a DQN: arms x games x seeds, with controls, intervals and a way to repeat it.
 
-    python benchmarks/atari.py --budget smoke                   # does it run? a minute
+    python benchmarks/atari.py --budget smoke                   # does it run? some minutes
     python benchmarks/atari.py tune --budget cpu                # a learning rate for each arm, on the tuning games
     python benchmarks/atari.py --budget cpu                     # the suite; called again, it goes on where it stopped
     python benchmarks/atari.py report                           # Markdown, JSON and PNG of all results

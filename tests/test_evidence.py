@@ -1,5 +1,6 @@
 """The suite of benchmarks/atari.py: the same results each time, whatever kills it, and a report that claims no more."""
 
+import dataclasses
 import importlib
 import itertools
 import json
@@ -180,7 +181,7 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
 
 @pytest.mark.usefixtures("_rliable")
 def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path):
-    fill(tmp_path, {"nature": 0.28, "random_frozen": 0.3}, spread=0.2)
+    fill(tmp_path, {"nature": 0.2, "random_frozen": 0.32}, spread=0.2)
     first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:4]
     assert first[0].startswith("**Nothing was shown to win.** The highest is `random_frozen`, IQM ")
     assert "but all other intervals overlap its own" in first[0]
@@ -235,6 +236,23 @@ def test_only_what_all_arms_have_is_compared(tmp_path):
         statistics.read(tmp_path / "none", games.SUITES["atari"])
 
 
+def test_minigrid_is_seen_in_colour_and_plays_the_same_again():
+    pytest.importorskip("minigrid", reason="pip install -e '.[evidence]'")
+    random = np.random.default_rng(0)
+    actions = random.integers(7, size=(40, 2))
+    seen = []
+    for _ in range(2):
+        env = games.make_env("minigrid", "DoorKey-5x5", 2, seed=3)
+        images = [env.reset(), *(env.step(action)[0] for action in actions)]
+        assert env.observation_space.shape == (3, 84, 84)
+        assert images[0].dtype == np.uint8
+        assert any((image[:, 0] != image[:, 1]).any() for image in images)
+        seen.append(np.stack(images))
+    assert np.array_equal(*seen)
+    for game in games.SUITES["minigrid"].games:
+        games.check_game("minigrid", game)
+
+
 def test_scores_are_human_normalised():
     domain = games.SUITES["atari"]
     assert domain.normalised("Pong", -20.7) == 0.0
@@ -275,6 +293,25 @@ def test_pong_ends_when_it_is_won_or_the_time_is_over(tmp_path):
     assert [row["minutes"] for row in found["runs"]] == [1.5, 1.5]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("returns", "steps_done", "share"), [((2.0, 19.0, 3.0), 320, "1 of 1"), ((2.0, 3.0, 4.0), 480, "0 of 1")]
+)
+def test_a_run_of_pong_stops_at_the_evaluation_that_wins(tmp_path, monkeypatch, returns, steps_done, share):
+    pytest.importorskip("ale_py")
+    small = {"steps": 480, "eval_every": 160, "save_every": 480, "learning_starts": 480, "buffer_size": 480}
+    monkeypatch.setitem(budgets.BUDGETS, "pong", dataclasses.replace(budgets.BUDGETS["pong"], threads=1, **small))
+    left = iter(returns)
+    monkeypatch.setattr(recording, "evaluate", lambda *args: [next(left)])
+    found = pong.pong(tmp_path / "results", tmp_path / "checkpoints", [0], 60.0, None)
+    assert found == json.loads((tmp_path / "results" / "pong.json").read_text())
+    assert found[pong.SHARE] == share
+    assert found["runs"][0]["steps"] == steps_done
+    assert found["command"] == "python benchmarks/atari.py pong"
+    assert (tmp_path / "results" / "pong.png").stat().st_size > 5_000
+    assert len([*(tmp_path / "checkpoints").rglob("agent.zip")]) == 1
+
+
 def test_another_runs_file_is_not_taken_for_ones_own(tmp_path):
     path = result(tmp_path, "nature", "Pong", 0, [1.0], rate=3e-4)
     run = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 1e-4)
@@ -282,6 +319,17 @@ def test_another_runs_file_is_not_taken_for_ones_own(tmp_path):
         runs.execute(run, tmp_path, tmp_path / "checkpoints")
     same = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 3e-4)
     assert runs.execute(same, tmp_path, tmp_path / "checkpoints") == path
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"other")
+    pretrained = spec.Run("atari", "cpu", "Pong", "pretrained_frozen", 0, 20_000, 3e-4, str(weights))
+    path = result(tmp_path, "pretrained_frozen", "Pong", 0, [1.0], rate=3e-4, weights=str(weights))
+    written = json.loads(path.read_text())
+    written["settings"]["trunk"] = {"weights": {"file": "weights.pth", "sha256": arms.sha256(str(weights))}}
+    path.write_text(json.dumps(written))
+    assert runs.execute(pretrained, tmp_path, tmp_path / "checkpoints") == path
+    weights.write_bytes(b"changed")
+    with pytest.raises(ValueError, match=r"was trained with another weights\.pth: delete it"):
+        runs.execute(pretrained, tmp_path, tmp_path / "checkpoints")
 
 
 def test_wrong_words_are_said_in_one_line(capsys):
@@ -291,6 +339,9 @@ def test_wrong_words_are_said_in_one_line(capsys):
     assert "holds no results" in capsys.readouterr().err
     assert commands.main(["--seeds", "0"]) == 1
     assert "at least 1, got 0" in capsys.readouterr().err
+    if not th.cuda.is_available():
+        assert commands.main(["--budget", "gpu"]) == 1
+        assert "PyTorch finds no GPU: write --budget cpu" in capsys.readouterr().err
 
 
 def started(folder, *words):

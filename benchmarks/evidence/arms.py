@@ -151,13 +151,13 @@ def build(arm: str, env: VecEnv, budget: Budget, seed: int, learning_rate: float
         exploration_fraction=budget.exploration_fraction,
         exploration_final_eps=EPSILON,
         max_grad_norm=10,
-        policy_kwargs=_policy_kwargs(arm, learning_rate, weights),
+        policy_kwargs=_policy_kwargs(arm, env.observation_space, learning_rate, weights),
         seed=seed,
         device=budget.device,
     )
 
 
-def _policy_kwargs(arm: str, learning_rate: float, weights: str | None) -> dict[str, Any]:
+def _policy_kwargs(arm: str, space: Any, learning_rate: float, weights: str | None) -> dict[str, Any]:
     chosen = ARMS[arm]
     # Plain Adam without weight decay is SB3's default for NatureCNN.
     common: dict[str, Any] = {"optimizer_class": th.optim.Adam}
@@ -166,6 +166,8 @@ def _policy_kwargs(arm: str, learning_rate: float, weights: str | None) -> dict[
     if not chosen.is_resnet:
         return {**common, **HEAD}
     extractor = {**TRUNK, **chosen.extractor, **({} if weights is None else {"weights": weights})}
+    if space.shape[0] == 3:  # one RGB image, which needs no adapter
+        del extractor["adapter"]
     rates = {"lr_backbone": chosen.lr_share * learning_rate}
     return {**common, **HEAD, **rates, "weight_decay": 0.0, "features_extractor_kwargs": extractor}
 
@@ -231,7 +233,7 @@ def resolved(
         "class": model.policy.features_extractor_class.__name__,
         "arguments": {name: value for name, value in _extractor_arguments(model).items() if name != "weights"},
         "features": model.q_net.features_dim,
-        "weights": None if weights is None else {"file": Path(weights).name, "sha256": _sha256(weights)},
+        "weights": None if weights is None else {"file": Path(weights).name, "sha256": sha256(weights)},
         "phases": [list(phase) for phase in PHASES] if chosen.phases else [],
         "share of the learning rate": chosen.lr_share if chosen.is_resnet else 1.0,
     }
@@ -252,5 +254,6 @@ def _head(model: DQN) -> list[str]:
     return [linear.get(layer, type(layer).__name__) for layer in layers]
 
 
-def _sha256(file: str) -> str:
+def sha256(file: str) -> str:
+    """:return: which file it is, whatever its name"""
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()

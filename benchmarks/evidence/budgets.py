@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch as th
+
 from .games import N_ENVS
 
 
@@ -59,9 +61,12 @@ def budget_of(name: str, steps: int | None = None) -> Budget:
     :param name: ``"smoke"``, ``"cpu"``, ``"gpu"`` or ``"pong"``
     :param steps: other than the budget's
     :return: the budget
-    :raises ValueError: for an unknown name, or steps that are no multiple of the number of environments
+    :raises ValueError: for an unknown name, steps that are no multiple of the number of environments, or a GPU that is
+        not there
     """
     if name not in BUDGETS:
         raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got {name!r}")
     budget = BUDGETS[name]
+    if budget.device == "cuda" and not th.cuda.is_available():  # SB3 would take the CPU in silence
+        raise ValueError(f"--budget {name}, but PyTorch finds no GPU: write --budget cpu")
     return budget if steps is None else replace(budget, steps=steps)

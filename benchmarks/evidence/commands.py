@@ -13,7 +13,7 @@ from .budgets import BUDGETS, budget_of
 from .games import SUITES, suite_of
 from .runs import execute
 from .spec import Run
-from .suite import end_with_parent, execute_all, runs_of
+from .suite import STEPS, end_with_parent, execute_all, runs_of
 from .tuning import choose, learning_rate_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -77,7 +77,7 @@ def _run(given: argparse.Namespace) -> None:
     steps = budget_of(given.budget, given.steps).steps
     names = (given.suite, given.budget, given.game, given.arm)
     run = Run(*names, given.seed, steps, given.learning_rate, given.weights.get(given.game), given.is_try)
-    print_steps = (lambda done: print(done, flush=True)) if given.child else (lambda done: None)
+    print_steps = (lambda done: print(STEPS, done, flush=True)) if given.child else (lambda done: None)
     file = execute(run, given.results, given.checkpoints, print_steps)
     if not given.child:
         print(file)

@@ -20,7 +20,7 @@ from sb3_resnet.common.checkpoints import add_to_checkpoint
 from sb3_resnet.common.files import remove_left_overs, written_whole
 from sb3_resnet.common.seeding import random_states
 
-from .arms import build, callbacks_of, resolved
+from .arms import build, callbacks_of, resolved, sha256
 from .games import N_ENVS, make_env
 from .recording import Ends, Log, PieceOver, Recorder, Tell
 from .results import write_result
@@ -68,15 +68,19 @@ def execute(
     return result
 
 
-def refuse_other_settings(run: Run, result: Path) -> None:
+def refuse_other_settings(run: Run, file: Path) -> None:
     """
     :param run: what would run
-    :param result: a file with its name
+    :param file: a result or the settings of a checkpoint, with its name
     :raises ValueError: if another run wrote it
     """
-    found = json.loads(result.read_text())["command"]
-    if found != run.command:
-        raise ValueError(f"{result} is of another run ({found}): delete it, or write another --results")
+    found = json.loads(file.read_text())
+    if found["command"] != run.command:
+        raise ValueError(f"{file} is of another run ({found['command']}): delete it, or write another --results")
+    if run.weights is not None:
+        trunk = found.get("settings", found)["trunk"]
+        if trunk["weights"]["sha256"] != sha256(run.weights):
+            raise ValueError(f"{file} was trained with another {Path(run.weights).name}: delete it")
 
 
 @contextlib.contextmanager
@@ -102,9 +106,8 @@ def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Lo
         settings = resolved(model, run.arm, run.suite, run.plan, run.learning_rate, run.weights)
         (folder / "settings.json").write_text(json.dumps({"command": run.command, **settings}))
     else:
+        refuse_other_settings(run, folder / "settings.json")
         settings = json.loads((folder / "settings.json").read_text())
-        if settings["command"] != run.command:
-            raise ValueError(f"{folder} is of another run ({settings['command']}): delete it")
         played = np.load(folder / f"actions-{log.steps}.npy")
         model = _load(run, folder / f"model-{log.steps}.zip", env, _replay(env, played))
     recorder = Recorder(run, log, tell, ends)

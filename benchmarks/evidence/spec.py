@@ -42,7 +42,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its files, without their endings."""
-        rate = f"-lr{self.learning_rate:g}" if self.is_try else ""
+        rate = f"-lr{self.learning_rate}" if self.is_try else ""
         return f"{self.game}-{self.arm}-{self.steps}{rate}-s{self.seed}"
 
     @property
@@ -54,7 +54,7 @@ class Run:
         """:return: the command line of this run alone, after ``atari.py run``"""
         options = [f"--{name}" for name in ("suite", "budget", "game", "arm", "seed", "steps")]
         values = [self.suite, self.budget, self.game, self.arm, self.seed, self.steps]
-        pairs = [*zip(options, map(str, values), strict=True), ("--learning-rate", f"{self.learning_rate:g}")]
+        pairs = [*zip(options, map(str, values), strict=True), ("--learning-rate", str(self.learning_rate))]
         pairs += [] if self.weights is None else [("--weights", f"{self.game}={self.weights}")]
         return [word for pair in pairs for word in pair] + (["--try"] if self.is_try else [])
 

@@ -19,6 +19,8 @@ from .games import check_game
 from .runs import refuse_other_settings
 from .spec import Run
 
+#: Begins a line that tells how many steps a run has done.
+STEPS = "steps"
 SCRIPT = Path(__file__).parent.parent / "atari.py"
 
 
@@ -93,8 +95,12 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
             tell(run.steps)
         return error
 
-    with bar, ThreadPoolExecutor(processes or len(os.sched_getaffinity(0))) as pool:
-        errors = [error for error in pool.map(one, missing) if error is not None]
+    with bar, ThreadPoolExecutor(processes or cores()) as pool:
+        try:
+            errors = [error for error in pool.map(one, missing) if error is not None]
+        except BaseException:  # such as Ctrl-C: nothing more is begun
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     if errors:
         raise RuntimeError("\n".join(errors))
     return [*files.values()]
@@ -111,9 +117,18 @@ def _process(run: Run, results: Path, checkpoints: Path, tell: Any) -> str | Non
         reader = threading.Thread(target=lambda: texts.append(process.stderr.read()))
         reader.start()
         for line in process.stdout:
-            tell(int(line))
+            word, _, number = line.partition(" ")
+            if word == STEPS:  # libraries may print what they like
+                tell(int(number))
         reader.join()
     return None if process.returncode == 0 else f"{run.name}: {texts[0].strip() or process.returncode}"
+
+
+def cores() -> int:
+    """:return: those that this process may use"""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def end_with_parent() -> None:
