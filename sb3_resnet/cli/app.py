@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sb3_resnet.cli import check, doctor, explain, export, groups, plot, probe
+from sb3_resnet.cli import card, check, doctor, explain, export, groups, plot, probe, zoo_config
 from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
@@ -28,6 +28,8 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "export": (export.command, "ONNX of preprocessing and network, verified."),
     "plot": (plot.command, "Learning curves with confidence bands."),
     "probe": (probe.command, "What the features of a frozen ResNet show of an environment."),
+    "card": (card.command, "The model card of a run, to share its model."),
+    "zoo-config": (zoo_config.command, "Path of a configuration for RL-Zoo."),
 }
 _PICTURE = "sb3_resnet.picture"  # key of the picture's file in the context that all commands share
 
