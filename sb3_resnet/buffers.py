@@ -18,6 +18,8 @@ from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_sampled_rewards
 from sb3_resnet.common.vec_normalize import INSTEAD
 
+__all__ = ["FrameNStepReplayBuffer", "FrameReplayBuffer"]
+
 
 class Column:
     """

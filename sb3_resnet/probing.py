@@ -27,6 +27,8 @@ from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.backbones import STAGES
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
+__all__ = ["Recording", "Row", "probe", "record"]
+
 Array = NDArray[Any]
 #: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
 LabelFunction = Callable[[Any], Mapping[str, Any]]

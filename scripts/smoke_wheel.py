@@ -17,7 +17,7 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-GAME = "FreewayNoFrameskip-v4"
+GAME = "RoadRunnerNoFrameskip-v4"
 WHERE = "import pathlib, sb3_resnet; print(pathlib.Path(sb3_resnet.__file__).parent)"
 
 

@@ -188,9 +188,7 @@ class Page:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "TORCH_HOME": str(self.weights)}
         environment["PATH"] = f"{bin_.resolve()}{os.pathsep}{environment['PATH']}"
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
-        done = subprocess.run(
-            ["bash", "-c", " ".join([line, *added])], env=environment, capture_output=True, text=True
-        )
+        done = subprocess.run(["bash", "-c", " ".join([line, *added])], env=environment, capture_output=True, text=True)
         # Of sb3-resnet, 1 means that it found something wrong, which is no failure of the command.
         fine = (0, 1) if line.startswith(("sb3-resnet check", "sb3-resnet doctor")) else (0,)
         assert done.returncode in fine, f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
@@ -258,7 +256,21 @@ def clone(tmp_path_factory):
         (folder / name).symlink_to(ROOT / name)
     small = [f"{key}:{value}" for key, value in SHORT_RUN.items()]
     config = ROOT / "zoo_configs" / "dqn.yml"
-    zoo("train", "dqn", folder / "logs", "--conf-file", config, "-n", 60, "--eval-freq", 50, "--seed", 0, "-params", *small)
+    zoo(
+        "train",
+        "dqn",
+        folder / "logs",
+        "--conf-file",
+        config,
+        "-n",
+        60,
+        "--eval-freq",
+        50,
+        "--seed",
+        0,
+        "-params",
+        *small,
+    )
     run = folder / "logs" / "dqn" / f"{PONG}_1"
     shutil.copy(run / f"{PONG}.zip", folder / "MODEL.zip")
     shutil.copy(run / f"{PONG}.zip", folder / "model.zip")

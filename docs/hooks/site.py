@@ -24,6 +24,7 @@ COPIED = (
     "benchmarks/results/**/*.csv",
     "benchmarks/results/**/*.png",
     "zoo_configs/*.yml",
+    "examples/*",
     "LICENSE",
 )
 

@@ -6,10 +6,12 @@ A page asks for one with a comment on a line of its own::
     <!-- options: sb3_resnet.ResNetExtractor -->
     <!-- command: check -->
     <!-- thresholds -->
+    <!-- all options -->
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 import re
@@ -18,7 +20,7 @@ from typing import Any
 
 from docs.hooks.docstrings import parameters_of
 
-_MARKER = re.compile(r"^<!-- (options|command|thresholds)(?:: *(\S+))? -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (all options|options|command|thresholds)(?:: *(\S+))? -->$", re.MULTILINE)
 # Stable-Baselines3 passes these; nobody writes them.
 _FROM_SB3 = {"observation_space", "action_space", "lr_schedule"}
 _REQUIRED = object()
@@ -33,6 +35,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     :return: the text with its tables
     """
     makers: dict[str, Callable[[str], str]] = {
+        "all options": all_options_table,
         "options": options_table,
         "command": command_table,
         "thresholds": thresholds_table,
@@ -48,6 +51,40 @@ def options_table(name: str) -> str:
     :return: a table of all arguments, their defaults and meanings
     """
     return _table(("argument", "default", "meaning"), _option_rows(name))
+
+
+def all_options_table(name: str = "") -> str:
+    """
+    What all public classes and functions take.
+
+    :param name: not used
+    :return: a table of all arguments with their owners, by module and name
+    """
+    rows = [
+        (f"`{owner.rpartition('.')[2]}`", *row)
+        for owner in public_names()
+        if callable(pkgutil.resolve_name(owner))
+        for row in _option_rows(owner)
+    ]
+    return _table(("of", "argument", "default", "meaning"), rows)
+
+
+def public_names() -> list[str]:
+    """
+    What the package shows: the names in ``__all__`` of its public modules, each at the place where it is first met.
+
+    :return: dotted names
+    """
+    package = importlib.import_module("sb3_resnet")
+    found: dict[int, str] = {}
+    modules = ["sb3_resnet", *(f"sb3_resnet.{info.name}" for info in pkgutil.iter_modules(package.__path__))]
+    for module_name in modules:
+        if module_name.endswith("__main__"):  # importing it would run the command
+            continue
+        module = importlib.import_module(module_name)
+        for name in getattr(module, "__all__", ()):
+            found.setdefault(id(getattr(module, name)), f"{module_name}.{name}")
+    return [*found.values()]
 
 
 def command_table(name: str) -> str:
@@ -145,6 +182,6 @@ def _shown(default: Any) -> str:
     return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
 
 
-def _table(head: tuple[str, str, str], rows: Any) -> str:
+def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 #: In a wheel, and in a clone of the repository or an editable install, which holds no copy of its own.
-_PLACES = (Path(__file__).parents[1] / "zoo_configs", Path(__file__).parents[2] / "zoo_configs")
+PLACES = (Path(__file__).parents[1] / "zoo_configs", Path(__file__).parents[2] / "zoo_configs")
 
 
 def command(
@@ -40,8 +40,8 @@ def configurations() -> dict[str, Path]:
     :return: the configurations by name
     :raises FileNotFoundError: if none were installed
     """
-    for place in _PLACES:
+    for place in PLACES:
         files = {path.stem: path for path in sorted(place.glob("*.yml"))}
         if files:
             return files
-    raise FileNotFoundError(f"{_PLACES[0]} holds no configurations: install sb3_resnet again")
+    raise FileNotFoundError(f"{PLACES[0]} holds no configurations: install sb3_resnet again")
