@@ -1,7 +1,7 @@
 """
-Train a ResNet-18 DQN on RoadRunner through RL-Zoo for a few minutes, and show whether it learned: what ``make demo`` runs.
+Train a DQN with a ResNet-18 on RoadRunner through RL-Zoo for a few minutes, and show whether it learned: ``make demo``.
 
-Before it plays at random, and afterwards the trained agent plays as many games. It ends with both scores, a learning
+Before, it plays at random; afterwards the trained agent plays as many games. It ends with both scores, a learning
 curve, a GIF of the agent with what it looks at, and the command to go on. All of it is in the folder of the run.
 """
 
@@ -26,7 +26,7 @@ from sb3_resnet.envs import make_atari_vec_env
 ROOT = Path(__file__).resolve().parent.parent
 GAME = "RoadRunnerNoFrameskip-v4"
 LOGS = Path("logs", "demo")
-GAMES = 8  # played before and after, all at the same time
+GAMES, AT_ONCE = 32, 8  # played before and after
 MORE_STEPS = 100_000
 
 
@@ -70,7 +70,7 @@ def scores(model: DQN | None, seed: int, game_steps: int | None = None) -> list[
     :return: the score of each of the games, as the game counts it
     """
     # Other games than those of the training, whose environments begin with the seed itself.
-    env = make_atari_vec_env(GAME, GAMES, seed + 10_000, terminal_on_life_loss=False, max_episode_steps=game_steps)
+    env = make_atari_vec_env(GAME, AT_ONCE, seed + 10_000, terminal_on_life_loss=False, max_episode_steps=game_steps)
     try:
         player: Any = RandomPlay(env.action_space) if model is None else model
         found, _ = evaluate_policy(player, env, GAMES, deterministic=model is None, return_episode_rewards=True)

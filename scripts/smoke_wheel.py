@@ -1,5 +1,5 @@
 """
-Install a built wheel into an empty environment and use it from another folder: what ``make dist`` and ``make test-wheel`` run.
+Install a built wheel into an empty environment, and use it from another folder: ``make dist`` and ``make test-wheel``.
 
 The empty environment gets its dependencies from the registry. With ``--borrow`` it takes them from the Python that runs
 this script instead, which needs seconds and no network; the package itself still comes from the wheel alone.

@@ -68,7 +68,7 @@ def test_a_killed_run_goes_on(tmp_path):
 def test_the_configuration_trains_with_the_command_that_it_names(tmp_path):
     head = (EXAMPLES / "rl_zoo.yml").read_text().partition("\nSpace")[0].replace("\\\n#", "").replace("\n#", "\n")
     (command,) = re.findall(r"python (-m rl_zoo3\.train .*)", head)
-    small = "-n 160 --eval-freq -1 -params learning_starts:20 buffer_size:200 batch_size:4".split()
+    small = ["-n", "160", "--eval-freq", "-1", "-params", "learning_starts:20", "buffer_size:200", "batch_size:4"]
     arguments = command.replace("examples/", f"{EXAMPLES}/").split()
     run(*arguments, *small, folder=tmp_path)
     assert list(tmp_path.glob("logs/dqn/SpaceInvaders*_1/SpaceInvaders*.zip"))

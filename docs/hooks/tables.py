@@ -50,7 +50,7 @@ def options_table(name: str) -> str:
     :param name: its dotted name
     :return: a table of all arguments, their defaults and meanings
     """
-    return _table(("argument", "default", "meaning"), _option_rows(name))
+    return _table(("argument", "default", "meaning"), option_rows(name))
 
 
 def all_options_table(name: str = "") -> str:
@@ -64,7 +64,7 @@ def all_options_table(name: str = "") -> str:
         (f"`{owner.rpartition('.')[2]}`", *row)
         for owner in public_names()
         if callable(pkgutil.resolve_name(owner))
-        for row in _option_rows(owner)
+        for row in option_rows(owner)
     ]
     return _table(("of", "argument", "default", "meaning"), rows)
 
@@ -125,7 +125,11 @@ def arguments_of(name: str) -> dict[str, Any]:
     return {name: default for name, default, _ in _options(name)}
 
 
-def _option_rows(name: str) -> Iterator[tuple[str, str, str]]:
+def option_rows(name: str) -> Iterator[tuple[str, str, str]]:
+    """
+    :param name: dotted name of a class or function
+    :return: argument, default and meaning of each of its arguments, those that SB3 passes last
+    """
     for argument, default, meaning in sorted(_options(name), key=lambda option: option[0] in _FROM_SB3):
         if argument in _FROM_SB3:
             shown = "from SB3"
@@ -141,6 +145,10 @@ def _options(name: str) -> Iterator[tuple[str, Any, str]]:
     target = pkgutil.resolve_name(name)
     bases = target.__mro__ if inspect.isclass(target) else (target,)
     own = [base for base in bases if (getattr(base, "__module__", None) or "").startswith("sb3_resnet")]
+    # A subclass may describe what the constructor of its base takes.
+    anywhere: dict[str, str] = {}
+    for base in reversed(own):
+        anywhere |= parameters_of(inspect.cleandoc(base.__doc__ or ""))
     seen: set[str] = set()
     for base in own:
         if inspect.isclass(base) and "__init__" not in vars(base):
@@ -156,7 +164,7 @@ def _options(name: str) -> Iterator[tuple[str, Any, str]]:
             if argument not in seen:
                 seen.add(argument)
                 shown = f"**{argument}" if argument in variable else argument
-                yield shown, default, meanings.get(argument, "")
+                yield shown, default, meanings.get(argument) or anywhere.get(argument, "")
 
 
 def _command_row(parameter: Any) -> tuple[str, str, str]:
@@ -167,7 +175,7 @@ def _command_row(parameter: Any) -> tuple[str, str, str]:
         names += f" `{parameter.metavar}`"
     if parameter.required:
         shown = "required"
-    elif parameter.is_flag:
+    elif is_option and parameter.is_flag:
         shown = "off"
     else:
         shown = "none" if default is None or default == [] else f"`{default}`"
