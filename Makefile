@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Train a ResNet-18 DQN on Pong through RL-Zoo: a few minutes on two CPU cores
+demo: $(STAMP)  ## Watch a ResNet-18 DQN learn a game through RL-Zoo: a few minutes on two CPU cores
 	@$(PY) scripts/demo.py
 
 # One process a core and one thread a process: several torch threads in each would fight for the cores.

@@ -25,7 +25,6 @@ from sb3_resnet.envs import make_atari_vec_env
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME = "RoadRunnerNoFrameskip-v4"
-LOGS = Path("logs", "demo")
 GAMES, AT_ONCE = 32, 8  # played before and after
 MORE_STEPS = 100_000
 
@@ -34,6 +33,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, help="of training; what zoo_configs/demo.yml says if not given")
+    parser.add_argument("--logs", type=Path, default=Path("logs", "demo"), help="folder of the runs")
     parser.add_argument("--game-steps", type=int, help="end each game early, to try this script out")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # so that the paths below can be pasted into the shell that called make
@@ -45,11 +45,11 @@ def main() -> int:
     before = scores(None, arguments.seed, arguments.game_steps)
     print(f"Before: random play scores {described(before)}\n", flush=True)
     extra = ["--seed", str(arguments.seed), *(["-n", str(arguments.steps)] if arguments.steps else [])]
-    code = subprocess.run(train_command(*extra)).returncode
+    code = subprocess.run(train_command(arguments.logs, *extra)).returncode
     if code != 0:
         print(f"Training failed with exit status {code}.", file=sys.stderr)
         return code
-    run = max((LOGS / "dqn").glob(f"{GAME}_*"), key=lambda folder: folder.stat().st_mtime)
+    run = max((arguments.logs / "dqn").glob(f"{GAME}_*"), key=lambda folder: folder.stat().st_mtime)
     model = DQN.load(run / f"{GAME}.zip", device="cpu", custom_objects={"buffer_size": 1})
     after = scores(model, arguments.seed, arguments.game_steps)
     pictures = draw(run)
@@ -96,13 +96,13 @@ def rises(before: list[float], after: list[float]) -> bool:
 
 
 def draw(run: Path) -> list[Path]:
-    """:return: pictures of the run: a learning curve, and the agent with what it looks at"""
+    """:return: pictures of the run that could be drawn: a learning curve, and the agent with what it looks at"""
     curve, gif = run / "curve.png", run / "agent" / "episode.gif"
     command = [sys.executable, "-m", "sb3_resnet"]
-    subprocess.run([*command, "plot", str(run), "--output", str(curve), "--window", str(GAMES)], check=True)
     explain = ["explain", str(run / f"{GAME}.zip"), "--env", GAME, "--output", str(gif.parent), "--gif"]
-    subprocess.run([*command, *explain, "--steps", "300"], check=True)
-    return [curve, gif]
+    subprocess.run([*command, "plot", str(run), "--output", str(curve), "--window", str(GAMES)])
+    subprocess.run([*command, *explain, "--steps", "300"])
+    return [picture for picture in (curve, gif) if picture.exists()]
 
 
 def report(result: dict[str, Any], pictures: list[Path], run: Path) -> list[str]:
@@ -112,15 +112,15 @@ def report(result: dict[str, Any], pictures: list[Path], run: Path) -> list[str]
         said = "The agent has learned: its score has risen clearly above random play."
     else:
         said = "This run did not learn: the score is not clearly above random play. Try another --seed, or go on."
+    go_on = train_command(run.parent.parent, "-n", str(MORE_STEPS), "-i", str(run / f"{GAME}.zip"))
     return [
         "",
         f"Before: {described(before)} (random play)",
         f"After:  {described(after)} ({result['steps']:,} steps; all in all {result['seconds']} s)",
         said,
-        f"Learning curve: {pictures[0]}",
-        f"The agent, and what it looks at: {pictures[1]}",
+        *(f"Picture: {picture}" for picture in pictures),
         f"Model: {run / GAME}.zip",
-        "Go on: " + shlex.join(train_command("-n", str(MORE_STEPS), "-i", str(run / f"{GAME}.zip"))),
+        f"Go on: {shlex.join(go_on)}",
     ]
 
 
@@ -129,12 +129,12 @@ def described(found: list[float]) -> str:
     return f"{np.mean(found):.1f} points, {min(found):g} to {max(found):g} in {len(found)} games"
 
 
-def train_command(*extra: str) -> list[str]:
+def train_command(logs: Path, *extra: str) -> list[str]:
     """:return: RL-Zoo's training command with the shipped configuration"""
     python = Path(sys.executable)
     command = [str(python.relative_to(ROOT) if python.is_relative_to(ROOT) else python), "-m", "rl_zoo3.train"]
     command += ["--algo", "dqn", "--env", GAME, "--gym-packages", "sb3_resnet", "--conf-file", "zoo_configs/demo.yml"]
-    return [*command, "--log-folder", str(LOGS), "--eval-freq", "-1", "--progress", *extra]
+    return [*command, "--log-folder", str(logs), "--eval-freq", "-1", "--progress", *extra]
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ import sb3_resnet.envs
 from tests.helpers import PONG, SHORT_RUN, TinyGame, zoo
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
+PAGES += sorted((ROOT / "docs").rglob("*.md"))
 STEPS = 40
 #: Arguments of algorithms, and the most that a test lets them be.
 MOST = {"buffer_size": 200, "learning_starts": 8, "batch_size": 16, "n_epochs": 1}
@@ -318,7 +319,9 @@ def cut(monkeypatch, owner, name, most, **defaults):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [path for path in PAGES if blocks_of(path)], ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", [path for path in PAGES if blocks_of(path)], ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 def test_every_block_of_a_page_runs_and_prints_what_is_shown(path, page):
     for block in blocks_of(path):
         try:
