@@ -55,7 +55,7 @@ def main() -> None:
     ]
     model.learn(STEPS, callback=callbacks)
     print("Lowest stage that trains:", model.policy.freeze_boundary)
-    print(sb3_resnet.param_group_summary(model))
+    sb3_resnet.param_group_summary(model)
 
 
 if __name__ == "__main__":

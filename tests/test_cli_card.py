@@ -36,30 +36,6 @@ def run(tmp_path):
     return folder
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """The hub as a folder; what SB3's integration calls of its client is replaced, and nothing else."""
-    folder = tmp_path / "hub"
-
-    class Repository(str):
-        repo_id = property(str)
-
-    def create_repo(self, repo_id, exist_ok):
-        (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-        return Repository(repo_id)
-
-    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
-        shutil.copy(path_or_fileobj, folder / repo_id / path_in_repo)
-
-    def download(repo_id, filename, library_name, library_version):
-        return str(folder / repo_id / filename)
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
-    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    return folder
-
-
 def metadata(text):
     """:return: what the hub reads at the top of a card"""
     return yaml.safe_load(text.split("---")[1])

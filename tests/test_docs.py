@@ -327,10 +327,7 @@ def own_arguments(name):
 
 
 def test_the_table_of_all_options_has_every_argument_of_every_public_name():
-    rows = {
-        tuple(cell.strip("` ") for cell in line.split(" | ")[:2]) for line in tables.all_options_table().splitlines()
-    }
-    rows = {(owner.strip("| `"), argument) for owner, argument in rows}
+    rows = {*re.findall(r"^\| `(\w+)`<br>`(\w+)`", tables.all_options_table(), re.MULTILINE)}
     wanted = {
         (name.rpartition(".")[2], argument)
         for name in tables.public_names()

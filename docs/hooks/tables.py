@@ -60,13 +60,14 @@ def all_options_table(name: str = "") -> str:
     :param name: not used
     :return: a table of all arguments with their owners, by module and name
     """
+    # Owner, argument and default share a column, so that the meaning has room on a phone.
     rows = [
-        (f"`{owner.rpartition('.')[2]}`", *row)
+        (f"`{owner.rpartition('.')[2]}`<br>{argument}{f' = {default}' if default else ''}", meaning)
         for owner in public_names()
         if callable(pkgutil.resolve_name(owner))
-        for row in option_rows(owner)
+        for argument, default, meaning in option_rows(owner)
     ]
-    return _table(("of", "argument", "default", "meaning"), rows)
+    return _table(("argument", "meaning"), rows)
 
 
 def public_names() -> list[str]:
