@@ -21,6 +21,7 @@ GAME = "PongNoFrameskip-v4"
 
 def main() -> None:
     env = make_atari_vec_env(GAME, n_envs=8, seed=0)
+    eval_env = make_atari_vec_env(GAME, seed=1, max_episode_steps=STEPS)
     model = DQN(
         "ResNetCnnPolicy",
         env,
@@ -51,7 +52,7 @@ def main() -> None:
         UnfreezeCallback(phases, verbose=1),
         GradientClipCallback(1.0),
         BestCheckpointCallback(max(STEPS // 10, 8), "logs/phases"),
-        EvalCallback(make_atari_vec_env(GAME, seed=1), eval_freq=max(STEPS // 80, 1), n_eval_episodes=1, verbose=0),
+        EvalCallback(eval_env, eval_freq=max(STEPS // 80, 8), n_eval_episodes=1, verbose=0),  # in steps of all 8 games
     ]
     model.learn(STEPS, callback=callbacks)
     print("Lowest stage that trains:", model.policy.freeze_boundary)

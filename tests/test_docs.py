@@ -301,7 +301,7 @@ def test_a_search_lands_on_the_right_page(site, query, page):
         title, text = ([stem(word) for word in re.findall(r"\w+", entry[part])] for part in ("title", "text"))
         in_title = sum(word in title for word in words) / len(words)
         often = sum(text.count(word) for word in words) / (20 + len(text))
-        return 1000 * in_title / (1 + len(title)) + often
+        return (1000 * in_title / (1 + len(title)) + often) * entry.get("boost", 1)
 
     best = max(entries, key=score)
     assert best["location"].partition("#")[0] == page, best["location"]

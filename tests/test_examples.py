@@ -16,7 +16,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "M
 # Steps that are enough for each part of an example to happen, and what it must have printed then.
 RUNS = {
     "quickstart": (200, r"^\d+ points per game after 200 steps\n$"),
-    "phases": (240, r"Lowest stage that trains: (?:stem|layer4)\n[\s\S]*backbone +\S+ +\S+ +[\d,]+ +[1-9][\d,]*"),
+    "phases": (160, r"Lowest stage that trains: (?:stem|layer4)\n[\s\S]*backbone +\S+ +\S+ +[\d,]+ +[1-9][\d,]*"),
     "own_environment": (200, r"Balls caught, of those that fell: \d+% before, \d+% after 200 steps"),
 }
 

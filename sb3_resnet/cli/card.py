@@ -94,7 +94,8 @@ def _metadata(run: Run, algorithm: str, env_id: str) -> str:
             "metrics": [metric],
         }
         data["model-index"] = [{"name": algorithm, "results": [result]}]
-    return "---\n" + import_extra("yaml").safe_dump(data, sort_keys=False) + "---"
+    text: str = import_extra("yaml").safe_dump(data, sort_keys=False)
+    return f"---\n{text}---"
 
 
 def _scores(run: Run) -> Iterator[tuple[str, str]]:

@@ -24,8 +24,7 @@ def command(
     """
     files = configurations()
     if name is None:
-        for stem, path in files.items():
-            typer.echo(f"{stem}: {path}")
+        typer.echo("\n".join(f"{stem}: {file}" for stem, file in files.items()))
         return
     path = files.get(name.removesuffix(".yml"))
     if path is None:
