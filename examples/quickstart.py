@@ -13,7 +13,8 @@ STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 30_000
 
 
 def main() -> None:
-    env = make_atari_vec_env("RoadRunnerNoFrameskip-v4", n_envs=8, seed=0)
+    # A game that does not end by itself is cut, so that the evaluation below cannot take long.
+    env = make_atari_vec_env("RoadRunnerNoFrameskip-v4", n_envs=8, seed=0, max_episode_steps=2000)
     resnet = dict(
         adapter="per_frame",  # each step brings one new frame to encode
         last_stage="layer2",

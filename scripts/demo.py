@@ -14,6 +14,7 @@ import shlex
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from sb3_resnet.envs import make_atari_vec_env
 
 ROOT = Path(__file__).resolve().parent.parent
 GAME = "RoadRunnerNoFrameskip-v4"
-GAMES, AT_ONCE = 32, 8  # played before and after
+GAMES, AT_ONCE = 16, 8  # played before and after
+GAME_STEPS = 2000  # an agent that stands still would else play for 27,000
 MORE_STEPS = 100_000
 
 
@@ -34,7 +36,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--steps", type=int, help="of training; what zoo_configs/demo.yml says if not given")
     parser.add_argument("--logs", type=Path, default=Path("logs", "demo"), help="folder of the runs")
-    parser.add_argument("--game-steps", type=int, help="end each game early, to try this script out")
+    parser.add_argument("--game-steps", type=int, default=GAME_STEPS, help="of a game before and after, at most")
     arguments = parser.parse_args()
     os.chdir(ROOT)  # so that the paths below can be pasted into the shell that called make
     # OpenMP's threads wait for each other by spinning. Where other programs want the cores too, that made a pass
@@ -50,7 +52,9 @@ def main() -> int:
         print(f"Training failed with exit status {code}.", file=sys.stderr)
         return code
     run = max((arguments.logs / "dqn").glob(f"{GAME}_*"), key=lambda folder: folder.stat().st_mtime)
-    model = DQN.load(run / f"{GAME}.zip", device="cpu", custom_objects={"buffer_size": 1})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # SB3's, about the replay buffer, which is not needed here
+        model = DQN.load(run / f"{GAME}.zip", device="cpu", custom_objects={"buffer_size": 1})
     after = scores(model, arguments.seed, arguments.game_steps)
     pictures = draw(run)
     seconds = time.perf_counter() - start
@@ -62,11 +66,11 @@ def main() -> int:
     return 0
 
 
-def scores(model: DQN | None, seed: int, game_steps: int | None = None) -> list[float]:
+def scores(model: DQN | None, seed: int, game_steps: int = GAME_STEPS) -> list[float]:
     """
     :param model: the agent; ``None`` plays at random
     :param seed: of the first game
-    :param game_steps: steps after which a game ends, if not at its own end
+    :param game_steps: steps after which a game ends, if it has not ended by itself
     :return: the score of each of the games, as the game counts it
     """
     # Other games than those of the training, whose environments begin with the seed itself.

@@ -67,7 +67,7 @@ def test_the_demo_trains_scores_draws_and_goes_on(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     (run,) = tmp_path.glob(f"dqn/{demo.GAME}_1")
     result = json.loads((run / "demo.json").read_text())
-    assert (result["steps"], len(result["before"]), len(result["after"])) == (2400, 32, 32)
+    assert (result["steps"], len(result["before"]), len(result["after"])) == (2400, 16, 16)
     assert result["rises"] == demo.rises(result["before"], result["after"])
     assert f"{np.mean(result['after']):.1f} points" in done.stdout
     assert ("has learned" in done.stdout) == result["rises"]

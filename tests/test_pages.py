@@ -273,7 +273,7 @@ def clone(tmp_path_factory):
         run / "evaluations.npz", timesteps=[30, 60], results=[[-21.0, -20.0], [-19.0, -20.0]], ep_lengths=[[1, 1]] * 2
     )
     shutil.copy(run / f"{PONG}.zip", folder / "MODEL.zip")
-    shutil.copy(run / f"{PONG}.zip", folder / "model.zip")
+    given_names()["model"]().save(folder / "model.zip")
     (folder / "progress.csv").write_text("time/total_timesteps,rollout/ep_rew_mean\n100,1.0\n200,1.5\n")
     return folder
 
