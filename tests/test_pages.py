@@ -269,11 +269,11 @@ class GoalGame(DictGame):
         super().__init__()
         image = self.observation_space["camera"]
         names = ("observation", "achieved_goal", "desired_goal")
-        self.observation_space = gym.spaces.Dict({name: image for name in names})
+        self.observation_space = gym.spaces.Dict(dict.fromkeys(names, image))
 
     def _observe(self):
         camera = super()._observe()["camera"]
-        return {name: camera for name in self.observation_space}
+        return dict.fromkeys(self.observation_space, camera)
 
     def compute_reward(self, achieved_goal, desired_goal, info):
         return np.zeros(len(achieved_goal))
@@ -400,7 +400,7 @@ def test_what_users_are_told_to_install_exists():
     section = (ROOT / "pyproject.toml").read_text().partition("[project.optional-dependencies]")[2].partition("\n[")[0]
     extras = {*re.findall(r"^(\w+) = \[", section, re.MULTILINE)}
     found = [line for _, line in commands("pip")]
-    assert len(found) > 5
+    assert len(found) >= 5
     for line in found:
         for named in re.findall(r"\[([\w,]+)\]", line):
             assert {*named.split(",")} <= extras, line
