@@ -13,12 +13,12 @@ CACHES := .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .py
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-lowest test-newest check docs format clean
+.PHONY: help demo test test-slow test-lowest test-newest test-wheel check docs dist format clean
 
 help:  ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-demo: $(STAMP)  ## Train a ResNet-18 DQN on Pong through RL-Zoo: a few minutes on two CPU cores
+demo: $(STAMP)  ## Watch a ResNet-18 DQN learn a game through RL-Zoo: a few minutes on two CPU cores
 	@$(PY) scripts/demo.py
 
 # One process a core and one thread a process: several torch threads in each would fight for the cores.
@@ -41,15 +41,25 @@ test-newest:  ## Run all tests on the newest versions that pyproject.toml allows
 	@$(NEWEST)/bin/python -m pip install -q --upgrade --upgrade-strategy eager -e '$(EXTRAS)'
 	@OMP_NUM_THREADS=1 $(NEWEST)/bin/python -m pytest $(PYTEST_OPTIONS)
 
-check: $(STAMP)  ## Lint, formatting, types and the layers; changes nothing
+check: $(STAMP)  ## Lint, spelling, formatting, types and the layers; changes nothing
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/codespell
 
 docs: $(STAMP)  ## Build the documentation into site/; warnings are errors
 	@# The variable silences a notice of the theme about its successor. With --quiet, --strict would let warnings pass.
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
+dist: $(STAMP)  ## Build the package into dist/, check it, and try the wheel in an environment of its own
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
+	$(PY) scripts/smoke_wheel.py --borrow
+
+test-wheel: dist  ## Try the wheel in an empty environment that gets everything from the registry: some minutes
+	$(PY) scripts/smoke_wheel.py
 
 format: $(STAMP)  ## Repair what ruff can
 	$(PY) -m ruff check --fix

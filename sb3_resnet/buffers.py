@@ -20,6 +20,8 @@ from sb3_resnet.common import host
 from sb3_resnet.common.nonfinite import check_sampled_rewards
 from sb3_resnet.common.vec_normalize import INSTEAD
 
+__all__ = ["FrameNStepReplayBuffer", "FrameReplayBuffer"]
+
 
 class Column:
     """
@@ -166,11 +168,29 @@ class _ColumnBuffer(_Encoded, ReplayBuffer):
 
 
 class FrameReplayBuffer(_ColumnBuffer):
-    """SB3's ``ReplayBuffer``, each frame stored once: a seventh of its memory for stacks of four; same arguments."""
+    """
+    SB3's ``ReplayBuffer``, each frame stored once: a seventh of its memory for stacks of four; same arguments.
+
+    :param buffer_size: transitions of all environments together
+    :param observation_space: space of the observations, as in SB3's class
+    :param action_space: space of the actions, likewise
+    :param device: where sampled batches go
+    :param n_envs: number of environments
+    :param kwargs: the other arguments of SB3's class
+    """
 
 
 class FrameNStepReplayBuffer(_ColumnBuffer, NStepReplayBuffer):
-    """SB3's ``NStepReplayBuffer``, likewise."""
+    """
+    SB3's ``NStepReplayBuffer``, likewise.
+
+    :param buffer_size: transitions of all environments together
+    :param observation_space: space of the observations, as in SB3's class
+    :param action_space: space of the actions, likewise
+    :param device: where sampled batches go
+    :param n_envs: number of environments
+    :param kwargs: ``n_steps`` and ``gamma``, and the other arguments of SB3's class
+    """
 
 
 _CLASSES: dict[type, type[_ColumnBuffer]] = {ReplayBuffer: FrameReplayBuffer, NStepReplayBuffer: FrameNStepReplayBuffer}

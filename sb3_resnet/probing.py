@@ -30,6 +30,8 @@ from sb3_resnet.nn.backbones import STAGES
 from sb3_resnet.nn.cards import extractor_arguments, read_card
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
+__all__ = ["Recording", "Row", "probe", "record"]
+
 Array = NDArray[Any]
 #: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
 LabelFunction = Callable[[Any], Mapping[str, Any]]

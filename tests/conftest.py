@@ -1,6 +1,7 @@
 """Fixtures: no network, one torch thread, and a weights file as torchvision would publish it."""
 
 import os
+import shutil
 import socket
 from pathlib import Path
 
@@ -51,3 +52,29 @@ def tiny_id():
     gym.register("Tiny-v0", "tests.helpers:TinyGame")
     yield "Tiny-v0"
     del registry["Tiny-v0"]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The Hugging Face Hub as a folder; what SB3's integration calls of its client is replaced, and nothing else."""
+    import huggingface_hub
+
+    folder = tmp_path / "hub"
+
+    class Repository(str):
+        repo_id = property(str)
+
+    def create_repo(self, repo_id, exist_ok):
+        (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
+        return Repository(repo_id)
+
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
+        shutil.copy(path_or_fileobj, folder / repo_id / path_in_repo)
+
+    def download(repo_id, filename, library_name, library_version):
+        return str(folder / repo_id / filename)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(huggingface_hub.HfApi, "upload_file", upload_file)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    return folder

@@ -1,6 +1,8 @@
 """What README, pages and docstrings say must be there: names, files, tables, code."""
 
+import html
 import inspect
+import json
 import pkgutil
 import re
 import subprocess
@@ -19,12 +21,7 @@ from docs.hooks.docstrings import markdown_of, parameters_of
 ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
-PUBLIC = (
-    [f"sb3_resnet.{name}" for name in sb3_resnet.__all__]
-    + [f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__]
-    + [f"sb3_resnet.diagnosis.{name}" for name in sb3_resnet.diagnosis.__all__]
-    + [f"sb3_resnet.buffers.{name}" for name in ("FrameReplayBuffer", "FrameNStepReplayBuffer")]
-)
+PUBLIC = [*tables.public_names(), "sb3_resnet.callbacks.newest_checkpoint"]
 WITH_TABLE = [
     "sb3_resnet.ResNetExtractor",
     "sb3_resnet.ResNetCombinedExtractor",
@@ -113,17 +110,7 @@ def test_calls_in_examples_have_arguments_that_exist(page):
 @pytest.mark.parametrize("name", WITH_TABLE)
 def test_a_page_shows_all_arguments(name):
     assert name in asked_for("options")
-    # Of the signature itself, of whatever class of ours has the constructor.
-    target = pkgutil.resolve_name(name)
-    classes = [c for c in getattr(target, "__mro__", ()) if c.__module__.startswith("sb3_resnet")]
-    functions = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [target]
-    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    expected = {
-        parameter.name: parameter.default
-        for function in functions
-        for parameter in inspect.signature(function).parameters.values()
-        if parameter.kind in plain and parameter.name != "self"
-    }
+    expected = own_arguments(name)
     assert expected
     rows = [line.split(" | ") for line in tables.options_table(name).splitlines()[2:]]
     shown = {row[0].strip("| `"): row for row in rows}
@@ -254,19 +241,123 @@ def test_a_broken_page_fails_the_build(text, complaint, tmp_path):
     assert complaint in done.stderr
 
 
-@pytest.mark.slow
-def test_the_site_builds_without_a_warning(tmp_path):
-    done = build(ROOT / "mkdocs.yml", tmp_path)
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The site, built as `make docs` builds it."""
+    folder = tmp_path_factory.mktemp("site")
+    done = build(ROOT / "mkdocs.yml", folder)
     assert done.returncode == 0, done.stderr
-    options = (tmp_path / "options" / "extractor" / "index.html").read_text()
+    return folder
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(site):
+    options = (site / "options" / "extractor" / "index.html").read_text()
     assert "micro_batch_size" in options
     assert "<!-- options" not in options
-    assert (tmp_path / "benchmarks" / "results" / "throughput.json").is_file()
-    html = "".join(page.read_text() for page in tmp_path.rglob("*.html"))
-    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', html)
-    reference = "".join(page.read_text() for page in (tmp_path / "reference").rglob("*.html"))
+    assert (site / "benchmarks" / "results" / "throughput.json").is_file()
+    pages = "".join(page.read_text() for page in site.rglob("*.html"))
+    assert not re.search(r'(?:src|href)="https?://[^"]*\.(?:js|css|woff2?)"', pages)
+    reference = "".join(page.read_text() for page in (site / "reference").rglob("*.html"))
     assert "FeatureCacheCallback" in reference
     assert [markup for markup in (":param", ":class:", ":func:", "::</p>") if markup in reference] == []
+
+
+@pytest.mark.slow
+def test_the_reference_shows_every_public_name_with_every_argument(site):
+    reference = "".join(page.read_text() for page in (site / "reference").rglob("*.html"))
+    parts = dict(re.findall(r'<h2 id="([\w.]+)"(.*?)(?=<h2 id=|\Z)', reference, re.DOTALL))
+    missing = []
+    for name in tables.public_names():
+        part = parts.get(name)
+        if part is None:
+            missing.append(name)
+        elif callable(pkgutil.resolve_name(name)):
+            text = html.unescape(re.sub(r"<[^>]+>", "", part))
+            missing += [
+                f"{name}({argument})" for argument in own_arguments(name) if not re.search(rf"\b{argument}\b", text)
+            ]
+    assert missing == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("query", "page"),
+    [
+        ("learning rate", "guides/learning_rates/"),
+        ("resume", "guides/checkpoints/"),
+        ("out of memory", "guides/less_memory/"),
+        ("BatchNorm", "guides/norm_layers/"),
+        ("NaN", "guides/nan/"),
+        ("mixed precision", "guides/mixed_precision/"),
+        ("ONNX", "cli/export/"),
+        ("NatureCNN", "guides/from_naturecnn/"),
+        ("share a model", "guides/share/"),
+    ],
+)
+def test_a_search_lands_on_the_right_page(site, query, page):
+    entries = json.loads((site / "search" / "search_index.json").read_text())["docs"]
+    words = [stem(word) for word in query.split()]
+
+    def score(entry):
+        # As the theme's search weighs it: what is in a title counts far more than the text.
+        title, text = ([stem(word) for word in re.findall(r"\w+", entry[part])] for part in ("title", "text"))
+        in_title = sum(word in title for word in words) / len(words)
+        often = sum(text.count(word) for word in words) / (20 + len(text))
+        return (1000 * in_title / (1 + len(title)) + often) * entry.get("boost", 1)
+
+    best = max(entries, key=score)
+    assert best["location"].partition("#")[0] == page, best["location"]
+
+
+def stem(word):
+    """:return: the word in lower case, without the ``s`` of a plural"""
+    return word.lower().removesuffix("s")
+
+
+def own_arguments(name):
+    """:return: the arguments that the package itself gives to a class or function, by its signatures"""
+    target = pkgutil.resolve_name(name)
+    classes = [c for c in getattr(target, "__mro__", ()) if c.__module__.startswith("sb3_resnet")]
+    functions = [vars(c)["__init__"] for c in classes if "__init__" in vars(c)] or [target]
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    return {
+        parameter.name: parameter.default
+        for parameter in parameters
+        if parameter.kind in plain and parameter.name != "self"
+    }
+
+
+def test_the_table_of_all_options_has_every_argument_of_every_public_name():
+    rows = {*re.findall(r"^\| `(\w+)`<br>`(\w+)`", tables.all_options_table(), re.MULTILINE)}
+    wanted = {
+        (name.rpartition(".")[2], argument)
+        for name in tables.public_names()
+        if callable(pkgutil.resolve_name(name))
+        for argument in own_arguments(name)
+    }
+    assert len(wanted) > 150
+    assert wanted - rows == set()
+
+
+@pytest.mark.parametrize("name", [n for n in tables.public_names() if callable(pkgutil.resolve_name(n))])
+def test_every_argument_of_every_public_name_is_described(name):
+    described = {row[0].strip("`"): row[2] for row in tables.option_rows(name)}
+    assert [argument for argument in own_arguments(name) if not described.get(argument)] == []
+
+
+def test_public_names_are_those_of_all_modules_with_a_list_of_them():
+    names = tables.public_names()
+    for name in (
+        "ResNetExtractor",
+        "callbacks.AMPCallback",
+        "buffers.FrameReplayBuffer",
+        "envs.AtariVecEnv",
+        "probing.probe",
+    ):
+        assert f"sb3_resnet.{name}" in names
+    assert "sb3_resnet.callbacks.newest_checkpoint" not in names  # the same as sb3_resnet.newest_checkpoint
 
 
 _HEADING = re.compile(r"^(?=#{1,2} )", re.MULTILINE)

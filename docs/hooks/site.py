@@ -17,13 +17,16 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # By path in the repository: files that are pages of the site.
-PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+PAGES = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "examples/README.md": "examples.md"}
 # Folders and files that are copied as they are.
 COPIED = (
     "benchmarks/results/**/*.json",
     "benchmarks/results/**/*.csv",
     "benchmarks/results/**/*.png",
     "zoo_configs/*.yml",
+    "examples/*.ipynb",
+    "examples/*.py",
+    "examples/*.yml",
     "LICENSE",
 )
 

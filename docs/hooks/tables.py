@@ -6,10 +6,12 @@ A page asks for one with a comment on a line of its own::
     <!-- options: sb3_resnet.ResNetExtractor -->
     <!-- command: check -->
     <!-- thresholds -->
+    <!-- all options -->
 """
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import pkgutil
 import re
@@ -18,7 +20,7 @@ from typing import Any
 
 from docs.hooks.docstrings import parameters_of
 
-_MARKER = re.compile(r"^<!-- (options|command|thresholds)(?:: *(\S+))? -->$", re.MULTILINE)
+_MARKER = re.compile(r"^<!-- (all options|options|command|thresholds)(?:: *(\S+))? -->$", re.MULTILINE)
 # Stable-Baselines3 passes these; nobody writes them.
 _FROM_SB3 = {"observation_space", "action_space", "lr_schedule"}
 _REQUIRED = object()
@@ -33,6 +35,7 @@ def on_page_markdown(markdown: str, **kwargs: Any) -> str:
     :return: the text with its tables
     """
     makers: dict[str, Callable[[str], str]] = {
+        "all options": all_options_table,
         "options": options_table,
         "command": command_table,
         "thresholds": thresholds_table,
@@ -47,7 +50,42 @@ def options_table(name: str) -> str:
     :param name: its dotted name
     :return: a table of all arguments, their defaults and meanings
     """
-    return _table(("argument", "default", "meaning"), _option_rows(name))
+    return _table(("argument", "default", "meaning"), option_rows(name))
+
+
+def all_options_table(name: str = "") -> str:
+    """
+    What all public classes and functions take.
+
+    :param name: not used
+    :return: a table of all arguments with their owners, by module and name
+    """
+    # Owner, argument and default share a column, so that the meaning has room on a phone.
+    rows = [
+        (f"`{owner.rpartition('.')[2]}`<br>{argument}{f' = {default}' if default else ''}", meaning)
+        for owner in public_names()
+        if callable(pkgutil.resolve_name(owner))
+        for argument, default, meaning in option_rows(owner)
+    ]
+    return _table(("argument", "meaning"), rows)
+
+
+def public_names() -> list[str]:
+    """
+    What the package shows: the names in ``__all__`` of its public modules, each at the place where it is first met.
+
+    :return: dotted names
+    """
+    package = importlib.import_module("sb3_resnet")
+    found: dict[int, str] = {}
+    modules = ["sb3_resnet", *(f"sb3_resnet.{info.name}" for info in pkgutil.iter_modules(package.__path__))]
+    for module_name in modules:
+        if module_name.endswith("__main__"):  # importing it would run the command
+            continue
+        module = importlib.import_module(module_name)
+        for name in getattr(module, "__all__", ()):
+            found.setdefault(id(getattr(module, name)), f"{module_name}.{name}")
+    return [*found.values()]
 
 
 def command_table(name: str) -> str:
@@ -88,7 +126,11 @@ def arguments_of(name: str) -> dict[str, Any]:
     return {name: default for name, default, _ in _options(name)}
 
 
-def _option_rows(name: str) -> Iterator[tuple[str, str, str]]:
+def option_rows(name: str) -> Iterator[tuple[str, str, str]]:
+    """
+    :param name: dotted name of a class or function
+    :return: argument, default and meaning of each of its arguments, those that SB3 passes last
+    """
     for argument, default, meaning in sorted(_options(name), key=lambda option: option[0] in _FROM_SB3):
         if argument in _FROM_SB3:
             shown = "from SB3"
@@ -104,6 +146,10 @@ def _options(name: str) -> Iterator[tuple[str, Any, str]]:
     target = pkgutil.resolve_name(name)
     bases = target.__mro__ if inspect.isclass(target) else (target,)
     own = [base for base in bases if (getattr(base, "__module__", None) or "").startswith("sb3_resnet")]
+    # A subclass may describe what the constructor of its base takes.
+    anywhere: dict[str, str] = {}
+    for base in reversed(own):
+        anywhere |= parameters_of(inspect.cleandoc(base.__doc__ or ""))
     seen: set[str] = set()
     for base in own:
         if inspect.isclass(base) and "__init__" not in vars(base):
@@ -119,7 +165,7 @@ def _options(name: str) -> Iterator[tuple[str, Any, str]]:
             if argument not in seen:
                 seen.add(argument)
                 shown = f"**{argument}" if argument in variable else argument
-                yield shown, default, meanings.get(argument, "")
+                yield shown, default, meanings.get(argument) or anywhere.get(argument, "")
 
 
 def _command_row(parameter: Any) -> tuple[str, str, str]:
@@ -130,7 +176,7 @@ def _command_row(parameter: Any) -> tuple[str, str, str]:
         names += f" `{parameter.metavar}`"
     if parameter.required:
         shown = "required"
-    elif parameter.is_flag:
+    elif is_option and parameter.is_flag:
         shown = "off"
     else:
         shown = "none" if default is None or default == [] else f"`{default}`"
@@ -145,6 +191,6 @@ def _shown(default: Any) -> str:
     return f'`"{default}"`' if isinstance(default, str) else f"`{default!r}`"
 
 
-def _table(head: tuple[str, str, str], rows: Any) -> str:
+def _table(head: tuple[str, ...], rows: Any) -> str:
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -9,7 +9,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sb3_resnet.cli import best, check, doctor, explain, export, groups, plot, pretrain, probe, watch
+from sb3_resnet.cli import (
+    best,
+    card,
+    check,
+    doctor,
+    explain,
+    export,
+    groups,
+    plot,
+    pretrain,
+    probe,
+    watch,
+    zoo_config,
+)
 from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
@@ -31,6 +44,8 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "pretrain": (pretrain.command, "Train a ResNet on frames of an environment, without rewards."),
     "best": (best.command, "After a search: the best trial as a YAML for RL-Zoo."),
     "probe": (probe.command, "What the features of a frozen ResNet show of an environment."),
+    "card": (card.command, "The model card of a run, to share its model."),
+    "zoo-config": (zoo_config.command, "Path of a configuration for RL-Zoo."),
 }
 _PICTURE = "sb3_resnet.picture"  # key of the picture's file in the context that all commands share
 
