@@ -17,6 +17,7 @@ from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.findings import THRESHOLDS
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 
 ACTIONS = ("warn", "stop")
 #: Values that other callbacks and SB3 log, and rules read.
@@ -76,7 +77,8 @@ class DoctorCallback(LendingCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"DoctorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"DoctorCallback needs {needed}, which {type(policy).__name__} is not")
         self._evaluations = Evaluations(host.root_callback(self))
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)

@@ -13,6 +13,7 @@ from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
 GAUGES = ("train/lr_", "param_norm/")
@@ -86,7 +87,8 @@ class MonitorCallback(LendingCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"MonitorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"MonitorCallback needs {needed}, which {type(policy).__name__} is not")
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
         if self.lending is not None:

@@ -15,6 +15,7 @@ from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
 from sb3_resnet.optim.updates import gradient_updates
@@ -129,7 +130,8 @@ class UnfreezeCallback(LendingCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"UnfreezeCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"UnfreezeCallback needs {needed}, which {type(policy).__name__} is not")
         stages = policy.trained.features_extractor.stages
         for phase in self.phases:
             choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])
