@@ -50,6 +50,7 @@ NOT_RUN = {
     "it needs a GPU",
     "it needs a service",
     "it needs a library that no extra installs",
+    "another page runs it",
     "another test starts several processes",
 }
 #: What users install or build; a test of its own compares their arguments with pyproject.toml and the Makefile.
