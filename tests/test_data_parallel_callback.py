@@ -78,7 +78,7 @@ ADAM = {"policy_kwargs": {"optimizer_class": "Adam", "optimizer_kwargs": {"eps":
         ("dqn", None, {}),
         ("dqn", (1, 150), AMP),
         ("qrdqn", None, ADAM),
-        ("qrdqn", (1, 60), AMP),
+        ("qrdqn", (1, 60), {**AMP, "learning_rate": 1e-5}),
         ("ppo", None, {"rounds": 50}),  # of four updates each
     ],
 )
