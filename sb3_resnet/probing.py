@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ LabelFunction = Callable[[Any], Mapping[str, Any]]
 
 _BATCH = 64
 _FEW_REWARDS = 5  # different values up to which rewards are classes
+_SUCCESSIVE = 16  # steps that are kept together
 _RANDOM = "random"
 
 
@@ -48,8 +49,7 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode; 0 for all
-        others where an action is no choice among several
+    :param actions: the action that led to the observation, ``(rows,)``; -1 where none of these rows did; 0 for numbers
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -71,8 +71,7 @@ class Row:
     :param pooling: how its last map was pooled
     :param adapter: how channels reached it
     :param features: length of the features
-    :param images_per_second: of the stages up to the last, as plain modules in batches of 64; with
-        ``adapter="per_frame"`` an image is one frame
+    :param images_per_second: of the stages up to the last, as plain modules in batches of 64; frames if ``per_frame``
     :param scores: of each label
     """
 
@@ -98,7 +97,7 @@ def record(
     epsilon: float = 0.1,
     labels: LabelFunction = ram_labels,
     info_keys: Sequence[str] = (),
-    stagger: int = 0,
+    spread: int = 1,
 ) -> Recording:
     """
     Play an environment, and keep what is seen together with its labels.
@@ -115,8 +114,7 @@ def record(
     :param labels: called with each innermost environment after each step; the default reads the annotated memory of
         Atari games (:mod:`sb3_resnet.envs.atari_ram`)
     :param info_keys: keys of ``info`` that are labels
-    :param stagger: steps by which each environment's rows begin later than those of the one before, so that the rows
-        come from all over long episodes
+    :param spread: play so many times as long, and keep 16 successive steps of as many times 16
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
@@ -132,14 +130,18 @@ def record(
     starts = np.ones(env.num_envs, bool)
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = env.reset_infos
+    episodes = np.zeros(env.num_envs, int)
     each = -(-steps // env.num_envs)
-    for step in range(each + (env.num_envs - 1) * stagger):
+    for step in range(each * spread):
+        episodes += starts
         for index, inner in enumerate(env.get_attr("unwrapped")):
-            if not 0 <= step - index * stagger < each:
+            if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
                 continue
+            first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
             known = {**labels(inner), **labels_from_info(infos[index], info_keys, bool(starts[index]))}
-            seen = {"observation": observations[index].copy(), "start": bool(starts[index]), "labels": known}
-            tracks[index].append({**seen, "action": int(choices[index]), "reward": float(rewards[index])})
+            seen = {"observation": observations[index].copy(), "episode": int(episodes[index]), "first": first}
+            then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
+            tracks[index].append({**seen, **then})
         actions = next_actions(env, observations, model, epsilon, rng)
         choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
         observations, rewards, starts, infos = env.step(actions)
@@ -179,11 +181,10 @@ def probe(
         choice("pooling", name, POOLINGS)
     rows: list[Row] = []
     pairs = [*product(weights, adapter)]
-    total = len(pairs) * len(recording.actions)
     for index, (source, kind) in enumerate(pairs):
 
         def report(done: int, first: int = index) -> None:
-            progress(first * len(recording.actions) + done, total)
+            progress(first * len(recording.actions) + done, len(pairs) * len(recording.actions))
 
         stages, options = _fitting(source, kind, last_stage, backbone)
         if not stages:
@@ -227,7 +228,9 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
 def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:
     """One row per observation, environment after environment, with the labels that need a step before."""
     rows = [row for track in tracks for row in track]
-    firsts = np.array([row["start"] or index == 0 for track in tracks for index, row in enumerate(track)])
+    firsts = np.array([row["first"] or index == 0 for track in tracks for index, row in enumerate(track)])
+    names = [(env, row["episode"]) for env, track in enumerate(tracks) for row in track]
+    begins = [before != now for before, now in pairwise([None, *names])]
     actions = np.array([row["action"] for row in rows])
     actions[firsts] = -1
     labels: dict[str, Array] = {}
@@ -236,11 +239,10 @@ def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Record
         labels[name] = values
         if np.issubdtype(values.dtype, np.floating):
             labels[f"delta_{name}"] = np.diff(values, prepend=values[:1])
-    rewards = np.array([row["reward"] for row in rows])
-    kinds, which = np.unique(rewards, return_inverse=True)
+    kinds, which = np.unique(rewards := np.array([row["reward"] for row in rows]), return_inverse=True)
     labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
     observations = np.stack([row["observation"] for row in rows])
-    return Recording(observations, np.cumsum(firsts), actions, labels, space)
+    return Recording(observations, np.cumsum(begins), actions, labels, space)
 
 
 def _fitting(source: str, kind: str, stages: Sequence[str], backbone: str) -> tuple[list[str], dict[str, Any]]:

@@ -87,14 +87,18 @@ def test_the_same_seed_plays_the_same(recording):
     assert np.array_equal(again.actions, recording.actions)
 
 
-def test_staggered_rows_begin_later_in_each_environment():
-    plain = record(make_vec_env(TinyGame, 3), 60, labels=lambda env: {"clock": float(env.clock)})
-    late = record(make_vec_env(TinyGame, 3), 60, labels=lambda env: {"clock": float(env.clock)}, stagger=4)
-    assert len(late.observations) == len(plain.observations) == 60
-    assert [late.labels["clock"][row] for row in (0, 20, 40)] == [0, 4, 8]
-    assert np.array_equal(late.observations[:20], plain.observations[:20])
-    assert np.array_equal(late.actions[21:28], plain.actions[25:32])
-    assert (late.actions[[0, 20, 40]] == -1).all()
+def test_spread_rows_are_pieces_of_a_longer_recording():
+    whole = record(make_vec_env(TinyGame, 2), 2 * 96, labels=lambda env: {"clock": float(env.clock)})
+    pieces = record(make_vec_env(TinyGame, 2), 2 * 32, labels=lambda env: {"clock": float(env.clock)}, spread=3)
+    kept = [env * 96 + start + step for env in (0, 1) for start in (0, 48) for step in range(16)]
+    assert np.array_equal(pieces.observations, whole.observations[kept])
+    assert np.array_equal(pieces.labels["clock"], whole.labels["clock"][kept])
+    begins = np.arange(64) % 16 == 0
+    assert (pieces.actions[begins] == -1).all()
+    assert np.array_equal(pieces.actions[~begins], whole.actions[kept][~begins])
+    assert np.array_equal(pieces.labels["delta_clock"][~begins], whole.labels["delta_clock"][kept][~begins])
+    _, numbers = np.unique(whole.episodes[kept], return_inverse=True)
+    assert np.array_equal(pieces.episodes, numbers + 1)
 
 
 def test_a_model_plays_all_but_epsilon_of_the_actions():
