@@ -129,6 +129,22 @@ def test_an_image_alone_is_encoded_as_in_a_batch_up_to_the_order_of_sums(dtype, 
     assert (alone - together).abs().max() <= limit * together.abs().max()
 
 
+def test_the_order_of_packed_weights_does_not_depend_on_the_batch_that_came_first(monkeypatch):
+    if not host.can_pack_convolutions(th.float32):
+        pytest.skip("this build has no oneDNN")
+    asked = []
+    pack = host.pack_convolution
+    monkeypatch.setattr(host, "pack_convolution", lambda *given: asked.append(given[-1]) or pack(*given))
+    orders = []
+    for count in (1, 16):
+        asked.clear()
+        extractor = make((4, 32, 32), UINT8, {})
+        encode(extractor, images(extractor, count))
+        orders.append([*asked])
+    assert orders[0]
+    assert orders[0] == orders[1]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_without_instructions_the_same_is_computed_with_one_warning(monkeypatch, dtype):
     extractor = make((4, 64, 64), UINT8, {"frozen_dtype": dtype})
