@@ -1,14 +1,16 @@
-"""SB3's replay buffers, with frames stored once and observations encoded once."""
+"""SB3's buffers, with frames stored once and observations encoded once."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.buffers import BaseBuffer, NStepReplayBuffer, ReplayBuffer, RolloutBuffer
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_resnet.cache.batch import EncodedBatch
@@ -23,16 +25,20 @@ __all__ = ["FrameNStepReplayBuffer", "FrameReplayBuffer"]
 
 class Column:
     """
-    Takes the place of an observation array in SB3's replay buffers: assign rows, gather batches.
+    Takes the place of an observation array in SB3's buffers: assign rows, gather batches.
 
     :param observations: shared by all columns of a buffer
-    :param rows: rows of the buffer
-    :param n_envs: number of environments
+    :param obs_ids: of the observation in each place, ``(rows, n_envs)``; -1: none
     """
 
-    def __init__(self, observations: Observations, rows: int, n_envs: int) -> None:
-        self.obs_ids = np.full((rows, n_envs), -1, np.int64)
+    def __init__(self, observations: Observations, obs_ids: Array) -> None:
+        self.obs_ids = obs_ids
         self._observations = observations
+
+    @classmethod
+    def empty(cls, observations: Observations, rows: int, n_envs: int) -> Column:
+        """:return: a column without observations"""
+        return cls(observations, np.full((rows, n_envs), -1, np.int64))
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -58,14 +64,29 @@ class Column:
                 self._observations.release(old)
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, tuple) and len(key) >= 2 and all(isinstance(index, np.ndarray) for index in key[:2]):
-            return self._observations.batch(self.obs_ids[key[0], key[1]])
-        rows, inner = (key[:2], key[2:]) if isinstance(key, tuple) else ((key,), ())
+        keys, places = key if isinstance(key, tuple) else (key,), self.obs_ids.ndim
+        if len(keys) >= places and all(isinstance(index, np.ndarray) for index in keys[:places]):
+            return self._observations.batch(self.obs_ids[keys[:places]])
+        rows, inner = keys[:places], keys[places:]
         if any(index is None or index is Ellipsis for index in rows):
             return np.asarray(self)[key]
         obs_ids = np.asarray(self.obs_ids[rows])
         selected = (slice(None),) * obs_ids.ndim + tuple(inner)
         return self._observations.store.pixels(obs_ids)[selected]
+
+    def swapaxes(self, axis: int, other: int) -> Column:
+        """As NumPy's, of rows and environments: SB3 lays a rollout out environment by environment."""
+        return Column(self._observations, self.obs_ids.swapaxes(axis, other))
+
+    def reshape(self, *shape: int) -> Column:
+        """As NumPy's; the shape ends with that of an observation."""
+        places = len(shape) - len(self._observations.store.shape)
+        return Column(self._observations, self.obs_ids.reshape(shape[:places]))
+
+    def release(self) -> None:
+        """Forget the observations, since the column is not used any more."""
+        for obs_id in self.obs_ids[self.obs_ids >= 0].tolist():
+            self._observations.release(obs_id)
 
     def __len__(self) -> int:
         return len(self.obs_ids)
@@ -95,7 +116,16 @@ def resize_replay_arrays(buffer: Any, rows: int, columns: Sequence[str]) -> None
     buffer.buffer_size = rows
 
 
-class _ColumnBuffer(ReplayBuffer):
+class _Encoded(BaseBuffer):
+    """Lets batches that are encoded already pass."""
+
+    def to_torch(self, array: Any, copy: bool = True) -> Any:
+        if isinstance(array, EncodedBatch):
+            return array.to(self.device)
+        return super().to_torch(array, copy)
+
+
+class _ColumnBuffer(_Encoded, ReplayBuffer):
     """Puts columns in the place of SB3's observation arrays; SB3's own code adds and samples."""
 
     def __init__(
@@ -107,6 +137,11 @@ class _ColumnBuffer(ReplayBuffer):
         n_envs: int = 1,
         **kwargs: Any,
     ) -> None:
+        if isinstance(observation_space, spaces.Dict):
+            raise ValueError(
+                f"{type(self).__name__} stores one image, and the observation space is a Dict: leave "
+                "replay_buffer_class out, so that SB3 takes its DictReplayBuffer, or write HerReplayBuffer"
+            )
         # With its full size SB3 would reserve the memory that the columns save.
         super().__init__(n_envs, observation_space, action_space, device, n_envs, **kwargs)
         resize_replay_arrays(self, max(buffer_size // n_envs, 1), self.column_names())
@@ -115,7 +150,7 @@ class _ColumnBuffer(ReplayBuffer):
     def make_columns(self, frame_channels: int = 1) -> None:
         shared = Observations(self.obs_shape, self.observation_space.dtype, self.n_envs, frame_channels)
         for name in self.column_names():
-            setattr(self, name, Column(shared, self.buffer_size, self.n_envs))
+            setattr(self, name, Column.empty(shared, self.buffer_size, self.n_envs))
         self.shared = shared
 
     def column_names(self) -> tuple[str, ...]:
@@ -130,11 +165,6 @@ class _ColumnBuffer(ReplayBuffer):
         batch = super().sample(batch_size, env)
         check_sampled_rewards(batch)
         return batch
-
-    def to_torch(self, array: Any, copy: bool = True) -> Any:
-        if isinstance(array, EncodedBatch):
-            return array.to(self.device)
-        return super().to_torch(array, copy)
 
 
 class FrameReplayBuffer(_ColumnBuffer):
@@ -190,3 +220,68 @@ def with_columns(buffer: Any, frame_channels: int = 1) -> _ColumnBuffer:
         for name in new.column_names():
             getattr(new, name)[row] = getattr(buffer, name)[row]
     return new
+
+
+class LentRolloutBuffer(_Encoded, RolloutBuffer):
+    """
+    What a rollout buffer is while a :class:`~sb3_resnet.callbacks.FeatureCacheCallback` is at work: one with a column
+    in the place of its observations. SB3's own code adds to it and draws minibatches.
+    """
+
+    #: What it is at other times.
+    own_class: ClassVar[type]
+
+    shared: Observations
+
+    def reset(self) -> None:
+        """As SB3's, before each rollout; the last observations stay, since the next rollout begins with them."""
+        used = self.observations
+        super().reset()
+        self.observations: Any = Column.empty(self.shared, self.buffer_size, self.n_envs)
+        if isinstance(used, Column):
+            used.release()
+
+
+def lend_rollout_buffer(buffer: Any, frame_channels: int = 1) -> LentRolloutBuffer:
+    """
+    Let the observations of a rollout buffer be a column, from the next rollout until :func:`give_rollout_buffer_back`.
+
+    :param buffer: SB3's or sb3-contrib's rollout buffer; it is changed. One that is lent already stays as it is
+    :param frame_channels: channels of one frame, which are stored together
+    :return: the same object
+    :raises ValueError: for other classes, which may read the arrays in ways of their own
+    """
+    if isinstance(buffer, LentRolloutBuffer):
+        if buffer.shared.store.frame_channels == frame_channels:
+            return buffer
+        give_rollout_buffer_back(buffer)
+    known = _rollout_buffers()
+    if type(buffer) not in known:
+        names = ", ".join(cls.__name__ for cls in known)
+        raise ValueError(f"{type(buffer).__name__} cannot be cached, only {names} can: leave rollout_buffer_class out")
+    buffer.shared = Observations(buffer.obs_shape, buffer.observation_space.dtype, buffer.n_envs, frame_channels)
+    own_class = type(buffer)
+    buffer.__class__ = type(f"Lent{own_class.__name__}", (LentRolloutBuffer, own_class), {"own_class": own_class})
+    lent: LentRolloutBuffer = buffer
+    return lent
+
+
+def give_rollout_buffer_back(buffer: Any) -> None:
+    """
+    Make a buffer what it was before :func:`lend_rollout_buffer`, with the rollout that it holds.
+
+    :param buffer: any rollout buffer; one that is not lent stays as it is
+    """
+    if isinstance(buffer, LentRolloutBuffer):
+        other: Any = buffer
+        other.observations = np.asarray(buffer.observations)
+        del other.shared
+        other.__class__ = buffer.own_class
+
+
+def _rollout_buffers() -> list[type]:
+    """:return: the classes whose observations a column may replace"""
+    known: list[type] = [RolloutBuffer]
+    with contextlib.suppress(ImportError):
+        known.append(importlib.import_module("sb3_contrib.common.maskable.buffers").MaskableRolloutBuffer)
+    return known

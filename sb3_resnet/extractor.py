@@ -145,7 +145,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)
         if has_weights and not loads:
-            read_into(trunk, backbone, weights, weights_prefix)
+            read_into(trunk, backbone, weights, weights_prefix, images.seen(last_stage, mean, std))
         self._join(last_stage, flag("freeze_backbone", freeze_backbone), FrozenDtype(frozen_dtype), pool, bool(mean))
         refuse_overridden(type(self), ResNetExtractor, frozen_dtype)
         if not loads:

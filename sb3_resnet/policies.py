@@ -1,4 +1,4 @@
-"""Policies with a ResNet for eyes: ``DQN("ResNetCnnPolicy", env)``, ``PPO("ResNetCnnPolicy", env)``."""
+"""Policies with a ResNet for eyes: ``DQN("ResNetCnnPolicy", env)``, ``PPO("ResNetMultiInputPolicy", env)``."""
 
 from __future__ import annotations
 
@@ -9,25 +9,24 @@ from typing import Any, ClassVar
 
 import torch as th
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
-from stable_baselines3.common.torch_layers import MlpExtractor
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import nn
 
+from sb3_resnet.cache.actor_critic import EncodedFeatures, RolloutEncodingMixin
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
-from sb3_resnet.nn.heads import make_head, widths_of
+from sb3_resnet.nn.heads import ResNetMlpExtractor, make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten
-from sb3_resnet.optim.policy import POLICY_NAME, ResNetPolicyMixin, WrongPolicyError
+from sb3_resnet.optim.policy import DictObservationsMixin, ResNetPolicyMixin, WrongPolicyError
 from sb3_resnet.optim.updates import install_update_counter
 
-_BY_NAME = f"write its name as a string, {POLICY_NAME!r}"
+_BY_NAME = "write its name as a string, {name!r}"
 _FOR_QRDQN = (
-    f"The class ResNetCnnPolicy is DQN's, without quantiles. For QRDQN {_BY_NAME}, "
-    "or the class sb3_resnet.policies_contrib.ResNetQRDQNPolicy"
+    f"The class {{cls}} is DQN's, without quantiles. For QRDQN {_BY_NAME}, or its class in sb3_resnet.policies_contrib"
 )
-_FOR_PPO = f"The class ResNetCnnPolicy is DQN's, without a critic. For PPO and A2C {_BY_NAME}"
+_FOR_PPO = f"The class {{cls}} is DQN's, without a critic. For PPO and A2C {_BY_NAME}"
 _FOR_DQN = f"This class is PPO's and A2C's, without Q-values. For DQN and QRDQN {_BY_NAME}"
 
 
@@ -146,40 +145,18 @@ class ResNetCnnPolicy(ResNetQPolicyMixin, DQNPolicy):
     def __getattr__(self, name: str) -> Any:
         """QR-DQN, given this class, takes the ``quantile_net`` of its policy at construction."""
         if name == "quantile_net":
-            raise WrongPolicyError(_FOR_QRDQN)
+            raise WrongPolicyError(self._explained(_FOR_QRDQN))
         return super().__getattr__(name)
 
 
-class ResNetMlpExtractor(MlpExtractor):
+class ResNetMultiInputPolicy(DictObservationsMixin, ResNetCnnPolicy):
     """
-    The hidden layers of actor and critic, each with its own normalisation of the features.
-
-    :param feature_dim: number of features
-    :param net_arch: widths of the hidden layers: a list for both, or by ``"pi"`` and ``"vf"``
-    :param activation_fn: activation after each hidden layer
-    :param device: PyTorch device
-    :param dropout: probability after each activation
-    :param feature_norm: one of :data:`~sb3_resnet.nn.heads.FEATURE_NORMS`
+    Policy of DQN with ResNets for the images of a Dict; :class:`~sb3_resnet.optim.policy.ResNetPolicyMixin` lists its
+    arguments.
     """
 
-    def __init__(
-        self,
-        feature_dim: int,
-        net_arch: list[int] | dict[str, list[int]],
-        activation_fn: type[nn.Module],
-        device: th.device | str,
-        dropout: float,
-        feature_norm: str,
-    ) -> None:
-        super().__init__(feature_dim, {}, activation_fn, device)
-        widths = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
-        pi, vf = (widths.get(name, []) for name in ("pi", "vf"))
-        self.policy_net = make_head(feature_dim, 0, pi, activation_fn, dropout, feature_norm).to(device)
-        self.value_net = make_head(feature_dim, 0, vf, activation_fn, dropout, feature_norm).to(device)
-        self.latent_dim_pi, self.latent_dim_vf = ([feature_dim, *some][-1] for some in (pi, vf))
 
-
-class ResNetActorCriticMixin(ResNetPolicyMixin):
+class ResNetActorCriticMixin(RolloutEncodingMixin, ResNetPolicyMixin):
     """
     What the ResNet policies of PPO, A2C and MaskablePPO share; goes before SB3's policy class.
 
@@ -246,7 +223,7 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
                 setattr(distribution, name, None)  # as before the first observation
             elif name == "distributions":
                 setattr(distribution, name, [])  # MaskablePPO's, of several discrete actions
-        return {**self.__dict__, "action_dist": distribution}
+        return {**self.__dict__, "action_dist": distribution, "encoding": None}
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         # SB3 leaves this one out, and so loads two features extractors into one.
@@ -254,7 +231,7 @@ class ResNetActorCriticMixin(ResNetPolicyMixin):
         return {**super()._get_constructor_parameters(), "share_features_extractor": shares}
 
 
-class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy):
+class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy, EncodedFeatures):
     """
     Policy of PPO and A2C with a ResNet; :class:`ResNetActorCriticMixin` says what its arguments mean there.
     """
@@ -262,5 +239,12 @@ class ResNetActorCriticCnnPolicy(ResNetActorCriticMixin, ActorCriticCnnPolicy):
     def __getattr__(self, name: str) -> Any:
         """DQN and QR-DQN, given this class, take the network of their policy at construction."""
         if name in ("q_net", "quantile_net"):
-            raise WrongPolicyError(_FOR_DQN)
+            raise WrongPolicyError(self._explained(_FOR_DQN))
         return super().__getattr__(name)
+
+
+class ResNetMultiInputActorCriticPolicy(DictObservationsMixin, ResNetActorCriticCnnPolicy):
+    """
+    Policy of PPO and A2C with ResNets for the images of a Dict; :class:`ResNetActorCriticMixin` says what its arguments
+    mean there.
+    """

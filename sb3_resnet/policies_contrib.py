@@ -8,6 +8,8 @@ import torch as th
 from sb3_contrib.common.maskable.policies import MaskableActorCriticCnnPolicy
 from sb3_contrib.qrdqn.policies import QRDQNPolicy, QuantileNetwork
 
+from sb3_resnet.cache.actor_critic import EncodedFeatures
+from sb3_resnet.optim.policy import DictObservationsMixin
 from sb3_resnet.policies import ResNetActorCriticMixin, ResNetNetworkMixin, ResNetQPolicyMixin
 
 
@@ -44,8 +46,16 @@ class ResNetQRDQNPolicy(ResNetQPolicyMixin, QRDQNPolicy):
         return network
 
 
-class ResNetMaskableActorCriticCnnPolicy(ResNetActorCriticMixin, MaskableActorCriticCnnPolicy):
+class ResNetMaskableActorCriticCnnPolicy(ResNetActorCriticMixin, MaskableActorCriticCnnPolicy, EncodedFeatures):
     """
     Policy of MaskablePPO with a ResNet; :class:`~sb3_resnet.policies.ResNetActorCriticMixin` says what its arguments
     mean there.
     """
+
+
+class ResNetQRDQNMultiInputPolicy(DictObservationsMixin, ResNetQRDQNPolicy):
+    """The policy of QR-DQN with ResNets for the images of a Dict."""
+
+
+class ResNetMaskableMultiInputActorCriticPolicy(DictObservationsMixin, ResNetMaskableActorCriticCnnPolicy):
+    """The policy of MaskablePPO with ResNets for the images of a Dict."""

@@ -17,14 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
+from sb3_resnet.common.playing import next_actions
+from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.backbones import STAGES
+from sb3_resnet.nn.cards import extractor_arguments, read_card
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
 __all__ = ["Recording", "Row", "probe", "record"]
@@ -45,7 +48,8 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode
+    :param actions: the action that led to the observation, ``(rows,)``; -1 for the first of an episode; 0 for all
+        others where an action is no choice among several
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -83,8 +87,7 @@ class Row:
     @property
     def mean(self) -> float:
         """Mean R² of the numbers among the labels; NaN where there are none."""
-        values = [score.value for score in self.scores.values() if score.kind == "R2" and score.value is not None]
-        return float(np.mean(values)) if values else float("nan")
+        return mean_r2(self.scores)
 
 
 def record(
@@ -114,6 +117,10 @@ def record(
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
+    if isinstance(env.observation_space, spaces.Dict):
+        raise ValueError(
+            "A probe looks at one image, and the environment gives a Dict: take the image out in a wrapper"
+        )
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -122,7 +129,7 @@ def record(
     observations: Any = env.reset()
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
-    actions, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
+    choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = env.reset_infos
     for _ in range(-(-steps // env.num_envs)):
         for index, inner in enumerate(env.get_attr("unwrapped")):
@@ -132,11 +139,9 @@ def record(
                 "start": bool(starts[index]),
                 "labels": known,
             }
-            tracks[index].append({**row, "action": int(actions[index]), "reward": float(rewards[index])})
-        actions = np.array([env.action_space.sample() for _ in range(env.num_envs)])
-        if model is not None:
-            greedy, _ = model.predict(observations, deterministic=True)
-            actions = np.where(rng.random(env.num_envs) < epsilon, actions, greedy)
+            tracks[index].append({**row, "action": int(choices[index]), "reward": float(rewards[index])})
+        actions = next_actions(env, observations, model, epsilon, rng)
+        choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
         observations, rewards, starts, infos = env.step(actions)
     return _joined(tracks, env.observation_space)
 
@@ -164,27 +169,59 @@ def probe(
     :param backbone: a torchvision ResNet
     :param device: where features are computed
     :param progress: called with the observations done and their number in all
-    :return: a row per combination, the best mean R² first
+    :return: a row per combination, the best mean R² first; weights of :func:`~sb3_resnet.pretraining.pretrain` are
+        read as they were trained, and left out of combinations with another adapter or a higher stage
+    :raises ValueError: for values that cannot work
     """
     for name in last_stage:
         choice("last_stage", name, STAGES)
     for name in pooling:
         choice("pooling", name, POOLINGS)
-    highest = max(last_stage, key=STAGES.index)
     rows: list[Row] = []
     pairs = [*product(weights, adapter)]
-    splits = split_episodes(recording.episodes, seed)
-    led = recording.actions >= 0
+    total = len(pairs) * len(recording.actions)
     for index, (source, kind) in enumerate(pairs):
 
         def report(done: int, first: int = index) -> None:
-            progress(first * len(led) + done, len(pairs) * len(led))
+            progress(first * len(recording.actions) + done, total)
 
-        extractor = _extractor(recording.space, source, kind, backbone, seed, highest).to(device)
-        for stage, pool, features, rate in _features(extractor, recording, last_stage, pooling, report):
-            scores = _scores(recording, features, splits, led)
+        stages, options = _fitting(source, kind, last_stage, backbone)
+        if not stages:
+            continue
+        extractor = _extractor(recording.space, seed, options).to(device)
+        for stage, pool, features, rate in _features(extractor, recording, stages, pooling, report):
+            scores = scores_of(recording, features, seed)
             rows.append(Row(source, stage, pool, kind, features.shape[1], rate, scores))
+    if not rows:
+        raise ValueError("Nothing to probe: these weights were pretrained with another adapter, or up to a lower stage")
     return sorted(rows, key=lambda row: (-np.nan_to_num(row.mean, nan=-1.0), row.features))
+
+
+def features_of(recording: Recording, extractor: ResNetExtractor) -> Array:
+    """
+    :param recording: of :func:`record`
+    :param extractor: in eval mode, without a projection
+    :return: the pooled features of every observation, ``(rows, n)``
+    """
+    stage = extractor.stages[-1]
+    ((_, _, features, _),) = _features(extractor, recording, [stage], [extractor.pooling], lambda done: None)
+    return features
+
+
+def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str, Score]:
+    """
+    :param recording: of :func:`record`
+    :param features: of every observation, ``(rows, n)``
+    :param seed: of the splits
+    :return: how well each label can be read from them
+    """
+    led = recording.actions >= 0
+    fit, choose, score = (split[led] for split in split_episodes(recording.episodes, seed))
+    labels = {name: values[led] for name, values in recording.labels.items()}
+    found = read_out(features[led], labels, (fit, choose, score))
+    # Inverse dynamics: which action led from the observation before to this one?
+    pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
+    return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
 
 
 def _from_info(info: Mapping[str, Any], keys: Sequence[str], first: bool) -> dict[str, Any]:
@@ -215,12 +252,20 @@ def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Record
     return Recording(observations, np.cumsum(firsts), actions, labels, space)
 
 
-def _extractor(space: Any, source: str, adapter: str, backbone: str, seed: int, last_stage: str) -> ResNetExtractor:
-    options: dict[str, Any] = {"backbone": backbone, "adapter": adapter, "last_stage": last_stage}
-    if source == "pretrained":
-        options["pretrained"] = True
-    elif source != _RANDOM:
-        options["weights"] = str(Path(source).expanduser())
+def _fitting(source: str, kind: str, stages: Sequence[str], backbone: str) -> tuple[list[str], dict[str, Any]]:
+    """:return: the stages for which a source has weights that fit, and the extractor that reads them"""
+    options: dict[str, Any] = {"backbone": backbone, "adapter": kind, "last_stage": max(stages, key=STAGES.index)}
+    if source in ("pretrained", _RANDOM):
+        return [*stages], {**options, "pretrained": source == "pretrained"}
+    path = Path(source).expanduser()
+    card = read_card(path) if path.is_file() else None
+    options |= {"weights": str(path), **({} if card is None else extractor_arguments(card))}
+    if options["adapter"] != kind:
+        return [], options
+    return [stage for stage in stages if STAGES.index(stage) <= STAGES.index(options["last_stage"])], options
+
+
+def _extractor(space: Any, seed: int, options: Mapping[str, Any]) -> ResNetExtractor:
     with th.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")  # which is the question
         th.manual_seed(seed)
@@ -260,12 +305,3 @@ def _features(
     for (stage, pooling), parts in found.items():
         features = np.concatenate(parts)[which.ravel()].reshape(len(recording.observations), -1)
         yield stage, pooling, features, len(first) / seconds[stage]
-
-
-def _scores(recording: Recording, features: Array, splits: tuple[Array, Array, Array], led: Array) -> dict[str, Score]:
-    fit, choose, score = (split[led] for split in splits)
-    labels = {name: values[led] for name, values in recording.labels.items()}
-    found = read_out(features[led], labels, (fit, choose, score))
-    # Inverse dynamics: which action led from the observation before to this one?
-    pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
-    return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}

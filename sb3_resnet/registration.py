@@ -1,4 +1,4 @@
-"""Tell SB3's algorithms the name ``"ResNetCnnPolicy"``."""
+"""Tell SB3's algorithms the names ``"ResNetCnnPolicy"`` and ``"ResNetMultiInputPolicy"``."""
 
 from __future__ import annotations
 
@@ -9,50 +9,70 @@ import stable_baselines3
 from stable_baselines3 import A2C, DQN, PPO
 from stable_baselines3.common.base_class import BaseAlgorithm
 
-from sb3_resnet.optim.policy import POLICY_NAME
-from sb3_resnet.policies import ResNetActorCriticCnnPolicy, ResNetCnnPolicy
+from sb3_resnet.optim.policy import DICT_POLICY_NAME, POLICY_NAME
+from sb3_resnet.policies import (
+    ResNetActorCriticCnnPolicy,
+    ResNetCnnPolicy,
+    ResNetMultiInputActorCriticPolicy,
+    ResNetMultiInputPolicy,
+)
+
+# Where there is no such policy: SB3's policies that take its place, and the features extractor to give to them.
+_INSTEAD = {
+    POLICY_NAME: (("CnnPolicy", "CnnLstmPolicy"), "ResNetExtractor"),
+    DICT_POLICY_NAME: (("MultiInputPolicy", "MultiInputLstmPolicy"), "ResNetCombinedExtractor"),
+}
 
 
 def register_policies() -> None:
     """
-    Register ``"ResNetCnnPolicy"`` with DQN, PPO and A2C; may run again.
+    Register ``"ResNetCnnPolicy"`` and ``"ResNetMultiInputPolicy"`` with DQN, PPO and A2C; may run again.
 
-    Where sb3-contrib is installed, QR-DQN and MaskablePPO have it too. With other algorithms the name says what to
+    Where sb3-contrib is installed, QR-DQN and MaskablePPO have them too. With other algorithms the names say what to
     write instead.
     """
-    DQN.policy_aliases[POLICY_NAME] = ResNetCnnPolicy
-    PPO.policy_aliases[POLICY_NAME] = A2C.policy_aliases[POLICY_NAME] = ResNetActorCriticCnnPolicy
+    _register(DQN, ResNetCnnPolicy, ResNetMultiInputPolicy)
+    for actor_critic in (PPO, A2C):
+        _register(actor_critic, ResNetActorCriticCnnPolicy, ResNetMultiInputActorCriticPolicy)
     contrib: Any = None
     try:
         contrib = importlib.import_module("sb3_contrib")
     except ImportError:
         pass
     else:
-        from sb3_resnet.policies_contrib import ResNetMaskableActorCriticCnnPolicy, ResNetQRDQNPolicy
+        from sb3_resnet import policies_contrib as ours
 
-        contrib.QRDQN.policy_aliases[POLICY_NAME] = ResNetQRDQNPolicy
-        contrib.MaskablePPO.policy_aliases[POLICY_NAME] = ResNetMaskableActorCriticCnnPolicy
+        _register(contrib.QRDQN, ours.ResNetQRDQNPolicy, ours.ResNetQRDQNMultiInputPolicy)
+        _register(
+            contrib.MaskablePPO, ours.ResNetMaskableActorCriticCnnPolicy, ours.ResNetMaskableMultiInputActorCriticPolicy
+        )
     for package in (stable_baselines3, contrib):
         for algorithm in vars(package).values() if package is not None else ():
             if isinstance(algorithm, type) and issubclass(algorithm, BaseAlgorithm):
-                _explain(algorithm)
+                for name in _INSTEAD:
+                    _explain(algorithm, name)
 
 
-def _explain(algorithm: type[BaseAlgorithm]) -> None:
-    """Let the name raise an error that says what to write, where the algorithm takes images and has no such policy."""
+def _register(algorithm: Any, of_one_image: type, of_a_dict: type) -> None:
+    algorithm.policy_aliases.update({POLICY_NAME: of_one_image, DICT_POLICY_NAME: of_a_dict})
+
+
+def _explain(algorithm: type[BaseAlgorithm], name: str) -> None:
+    """Let a name raise an error that says what to write, where the algorithm has SB3's policy of the kind alone."""
     aliases: dict[str, Any] = algorithm.policy_aliases
-    host = next((name for name in ("CnnPolicy", "CnnLstmPolicy") if name in aliases), None)
-    if host is None or POLICY_NAME in aliases:
+    hosts, extractor = _INSTEAD[name]
+    host = next((host for host in hosts if host in aliases), None)
+    if host is None or name in aliases:
         return
 
-    class NoResNetCnnPolicy:
+    class NoResNetPolicy:
         """Stands for a policy that does not exist."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             raise ValueError(
-                f"Only DQN, QRDQN, PPO, A2C and MaskablePPO have {POLICY_NAME}. With this algorithm write "
-                f"policy={host!r}, policy_kwargs=dict(features_extractor_class=sb3_resnet.ResNetExtractor), and "
+                f"Only DQN, QRDQN, PPO, A2C and MaskablePPO have {name}. With this algorithm write "
+                f"policy={host!r}, policy_kwargs=dict(features_extractor_class=sb3_resnet.{extractor}), and "
                 "arguments of the extractor in features_extractor_kwargs"
             )
 
-    aliases[POLICY_NAME] = NoResNetCnnPolicy
+    aliases[name] = NoResNetPolicy

@@ -105,6 +105,66 @@ class TinyGame(gym.Env):
         return self.frames.copy()
 
 
+class DictGame(gym.Env):
+    """Images and numbers: each step draws all of them; episodes end or are truncated in turn."""
+
+    def __init__(self, length=13, **parts):
+        self.parts = parts or {
+            "camera": spaces.Box(0, 255, (32, 32, 3), np.uint8),
+            "count": spaces.Discrete(4),
+            "depth": spaces.Box(0.0, 1.0, (1, 36, 36), np.float32),
+            "speed": spaces.Box(-np.inf, np.inf, (5,), np.float32),
+        }
+        self.observation_space = spaces.Dict(self.parts)
+        self.action_space = spaces.Discrete(3)
+        self.length = length
+        self.episode = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.clock = 0
+        self.episode += 1
+        return self._observe(), {}
+
+    def step(self, action):
+        self.clock += 1
+        over = self.clock >= self.length
+        reward = float(action == self.clock % 3)
+        return self._observe(), reward, over and self.episode % 2 == 0, over and self.episode % 2 == 1, {}
+
+    def _observe(self):
+        return {key: draw(space, self.np_random) for key, space in self.parts.items()}
+
+
+class GoalGame(DictGame):
+    """A picture of the place, and a place to reach; :class:`stable_baselines3.HerReplayBuffer` makes goals of it."""
+
+    def __init__(self, length=5):
+        place = spaces.Box(-1.0, 1.0, (2,), np.float32)
+        goals = {"achieved_goal": place, "desired_goal": place, "observation": place}
+        super().__init__(length, picture=spaces.Box(0, 255, (32, 32, 3), np.uint8), **goals)
+
+    def step(self, action):
+        observation, _, *rest = super().step(action)
+        reward = self.compute_reward(observation["achieved_goal"], observation["desired_goal"], {})
+        return observation, float(reward), *rest
+
+    def compute_reward(self, achieved, desired, info):
+        return -np.float32(np.linalg.norm(achieved - desired, axis=-1) > 0.1)
+
+
+def draw(space, rng):
+    """A random value of a space."""
+    if isinstance(space, spaces.Discrete):
+        return int(rng.integers(space.n))
+    if isinstance(space, (spaces.MultiBinary, spaces.MultiDiscrete)):
+        return rng.integers(0, getattr(space, "nvec", 2), space.shape).astype(space.dtype)
+    if space.dtype == np.uint8:
+        return rng.integers(0, 256, space.shape, dtype=np.uint8)
+    low, high = (bound.clip(-9, 300) for bound in (space.low, space.high))
+    return np.asarray(rng.uniform(low, high), space.dtype)
+
+
 class Rewards(EvalCallback):
     """SB3's EvalCallback with given rewards instead of an evaluation; one of ``stop_at`` ends training."""
 
@@ -161,6 +221,35 @@ def make_actor_critic(algorithm="ppo", env=None, policy_kwargs=None, extractor=N
     batches = {"batch_size": 4, "n_epochs": 2} if algorithm == "ppo" else {}
     options = {"n_steps": 8, "seed": 0, "device": "cpu", **batches, **kwargs}
     return ON_POLICY[algorithm]("ResNetCnnPolicy", env or TinyGame(), policy_kwargs=policy_kwargs, **options)
+
+
+def make_dict_model(algorithm="dqn", env=None, policy_kwargs=None, extractor=None, **kwargs):
+    """A model with "ResNetMultiInputPolicy" that trains from the first steps on; PPO makes four updates each time."""
+    policy_kwargs = {"net_arch": [16], **(policy_kwargs or {})}
+    policy_kwargs["features_extractor_kwargs"] = {"backbone": "resnet_mini", **(extractor or {})}
+    off_policy = {"buffer_size": 60, "learning_starts": 8, "batch_size": 4, "target_update_interval": 24}
+    options = {"ppo": {"batch_size": 4, "n_epochs": 2, "n_steps": 8}, "a2c": {"n_steps": 8}}.get(algorithm, off_policy)
+    cls = {**ALGORITHMS, **ON_POLICY}[algorithm]
+    options = {"seed": 0, "device": "cpu", **options, **kwargs}
+    return cls("ResNetMultiInputPolicy", env or DictGame(), policy_kwargs=policy_kwargs, **options)
+
+
+def dict_observations(model, n=4, seed=1):
+    """Random observations of the model's Dict, channels first."""
+    rng = np.random.default_rng(seed)
+    parts = model.observation_space.spaces
+    return {key: np.stack([draw(space, rng) for _ in range(n)]) for key, space in parts.items()}
+
+
+def scores(model_or_policy, obs):
+    """What the policy says in eval mode: Q-values, or probabilities and values, ``(batch, n)``."""
+    policy = getattr(model_or_policy, "policy", model_or_policy)
+    policy.set_training_mode(False)
+    obs, _ = policy.obs_to_tensor(obs)
+    with th.no_grad():
+        if hasattr(policy, "online"):
+            return policy.online(obs)
+        return th.cat([policy.get_distribution(obs).distribution.probs, policy.predict_values(obs)], dim=1)
 
 
 def probabilities_and_values(model_or_policy, obs):
@@ -267,9 +356,9 @@ def amp(model, dtype="float16", **kwargs):
     return start(model, AMPCallback(dtype, verbose=0, **kwargs))
 
 
-def zoo(command, algorithm, folder, *arguments):
-    """Run one of RL-Zoo's commands on Pong; return what it prints."""
-    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", PONG, "-f", folder]
+def zoo(command, algorithm, folder, *arguments, env=PONG):
+    """Run one of RL-Zoo's commands on a game; return what it prints."""
+    line = [sys.executable, "-m", f"rl_zoo3.{command}", "--algo", algorithm, "--env", env, "-f", folder]
     line += ["--gym-packages", "sb3_resnet", "--device", "cpu", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, line)], cwd=ROOT, env=environment, capture_output=True, text=True)

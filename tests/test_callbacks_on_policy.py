@@ -12,7 +12,6 @@ from sb3_resnet.callbacks import (
     AMPCallback,
     BestCheckpointCallback,
     DoctorCallback,
-    FeatureCacheCallback,
     GradientClipCallback,
     LRScheduleCallback,
     MonitorCallback,
@@ -238,15 +237,6 @@ def test_the_doctor_may_stop_ppo():
     with pytest.warns(UserWarning, match="frozen"):
         model.learn(800, callback=DoctorCallback(action="stop", verbose=0))
     assert model.num_timesteps < 800
-
-
-@algorithms
-def test_the_feature_cache_refuses_at_once(algorithm):
-    model = make_actor_critic(algorithm)
-    name = type(model).__name__
-    with pytest.raises(ValueError, match=f"needs ResNetCnnPolicy and a replay buffer; {name} with .*: leave it out"):
-        model.learn(8, callback=FeatureCacheCallback())
-    assert model.num_timesteps == 0
 
 
 @algorithms

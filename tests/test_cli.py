@@ -483,6 +483,18 @@ def test_check_of_ppo():
     assert "sees with FlattenExtractor" in finding.seen
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "a2c"])
+def test_check_builds_ppo_and_a2c_without_a_configuration(algorithm):
+    options = ["--algo", algorithm, "--backbone", "resnet_mini", "--param", "n_steps=8"]
+    status, text, _ = run_command(
+        "check", "--env", TINY, *options, *(["--batch-size", 4] if algorithm == "ppo" else [])
+    )
+    assert status == 0
+    assert f"{algorithm.upper()} with ResNetActorCriticCnnPolicy" in text
+    assert "gradient update, cached" in text
+    assert "0 errors, 1 warning" in text  # the backbone is frozen with random weights
+
+
 def test_memory_findings_of_frames_and_cache():
     model = make_model(replay_buffer_class=FrameReplayBuffer)
     setup = setups.Setup(model, 10**6, 48_712, [FeatureCacheCallback()])

@@ -22,9 +22,12 @@ ROOT = Path(__file__).parent.parent
 GUIDES = sorted((ROOT / "docs").rglob("*.md"))
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *GUIDES]
 PUBLIC = [*tables.public_names(), "sb3_resnet.callbacks.newest_checkpoint"]
-WITH_TABLE = ["sb3_resnet.ResNetExtractor", "sb3_resnet.ResNetCnnPolicy", "sb3_resnet.fine_tuning_callbacks"] + [
-    f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__ if name.endswith("Callback")
-]
+WITH_TABLE = [
+    "sb3_resnet.ResNetExtractor",
+    "sb3_resnet.ResNetCombinedExtractor",
+    "sb3_resnet.ResNetCnnPolicy",
+    "sb3_resnet.fine_tuning_callbacks",
+] + [f"sb3_resnet.callbacks.{name}" for name in sb3_resnet.callbacks.__all__ if name.endswith("Callback")]
 
 
 def page_id(path):

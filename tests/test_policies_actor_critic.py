@@ -580,7 +580,7 @@ def test_wrong_arguments_say_what_to_write(policy_kwargs, error, message):
 @pytest.mark.parametrize("algorithm", [PPO, A2C, DQN])
 def test_a_dict_of_observations_is_refused_with_the_right_policy(algorithm):
     small = {"buffer_size": 10} if algorithm is DQN else {"n_steps": 8}
-    with pytest.raises(ValueError, match="the observation space is a Dict: write policy='MultiInputPolicy'"):
+    with pytest.raises(ValueError, match="the observation space is a Dict: write policy='ResNetMultiInputPolicy'"):
         algorithm("ResNetCnnPolicy", SimpleMultiObsEnv(), **small)
 
 

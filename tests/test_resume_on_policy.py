@@ -18,6 +18,9 @@ SETTINGS = {
     "ppo, 3 environments, two ResNets": {"algorithm": "ppo", "n_envs": 3, "n_steps": 4, "shared": False},
     "ppo, target_kl": {"algorithm": "ppo", "target_kl": 1e-4},
     "a2c": {"algorithm": "a2c"},
+    "ppo, cache, two environments": {"algorithm": "ppo", "n_envs": 2, "n_steps": 4, "cached": True},
+    "ppo, cache of frames": {"algorithm": "ppo", "extractor": {"adapter": "per_frame"}, "cached": True},
+    "a2c, cache, two ResNets": {"algorithm": "a2c", "shared": False, "cached": True},
 }
 
 
@@ -34,11 +37,11 @@ def begin_or_resume(folder, algorithm, n_envs=1, shared=True, **settings):
     return model
 
 
-def run(folder, cuts=(), **settings):
+def run(folder, cuts=(), cached=False, **settings):
     """Train to the end, through the cuts."""
     for left in [*cuts, 10**9]:
         model = begin_or_resume(folder, **settings)
-        used = [*resuming_callbacks(folder), Fuse(left)]
+        used = [*resuming_callbacks(folder, cached), Fuse(left)]
         try:
             model.learn(TOTAL - model.num_timesteps, callback=used, reset_num_timesteps=False)
         except CutError:

@@ -1,6 +1,8 @@
-"""Acting with the entries of the replay buffer, so that what is acted upon is encoded once."""
+"""Acting with the entries of a buffer, so that what is acted upon is encoded once."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -55,6 +57,38 @@ class CachedEncoding:
         stored = flat[firsts] >= 0
         cache.put(flat[firsts][stored], fresh[th.as_tensor(stored)])
         return entries
+
+
+class RolloutEncoding(CachedEncoding):
+    """
+    Encodes what is acted upon in a rollout, and stores it right away, since SB3 does so only after the step.
+
+    :param buffer: the rollout buffer, with a column for its observations
+    """
+
+    def __init__(self, buffer: Any) -> None:
+        super().__init__(buffer.shared)
+        self._buffer = buffer
+        self._acted_at: int | None = None  # row of the buffer for what was acted upon last
+
+    def encode(self, observations: th.Tensor) -> EncodedBatch | None:
+        """As for a replay buffer; ``None`` also for another number of observations than there are environments."""
+        if len(observations) != self._buffer.n_envs:
+            return None
+        self._acted_at = self._buffer.pos
+        for env, pixels in enumerate(observations.cpu().numpy()):
+            self._shared.add(env, pixels)
+        return super().encode(observations)
+
+    def encode_valued(self, observations: th.Tensor) -> EncodedBatch | None:
+        """
+        Encode what a value is asked of: the observations after a rollout, with which the next one begins.
+
+        :param observations: raw, ``(batch, C, H, W)``
+        :return: as :meth:`encode`; ``None`` between acting and storing, when it is the last observation of an episode
+            that was cut off, which is in no rollout
+        """
+        return None if self._buffer.pos == self._acted_at else self.encode(observations)
 
 
 def _different(image_ids: Array, absent: Array, images: Array) -> tuple[Array, Array]:

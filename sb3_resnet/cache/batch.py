@@ -31,6 +31,10 @@ class EncodedBatch:
     def __len__(self) -> int:
         return len(self.entries)
 
+    def __getitem__(self, index: Any) -> EncodedBatch:
+        """Some of the observations, as algorithms take that do not train on all of a minibatch."""
+        return EncodedBatch(self.entries[index])
+
     def __deepcopy__(self, memo: dict[int, Any]) -> EncodedBatch:
         return self  # VecNormalize copies what it is given before it leaves it alone
 

@@ -29,6 +29,7 @@ class EntryCache:
     :param expected: images that will be kept at once, most likely
     :param twins: trunks for which the entries are meant too, such as the target network's
     :param copies: makes the images that are encoded where they are augmented; ``None``: they are not
+    :param differ: the error where a twin has other weights below the boundary
     """
 
     def __init__(
@@ -39,6 +40,7 @@ class EntryCache:
         expected: int = 2**16,
         twins: Sequence[Trunk] = (),
         copies: AugmentedCopies | None = None,
+        differ: str = "",
     ) -> None:
         self.encoder = encoder
         self.device = th.device(device)
@@ -48,6 +50,7 @@ class EntryCache:
         self.hits = 0
         self.misses = 0
         self._twins = twins
+        self._differ = differ
         self._slot_of: Array = np.full(1024, -1, np.int64)  # by image id; -1: no entry
         self._waiting: dict[int, None] = {}  # ids of images that are stored and not encoded, in the order of storing
         self._clear()
@@ -80,7 +83,7 @@ class EntryCache:
         """
         self.encoder.refresh()
         if self._version != self.encoder.version:
-            self.refuse_different_twins()
+            refuse_different_twins(self.encoder.trunk, self._twins, self._differ)
             self.clear(store)
 
     def clear(self, store: ObservationStore) -> None:
@@ -88,18 +91,6 @@ class EntryCache:
         self._clear()
         if self.copies is None:
             self._waiting = dict.fromkeys((store.frame_ids() if self.per_frame else store.obs_ids()).tolist())
-
-    def refuse_different_twins(self) -> None:
-        """:raises ValueError: if a network that shares the entries has other weights below the boundary"""
-        mine = frozen_tensors(self.encoder.trunk)
-        for twin in self._twins:
-            # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
-            same = (th.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(mine, frozen_tensors(twin), strict=True))
-            if not all(same):
-                raise ValueError(
-                    "Online and target network differ below the freeze boundary, so one entry cannot serve both: load "
-                    "both, or write model.q_net_target.load_state_dict(model.q_net.state_dict()) after freezing again"
-                )
 
     def suits(
         self, encoder: FrozenEncoder, device: th.device, max_bytes: int | None, copies: AugmentedCopies | None
@@ -240,3 +231,18 @@ class EntryCache:
         self._oldest = (slot + 1) % self._table.used
         self._slot_of[self._id_at[slot]], self._id_at[slot] = -1, -1
         return slot
+
+
+def refuse_different_twins(trunk: Trunk, twins: Sequence[Trunk], message: str) -> None:
+    """
+    :param trunk: what encodes
+    :param twins: trunks for which the entries are meant too
+    :param message: of the error
+    :raises ValueError: if a twin has other weights below the freeze boundary
+    """
+    mine = frozen_tensors(trunk)
+    for twin in twins:
+        # Not equal bit for bit: with tau < 1 SB3 rounds the target anew at each update, frozen or not.
+        same = (th.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(mine, frozen_tensors(twin), strict=True))
+        if not all(same):
+            raise ValueError(message)

@@ -154,8 +154,11 @@ class BestCheckpointCallback(BaseCallback):
     @property
     def _phase_name(self) -> str:
         """The freeze boundary names the phase, so that a resumed run finds its own."""
-        extractor = next(iter(extractors_of(self.model)), None)  # the online network's
-        return _ALL if extractor is None else str(extractor.freeze_boundary or "frozen")
+        boundaries = [extractor.boundary for extractor in extractors_of(self.model)]
+        if not boundaries:
+            return _ALL
+        # Of several images the lowest, which the policy calls its freeze boundary.
+        return str(min(boundaries, key=lambda one: one.position).stage or "frozen")
 
     def _poll(self) -> None:
         reward = self._evaluations.poll()

@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
-from sb3_resnet.buffers import with_columns
-from sb3_resnet.cache.acting import CachedEncoding
+from sb3_resnet.buffers import give_rollout_buffer_back, lend_rollout_buffer, with_columns
+from sb3_resnet.cache.acting import CachedEncoding, RolloutEncoding
 from sb3_resnet.cache.copies import AugmentedCopies
-from sb3_resnet.cache.entries import EntryCache
+from sb3_resnet.cache.entries import EntryCache, refuse_different_twins
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import record
@@ -19,10 +21,17 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.common.vec_normalize import check_vec_normalize
-from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.extractor import ResNetExtractor, extractors_in
 from sb3_resnet.nn.encoder import overridden
 
 _SLACK = 1.25  # entries per transition for which memory is reserved: episodes have one observation more than steps
+_REPAIR = "so one entry cannot serve both: load both, or write model."
+_DIFFER = {
+    True: f"Actor's and critic's ResNet differ below the freeze boundary, {_REPAIR}policy.vf_features_extractor."
+    "load_state_dict(model.policy.pi_features_extractor.state_dict()) after freezing again",
+    False: f"Online and target network differ below the freeze boundary, {_REPAIR}q_net_target."
+    "load_state_dict(model.q_net.state_dict()) after freezing again",
+}
 
 
 class FeatureCacheCallback(BaseCallback):
@@ -37,12 +46,16 @@ class FeatureCacheCallback(BaseCallback):
 
         model.learn(1_000_000, callback=FeatureCacheCallback())
 
+    With PPO, A2C and MaskablePPO acting encodes each observation of a rollout, and all epochs train on the entries. The
+    rollout buffer is lent such columns during ``learn()``, and afterwards it is SB3's own again.
+
     Entries are what the network computes without this callback, in the model's own ``frozen_dtype``. Pooled features
     take four bytes per number, maps as many as a number of ``frozen_dtype``. Entries are dropped on saving.
 
     With ``augment`` each observation has ``augment_copies`` augmented copies, and a sampled observation is one of them,
     chosen at random for each network. How a copy is augmented depends on the model's ``seed`` (0 if it has none) and
-    on the observation, so it is the same whenever it is encoded again, also after a resume with the saved buffer.
+    on the observation, so it is the same whenever it is encoded again, also after a resume with the saved buffer. SB3
+    saves no rollout buffer.
 
     :param device: where entries live: ``"auto"`` (that of the model), ``"cpu"`` or ``"cuda"``
     :param max_bytes: limit of the entries' memory, beyond which the oldest go; ``None``: none
@@ -70,7 +83,7 @@ class FeatureCacheCallback(BaseCallback):
 
     def _init_callback(self) -> None:
         """Refuse before any other callback has begun to change the model."""
-        self._refuse_what_is_not_exact(self._extractor())
+        self._refuse_what_is_not_exact()
         self._replace_buffer()
 
     @refusals_end_the_search
@@ -80,7 +93,7 @@ class FeatureCacheCallback(BaseCallback):
     def _attach(self) -> None:
         """Let buffer and acting of the model use one cache."""
         model: Any = self.model
-        extractor, target = self._extractor(), model.policy.target.features_extractor
+        extractor, *twins = self._extractors()
         buffer = self._replace_buffer()
         extractor.encoder.refresh(by_value=True)
         device = model.device if self.device == "auto" else th.device(self.device)
@@ -88,18 +101,18 @@ class FeatureCacheCallback(BaseCallback):
         if cache is None or not cache.suits(extractor.encoder, device, self.max_bytes, copies):
             images = 1 if copies is None else copies.images
             expected = int(_SLACK * buffer.buffer_size * buffer.n_envs) * images
-            cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, [target.trunk], copies)
-        cache.refuse_different_twins()
+            trunks = [twin.trunk for twin in twins]
+            differ = _DIFFER[self._is_on_policy]
+            cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, trunks, copies, differ)
         buffer.shared.encode_with(cache)
-        model.policy.encoding = CachedEncoding(buffer.shared)
+        model.policy.encoding = RolloutEncoding(buffer) if self._is_on_policy else CachedEncoding(buffer.shared)
         self._shared = buffer.shared
 
     def _on_step(self) -> bool:
         return True
 
     def _on_rollout_end(self) -> None:
-        model: Any = self.model
-        if getattr(model.replay_buffer, "shared", None) is not self._shared:
+        if getattr(self._buffer, "shared", None) is not self._shared:
             self._attach()  # another buffer was loaded
         self._rewards(self.model)
         cache = self._cache
@@ -118,6 +131,7 @@ class FeatureCacheCallback(BaseCallback):
             self._shared.encodes = False
         self._shared = None  # RL-Zoo ends training twice, and one summary is enough
         model.policy.encoding = None
+        give_rollout_buffer_back(self._buffer)
 
     @property
     def _cache(self) -> EntryCache | None:
@@ -129,22 +143,41 @@ class FeatureCacheCallback(BaseCallback):
         seed = self.model.seed or 0
         return AugmentedCopies(extractor.augmentation, extractor.preprocessing, self.augment_copies, seed)
 
-    def _extractor(self) -> Any:
+    @property
+    def _is_on_policy(self) -> bool:
+        return isinstance(self.model, OnPolicyAlgorithm)
+
+    @property
+    def _buffer(self) -> Any:
+        model: Any = self.model
+        return model.rollout_buffer if self._is_on_policy else model.replay_buffer
+
+    def _extractors(self) -> list[ResNetExtractor]:
+        """:return: that of the online network or the actor, then those that share its entries"""
         policy: Any = self.model.policy
-        if not hasattr(policy, "set_freeze_boundary") or not isinstance(self.model, OffPolicyAlgorithm):
+        if isinstance(self.model.observation_space, spaces.Dict):
             raise ValueError(
-                f"FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer; {type(self.model).__name__} with "
-                f"{type(policy).__name__} has not both: leave it out"
+                "FeatureCacheCallback keeps the entries of one image, and the observation space is a Dict: leave it out"
             )
-        return policy.online.features_extractor
+        has_buffer = isinstance(self.model, (OffPolicyAlgorithm, OnPolicyAlgorithm))
+        if not hasattr(policy, "set_freeze_boundary") or not has_buffer:
+            raise ValueError(
+                "FeatureCacheCallback needs ResNetCnnPolicy and a replay buffer or rollout buffer; "
+                f"{type(self.model).__name__} with {type(policy).__name__} has not both: leave it out"
+            )
+        return extractors_in(policy)
 
     def _replace_buffer(self) -> Any:
         model: Any = self.model
-        images = self._extractor().preprocessing
-        model.replay_buffer = with_columns(model.replay_buffer, images.frame_channels if images.per_frame else 1)
+        images = self._extractors()[0].preprocessing
+        frame_channels = images.frame_channels if images.per_frame else 1
+        if self._is_on_policy:
+            return lend_rollout_buffer(self._buffer, frame_channels)
+        model.replay_buffer = with_columns(self._buffer, frame_channels)
         return model.replay_buffer
 
-    def _refuse_what_is_not_exact(self, extractor: Any) -> None:
+    def _refuse_what_is_not_exact(self) -> None:
+        extractor, *twins = self._extractors()
         cls = type(extractor)
         changed = overridden(cls, ResNetExtractor) + ["forward"] * (cls.forward is not ResNetExtractor.forward)
         if changed:
@@ -152,8 +185,7 @@ class FeatureCacheCallback(BaseCallback):
                 f"{cls.__name__} overrides {', '.join(changed)}, which the encoder would pass over: train without "
                 "FeatureCacheCallback"
             )
-        model: Any = self.model
-        for twin in (extractor, model.policy.target.features_extractor):
+        for twin in (extractor, *twins):
             twin.boundary.check()
             hooked = _hooked(twin)
             if hooked:
@@ -162,6 +194,7 @@ class FeatureCacheCallback(BaseCallback):
                     "them on stages that train, or train without FeatureCacheCallback"
                 )
         check_vec_normalize(self.model)
+        refuse_different_twins(extractor.trunk, [twin.trunk for twin in twins], _DIFFER[self._is_on_policy])
         if extractor.trains_adapter:
             raise ValueError(
                 "train_adapter=True changes what every entry was made with, at each update: write train_adapter=False"

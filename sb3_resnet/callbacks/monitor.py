@@ -135,8 +135,9 @@ class MonitorCallback(BaseCallback):
 
     @property
     def _feature_cache(self) -> Any:
-        shared = getattr(getattr(self.model, "replay_buffer", None), "shared", None)
-        return getattr(shared, "cache", None)
+        model: Any = self.model
+        buffer = getattr(model, "replay_buffer", getattr(model, "rollout_buffer", None))
+        return getattr(getattr(buffer, "shared", None), "cache", None)
 
     def _costs(self) -> dict[str, float]:
         """Speed, memory and cache, since the last measurement."""

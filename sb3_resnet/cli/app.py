@@ -9,7 +9,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sb3_resnet.cli import card, check, doctor, explain, export, groups, plot, probe, zoo_config
+from sb3_resnet.cli import best, card, check, doctor, explain, export, groups, plot, pretrain, probe, zoo_config
 from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
@@ -27,6 +27,8 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "explain": (explain.command, "What the agent looks at: heat maps over an episode."),
     "export": (export.command, "ONNX of preprocessing and network, verified."),
     "plot": (plot.command, "Learning curves with confidence bands."),
+    "pretrain": (pretrain.command, "Train a ResNet on frames of an environment, without rewards."),
+    "best": (best.command, "After a search: the best trial as a YAML for RL-Zoo."),
     "probe": (probe.command, "What the features of a frozen ResNet show of an environment."),
     "card": (card.command, "The model card of a run, to share its model."),
     "zoo-config": (zoo_config.command, "Path of a configuration for RL-Zoo."),

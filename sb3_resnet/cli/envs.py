@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import gymnasium as gym
+from gymnasium import spaces
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
@@ -140,4 +141,6 @@ def class_of(option: str, path: str) -> Any:
 
 def _brief(owner: Any) -> str:
     space = owner.observation_space
+    if isinstance(space, spaces.Dict):
+        return f"a Dict of {', '.join(space.spaces)} and {owner.action_space}"
     return f"{space.dtype} observations {space.shape} and {owner.action_space}"

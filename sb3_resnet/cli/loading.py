@@ -17,6 +17,7 @@ from sb3_resnet.cli.pickles import unpickled_data
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import shown
 from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.extractor_combined import ResNetCombinedExtractor
 
 #: An attribute that only the saved data of this algorithm has, or of it and those above.
 _MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip_range", "a2c": "normalize_advantage"}
@@ -81,6 +82,11 @@ def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
     policy = model.policy
     owner = getattr(policy, "online", policy)
     extractor = getattr(owner, "features_extractor", None)
+    if isinstance(extractor, ResNetCombinedExtractor):
+        raise ValueError(
+            f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
+            "ResNetCnnPolicy (sb3-resnet groups, doctor and plot work with a Dict)"
+        )
     if not isinstance(extractor, ResNetExtractor):
         other = getattr(policy, "features_extractor_class", type(extractor)).__name__
         raise ValueError(

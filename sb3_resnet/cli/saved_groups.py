@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import json
 import re
@@ -14,12 +15,16 @@ import torch as th
 
 from sb3_resnet.cli.loading import algorithm_class, algorithm_name, model_file
 from sb3_resnet.cli.texts import one_line, printable
+from sb3_resnet.extractor_combined import module_name
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.optim.groups import is_part
 
 # The network that learns; PPO's and A2C's policy is one itself.
 _ONLINE = {"dqn": "q_net.", "qrdqn": "quantile_net."}
-_IN_EXTRACTOR = re.compile(r"((?:.*\.)?(?:pi_|vf_)?features_extractor\.)(adapter|backbone)\.(\w+)")
+# With a Dict the modules of each image are under its name.
+_IN_EXTRACTOR = re.compile(
+    r"((?:.*\.)?(?:pi_|vf_)?features_extractor\.(?:extractors\.([^.]+)\.)?)(adapter|backbone)\.(\w+)"
+)
 _STEM = {"conv1", "bn1"}
 
 Parameters = dict[str, th.Tensor]
@@ -113,23 +118,28 @@ def _stage_of(key: str) -> str | None:
     match = _IN_EXTRACTOR.match(key)
     if match is None:
         return None
-    if match[2] == "adapter":
+    if match[3] == "adapter":
         return "adapter"
-    return "stem" if match[3] in _STEM else match[3]
+    return "stem" if match[4] in _STEM else match[4]
 
 
 def _trains(key: str, state: Mapping[str, th.Tensor], data: Mapping[str, Any]) -> bool:
     match, stage = _IN_EXTRACTOR.match(key), _stage_of(key)
     if match is None or stage is None:
         return True
-    if stage == "adapter" and _trains_adapter(data):
+    if stage == "adapter" and _trains_adapter(data, match[2]):
         return True
     return STAGES.index(stage) >= int(state[f"{match[1]}boundary.index"])
 
 
-def _trains_adapter(data: Mapping[str, Any]) -> bool:
+def _trains_adapter(data: Mapping[str, Any], image: str | None) -> bool:
     """``train_adapter`` is in no tensor; SB3 writes the arguments as JSON, or as text beside what it pickles."""
     given = (data.get("policy_kwargs") or {}).get("features_extractor_kwargs") or {}
     if isinstance(given, str):
-        return "'train_adapter': True" in given
-    return given.get("train_adapter") is True
+        try:
+            given = ast.literal_eval(given)
+        except (ValueError, SyntaxError):  # a callable among the arguments
+            return "'train_adapter': True" in given
+    by_key: Mapping[str, Any] = given.get("by_key") or {}
+    own = [some for key, some in by_key.items() if module_name(key) == image]
+    return {**given, **(own[0] if own else {})}.get("train_adapter") is True

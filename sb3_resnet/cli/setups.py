@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from gymnasium import spaces
+
 from sb3_resnet.callbacks._evaluations import walk
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.extras import import_extra
@@ -20,10 +22,10 @@ from sb3_resnet.cli.loading import algorithm_class, read_device
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.cli.zoo_code import refuse_code
 from sb3_resnet.common.arguments import shown
-from sb3_resnet.optim.policy import POLICY_NAME
+from sb3_resnet.optim.policy import DICT_POLICY_NAME, POLICY_NAME
 
 #: Algorithms that :func:`from_arguments` builds.
-ALGORITHMS = ("dqn", "qrdqn")
+ALGORITHMS = ("dqn", "qrdqn", "ppo", "a2c")
 Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
 _ROWS = 8  # rows of the small replay buffer, per environment
@@ -186,7 +188,8 @@ def from_arguments(
     small, buffer_size = _small_buffer(algorithm, kwargs, n_envs)
     with _quiet() as caught:
         env = envs.make_env(env_id, n_envs, 0, None, wrapper)
-        model = algorithm(POLICY_NAME, env, **{**kwargs, **small, "device": device})
+        policy = DICT_POLICY_NAME if isinstance(env.observation_space, spaces.Dict) else POLICY_NAME
+        model = algorithm(policy, env, **{**kwargs, **small, "device": device})
         return Setup(model, total_timesteps or _TIMESTEPS, buffer_size, (), caught)
 
 

@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
+from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.cli.texts import one_line
@@ -117,9 +118,9 @@ def measure(
     try:
         callback.init_callback(model)
         callback.on_training_start({}, {})
-        cached = _timed(model, update)
+        cached = _timed(model, _update_of(model, played, extractor))
         callback.on_training_end()
-    except ValueError as error:  # entries would not be exact, or there is no replay buffer
+    except ValueError as error:  # entries would not be exact, or there is no buffer
         refusal = one_line(error)
     return Speed(env_step, act, plain, cached, refusal, encode, _updates_of(model), model.n_envs)
 
@@ -132,14 +133,20 @@ def batch_size_of(model: Any) -> int:
     return int(getattr(model, "batch_size", 0) or model.n_steps * model.n_envs)
 
 
-def _update_of(model: Any, played: Array) -> Callable[[], Any]:
-    """A function that makes one gradient update: the algorithm's own if it is off-policy, else one of similar cost."""
+def _update_of(model: Any, played: Array, encodes: Any = None) -> Callable[[], Any]:
+    """
+    A function that makes one gradient update: the algorithm's own if it is off-policy, else one of similar cost.
+
+    :param encodes: the extractor that has encoded the batch of an on-policy algorithm before; ``None``: none has
+    """
     model.set_logger(Logger(None, []))
     if isinstance(model, OffPolicyAlgorithm):
         return lambda: model.train(gradient_steps=1, batch_size=model.batch_size)
     observations = played.reshape(-1, *played.shape[2:])
-    batch = th.as_tensor(observations[np.arange(batch_size_of(model)) % len(observations)], device=model.device)
-    actions = th.as_tensor(np.array([model.action_space.sample() for _ in range(len(batch))]), device=model.device)
+    pixels = th.as_tensor(observations[np.arange(batch_size_of(model)) % len(observations)], device=model.device)
+    can_encode = encodes is not None and encodes.encoder.can_gain
+    batch: Any = EncodedBatch(encodes.encode(encodes.scale_raw(pixels))) if can_encode else pixels
+    actions = th.as_tensor(np.array([model.action_space.sample() for _ in range(len(pixels))]), device=model.device)
 
     def update() -> None:
         model.policy.set_training_mode(True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ class EpisodeValues:
             self._last = model.num_timesteps
             self._episodes.update({env: [value, 0.0, 1.0] for env, value in self._values(model).items()})
         # Of environments that are done, what comes back is the first observation of the next episode.
-        self._fresh = {env: local["new_obs"][env] for env, done in enumerate(dones) if done}
+        self._fresh = {env: _of_env(local["new_obs"], env) for env, done in enumerate(dones) if done}
         for env in [*self._episodes]:
             episode = self._episodes[env]
             episode[1] += episode[2] * float(rewards[env])
@@ -82,10 +82,23 @@ class EpisodeValues:
     def _values(self, model: BaseAlgorithm) -> dict[int, float]:
         policy: Any = model.policy
         envs = sorted(self._fresh)
-        observations, _ = policy.obs_to_tensor(np.stack([self._fresh[env] for env in envs]))
+        observations, _ = policy.obs_to_tensor(_batch([self._fresh[env] for env in envs]))
         # Not predict(), whose feature cache remembers what it is asked: asking more would change which observations
         # are encoded in which batch.
         with th.no_grad():
             values = policy.online(observations) if hasattr(policy, "online") else policy.predict_values(observations)
         values = values.mean(dim=1) if values.ndim == 3 else values
         return dict(zip(envs, values.max(dim=1).values.tolist(), strict=True))
+
+
+def _of_env(observations: Any, env: int) -> Any:
+    """:return: the observation of one environment; a dict where there are several kinds of observations"""
+    if isinstance(observations, Mapping):
+        return {key: values[env] for key, values in observations.items()}
+    return observations[env]
+
+
+def _batch(observations: Sequence[Any]) -> Any:
+    if isinstance(observations[0], Mapping):
+        return {key: np.stack([one[key] for one in observations]) for key in observations[0]}
+    return np.stack(observations)

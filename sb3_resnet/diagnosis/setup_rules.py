@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
 from stable_baselines3.common.buffers import NStepReplayBuffer
+from torch import nn
 
 from sb3_resnet.cache.sizes import growth_bytes
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+from sb3_resnet.extractor import extractors_in
 from sb3_resnet.optim.combined import CombinedOptimizer
 
 
@@ -24,18 +26,19 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
     :return: the findings
     """
     network = getattr(model.policy, "online", model.policy)
-    extractor = getattr(network, "features_extractor", None)
+    sees = getattr(network, "features_extractor", None)
+    extractors = extractors_in(sees) if isinstance(sees, nn.Module) else []
     optimizer = getattr(model.policy, "optimizer", None)  # SAC has several, and none here
     reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
     found = [
-        _frozen_random(extractor, reached[-1].unfreeze_from if reached else None),
+        _first(_frozen_random(one, reached[-1].unfreeze_from if reached else None) for one in extractors),
         None if unfreezer is None else _phase_never_begins(unfreezer.phases[len(reached) :], total_timesteps),
         _lr_order(optimizer),
         _lr_zero(model, optimizer),
         _epsilon(model),
         _never_trains(model, total_timesteps),
-        _buffer(model, extractor),
-        _micro_batch(model, extractor),
+        _buffer(model),
+        _first(_micro_batch(model, one) for one in extractors),
     ]
     return [finding for finding in found if finding is not None]
 
@@ -79,11 +82,17 @@ def frame_buffer_arguments(buffer: Any, yaml: bool = False) -> str:
     return text
 
 
+def _first(findings: Iterable[Finding | None]) -> Finding | None:
+    """Of a rule that judges each image: one finding is enough, since the same is to be changed for all."""
+    return next((finding for finding in findings if finding is not None), None)
+
+
 def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
     """Judge the stages that will never train."""
-    if not hasattr(extractor, "boundary") or unfrozen_from == "all":
+    if unfrozen_from == "all":
         return None
-    below = takewhile(lambda name: name != unfrozen_from, extractor.boundary.frozen_stages)
+    lowest = extractor.boundary.nearest(unfrozen_from)
+    below = takewhile(lambda name: name != lowest, extractor.boundary.frozen_stages)
     frozen = [name for name in below if name != "adapter"]
     if not has_random_weights(extractor, frozen):
         return None
@@ -180,7 +189,7 @@ def _never_trains(model: Any, total_timesteps: int | None) -> Finding | None:
     )
 
 
-def _buffer(model: Any, extractor: Any) -> Finding | None:
+def _buffer(model: Any) -> Finding | None:
     room = available_bytes()
     if getattr(model, "replay_buffer", None) is None or room is None:
         return None
@@ -201,7 +210,7 @@ def _buffer(model: Any, extractor: Any) -> Finding | None:
 
 
 def _micro_batch(model: Any, extractor: Any) -> Finding | None:
-    micro, batch = getattr(extractor, "micro_batch_size", None), getattr(model, "batch_size", None)
+    micro, batch = extractor.micro_batch_size, getattr(model, "batch_size", None)
     if not micro or not batch or batch >= micro:
         return None
     return Finding(

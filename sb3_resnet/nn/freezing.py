@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch as th
 from torch import nn
@@ -55,6 +56,11 @@ class FreezeBoundary(nn.Module):
         return None if self._position == _ALL_FROZEN else STAGES[self._position]
 
     @property
+    def position(self) -> int:
+        """The place of :attr:`stage` in :data:`STAGES`, and their number where nothing trains."""
+        return self._position
+
+    @property
     def moved_at_update(self) -> int:
         """Gradient updates done when the boundary last moved."""
         return self._moved_at
@@ -80,6 +86,16 @@ class FreezeBoundary(nn.Module):
         self.index.fill_(self._index_of(unfreeze_from))
         self.moved_at.fill_(at_update)
         self._enforce()
+
+    def nearest(self, unfreeze_from: str | None) -> str | None:
+        """
+        :param unfreeze_from: the lowest stage that is to train, perhaps one that only another trunk has
+        :return: the same for this trunk: its own stages from there up train, ``None`` if it has none
+        """
+        if unfreeze_from is None or unfreeze_from == "all":
+            return unfreeze_from
+        above = STAGES[STAGES.index(unfreeze_from) :]
+        return next((name for name in self._stages if name in above), None)
 
     def check(self) -> None:
         """
@@ -151,6 +167,30 @@ class FreezeBoundary(nn.Module):
     def _load_from_state_dict(self, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]  # nn.Module's own hook
         super()._load_from_state_dict(*args, **kwargs)
         self._enforce()
+
+
+def stages_of(extractors: Iterable[Any]) -> tuple[str, ...]:
+    """
+    :param extractors: some :class:`~sb3_resnet.extractor.ResNetExtractor`, whose stages may differ
+    :return: the stages that any of them has, from the input up
+    """
+    there = {name for extractor in extractors for name in extractor.stages}
+    return tuple(name for name in STAGES if name in there)
+
+
+def set_boundaries(extractors: Sequence[Any], unfreeze_from: str | None, at_update: int = 0) -> None:
+    """
+    Move the boundary of several trunks at once.
+
+    :param extractors: as in :func:`stages_of`
+    :param unfreeze_from: a stage that at least one of them has, ``"all"`` or ``None``
+    :param at_update: gradient updates done so far
+    :raises ValueError: for a stage that none of them has
+    """
+    if unfreeze_from is not None:
+        choice("unfreeze_from", unfreeze_from, [*stages_of(extractors), "all"])
+    for extractor in extractors:
+        extractor.set_freeze_boundary(extractor.boundary.nearest(unfreeze_from), at_update)
 
 
 def warn_that_it_learns_little(is_so: bool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.torch_layers import create_mlp
+from stable_baselines3.common.torch_layers import MlpExtractor, create_mlp
 from torch import nn
 from torch.nn import functional as F
 
@@ -148,16 +148,17 @@ def activation_of(value: Any) -> type[nn.Module]:
     return found
 
 
-def widths_of(net_arch: Any) -> list[int]:
+def widths_of(net_arch: Any, name: str = "net_arch") -> list[int]:
     """
     :param net_arch: widths of the hidden layers
+    :param name: of the argument, for the error
     :return: the same as plain numbers
     :raises TypeError: if they are no list
     :raises ValueError: for a width below 1
     """
     if isinstance(net_arch, (str, dict)) or not hasattr(net_arch, "__iter__"):
-        raise TypeError(f"net_arch must be a list of layer widths such as [256], got {shown(net_arch)}")
-    return [integer("net_arch", width, 1) for width in net_arch]
+        raise TypeError(f"{name} must be a list of layer widths such as [256], got {shown(net_arch)}")
+    return [integer(name, width, 1) for width in net_arch]
 
 
 def make_head(
@@ -184,3 +185,32 @@ def make_head(
         if dropout > 0 and isinstance(layer, activation_fn):
             layers.append(nn.Dropout(dropout))
     return Head(*layers)
+
+
+class ResNetMlpExtractor(MlpExtractor):
+    """
+    The hidden layers of actor and critic, each with its own normalisation of the features.
+
+    :param feature_dim: number of features
+    :param net_arch: widths of the hidden layers: a list for both, or by ``"pi"`` and ``"vf"``
+    :param activation_fn: activation after each hidden layer
+    :param device: PyTorch device
+    :param dropout: probability after each activation
+    :param feature_norm: one of :data:`FEATURE_NORMS`
+    """
+
+    def __init__(
+        self,
+        feature_dim: int,
+        net_arch: list[int] | dict[str, list[int]],
+        activation_fn: type[nn.Module],
+        device: th.device | str,
+        dropout: float,
+        feature_norm: str,
+    ) -> None:
+        super().__init__(feature_dim, {}, activation_fn, device)
+        widths = net_arch if isinstance(net_arch, dict) else {"pi": net_arch, "vf": net_arch}
+        pi, vf = (widths.get(name, []) for name in ("pi", "vf"))
+        self.policy_net = make_head(feature_dim, 0, pi, activation_fn, dropout, feature_norm).to(device)
+        self.value_net = make_head(feature_dim, 0, vf, activation_fn, dropout, feature_norm).to(device)
+        self.latent_dim_pi, self.latent_dim_vf = ([feature_dim, *some][-1] for some in (pi, vf))

@@ -25,27 +25,46 @@ def scale_of(space: Any) -> float:
     if not isinstance(space, spaces.Box) or len(space.shape) != 3:
         raise ValueError(
             f"ResNetExtractor needs images, a Box of shape (channels, height, width), got {space}. "
-            "For vectors use MlpPolicy; for a Dict take the image out of it with an observation wrapper."
+            "For vectors use MlpPolicy, and for a Dict ResNetCombinedExtractor."
         )
-    low, high = float(space.low.min()), float(space.high.max())
-    uniform = float(space.low.max()) == low and float(space.high.min()) == high
-    is_float = np.issubdtype(space.dtype, np.floating)
-    if uniform and is_float and -low == high and 1.0 < high < np.inf:
+    low, high, uniform = _bounds(space)
+    if uniform and np.issubdtype(space.dtype, np.floating) and -low == high and 1.0 < high < np.inf:
         raise ValueError(
             f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. These "
             f"are the bounds of VecNormalize: {INSTEAD}. normalize_images cannot repair other bounds."
         )
     _refuse_channels_last(space.shape)
-    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
-        return 1.0 / 255.0 if is_float else 1.0
-    if uniform and (low, high) == (0.0, 1.0) and is_float:
-        return 1.0
+    scale = _known_scale(space)
+    if scale is not None:
+        return scale
     same, by_channel = ("", "") if uniform else (", the same in all channels", _bounds_of_channels(space))
     raise ValueError(
         f"Image bounds must be uint8 or float 0..255, or float 0..1{same}; got {space.dtype} {low:g}..{high:g}. "
         f"{by_channel}Declare the bounds of the space, or rescale the observation in a wrapper; normalize_images "
         "cannot repair other bounds."
     )
+
+
+def has_image_bounds(space: Any) -> bool:
+    """
+    :param space: one of the spaces of a Dict
+    :return: whether it is a ``Box`` with three axes and bounds that :func:`scale_of` takes, in whatever layout
+    """
+    return isinstance(space, spaces.Box) and len(space.shape) == 3 and _known_scale(space) is not None
+
+
+def _known_scale(space: Any) -> float | None:
+    low, high, uniform = _bounds(space)
+    is_float = np.issubdtype(space.dtype, np.floating)
+    if uniform and (low, high) == (0.0, 255.0) and (is_float or space.dtype == np.uint8):
+        return 1.0 / 255.0 if is_float else 1.0
+    return 1.0 if uniform and (low, high) == (0.0, 1.0) and is_float else None
+
+
+def _bounds(space: Any) -> tuple[float, float, bool]:
+    """:return: lowest and highest value of a space, and whether all pixels have these bounds"""
+    low, high = float(space.low.min()), float(space.high.max())
+    return low, high, float(space.low.max()) == low and float(space.high.min()) == high
 
 
 def _refuse_channels_last(shape: tuple[int, ...]) -> None:

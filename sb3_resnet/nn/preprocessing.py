@@ -98,6 +98,19 @@ class Preprocessing:
         x = self.resize(self._to_unit(self.scale_raw(images)))
         return x.expand(-1, 3, -1, -1) if self.per_frame else x
 
+    def seen(self, last_stage: str, mean: Sequence[float] | None, std: Sequence[float] | None) -> dict[str, Any]:
+        """:return: what a trunk up to ``last_stage`` sees of observations, in plain values, as a card keeps it"""
+        adapter = "per_frame" if self.per_frame else "conv1x1" if self.has_adapter else "inflate"
+        return {
+            "adapter": "none" if adapter == "inflate" and self.channels == 3 else adapter,
+            "channels": self.channels,
+            "frame_channels": self.frame_channels,
+            "image_size": [*self.size],
+            "input_mean": None if mean is None else [*mean],
+            "input_std": None if std is None else [*std],
+            "last_stage": last_stage,
+        }
+
     def resize(self, x: th.Tensor) -> th.Tensor:
         """:return: images ``(n, c, H, W)`` at the size that the trunk sees; as they are if they have it"""
         if not self.resizes or x.shape[-2:] == self.size:

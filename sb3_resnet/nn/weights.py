@@ -21,6 +21,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import path_of, shown
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn.adapters import InflatedConv2d
+from sb3_resnet.nn.cards import check_card, read_card
 from sb3_resnet.nn.state_dicts import choose, shorten, unwrap, without_copies
 
 #: Endings by which a value of ``weights=`` is known as a path, beside those of files that exist.
@@ -67,7 +68,11 @@ def check_weights(pretrained: bool, weights: Any, prefix: str | None) -> bool:
 
 
 def read_into(
-    resnet: nn.Module, backbone: str, weights: str | PathLike[str] | Enum | None = None, prefix: str | None = None
+    resnet: nn.Module,
+    backbone: str,
+    weights: str | PathLike[str] | Enum | None = None,
+    prefix: str | None = None,
+    seen: Mapping[str, Any] | None = None,
 ) -> None:
     """
     Copy the weights that an argument names into the trunk.
@@ -76,6 +81,8 @@ def read_into(
     :param backbone: torchvision's name of it
     :param weights: path of a file, or a member of torchvision's enum or its name; ``None``: the enum's ``DEFAULT``
     :param prefix: which ResNet of a file, where it holds several
+    :param seen: what the trunk sees, :meth:`~sb3_resnet.nn.preprocessing.Preprocessing.seen`: compared with the card
+        of a file that has one
     :raises ValueError: if they do not fit, or cannot be read
     :raises TypeError: for a value of another type
     :raises FileNotFoundError: if they are not there
@@ -85,7 +92,11 @@ def read_into(
     if isinstance(weights, Enum):
         weights = f"{type(weights).__name__}.{weights.name}"
     if weights is not None and _is_path(weights):
-        load_into(resnet, read_file(weights), str(weights), prefix)
+        state = read_file(weights)
+        card = None if seen is None else read_card(str(weights))
+        if card is not None and seen is not None:
+            check_card(card, str(weights), backbone, seen)
+        load_into(resnet, state, str(weights), prefix)
         return
     if prefix is not None:
         raise ValueError("weights_prefix says which ResNet of a file is meant: write weights=PATH, or leave it out")

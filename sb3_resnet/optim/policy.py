@@ -15,6 +15,8 @@ from torch import nn
 from sb3_resnet.common.arguments import choice, no_unknown, number, shown
 from sb3_resnet.common.nonfinite import install_gradient_check
 from sb3_resnet.extractor import ResNetExtractor, extractors_in
+from sb3_resnet.extractor_combined import ResNetCombinedExtractor, combined_arguments, images_in
+from sb3_resnet.nn.freezing import set_boundaries
 from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, widths_of
 from sb3_resnet.nn.weights import checkpoint_follows
 from sb3_resnet.optim import classes
@@ -23,7 +25,7 @@ from sb3_resnet.optim.parts import parts_of
 from sb3_resnet.optim.settings import install_loading, set_rates
 
 POLICY_NAME = "ResNetCnnPolicy"
-_EXTRACTOR_ARGUMENTS = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
+DICT_POLICY_NAME = "ResNetMultiInputPolicy"
 # In signatures of policies, but nothing that a user writes in policy_kwargs.
 _NOT_WRITTEN = {"self", "args", "kwargs", "unknown", "observation_space", "action_space", "lr_schedule"}
 
@@ -36,7 +38,7 @@ class ResNetPolicyMixin:
     """
     What all ResNet policies share; goes before SB3's policy class.
 
-    :param observation_space: image space
+    :param observation_space: image space, or a Dict with images
     :param action_space: actions of a kind that the algorithm takes
     :param lr_schedule: SB3's learning rate, the head's
     :param net_arch: widths of the head's hidden layers; ``[]`` for a linear head
@@ -52,14 +54,20 @@ class ResNetPolicyMixin:
         argument; ``None``: the head's
     :param backbone_optimizer_kwargs: further arguments of that one, such as ``{"momentum": 0.9}``
     :param activation_fn: activation of the head, or its name in ``torch.nn``
-    :param features_extractor_class: :class:`ResNetExtractor` or a subclass
+    :param features_extractor_class: a subclass of :class:`~sb3_resnet.extractor.ResNetExtractor`, or with a Dict of
+        :class:`~sb3_resnet.extractor_combined.ResNetCombinedExtractor`; ``None``: these classes themselves
     :param kwargs: SB3's own arguments, such as ``features_extractor_kwargs`` and ``optimizer_kwargs``
     :raises ValueError: for values that cannot work
     :raises TypeError: for unknown arguments
     """
 
+    #: What users write for the policy.
+    _name: ClassVar[str] = POLICY_NAME
     #: What to write instead, by arguments that only another algorithm passes.
     _foreign: ClassVar[Mapping[str, str]] = {}
+    #: The features extractor, and the arguments that it takes.
+    _extractor_class: ClassVar[type[Any]] = ResNetExtractor
+    _extractor_arguments: ClassVar[Sequence[str]] = tuple(ResNetExtractor.__init__.__kwdefaults__ or ())
 
     optimizer: th.optim.Optimizer
 
@@ -80,27 +88,13 @@ class ResNetPolicyMixin:
         backbone_optimizer_class: str | type[th.optim.Optimizer] | None = None,
         backbone_optimizer_kwargs: dict[str, Any] | None = None,
         activation_fn: str | type[nn.Module] = nn.ReLU,
-        features_extractor_class: type[ResNetExtractor] = ResNetExtractor,
+        features_extractor_class: type[ResNetExtractor] | type[ResNetCombinedExtractor] | None = None,
         **kwargs: Any,
     ) -> None:
-        if isinstance(observation_space, spaces.Dict):
-            raise ValueError(
-                f"{POLICY_NAME} sees one image, and the observation space is a Dict: write policy='MultiInputPolicy', "
-                "SB3's policy for a Dict, or take the image out of it with an observation wrapper"
-            )
-        hosts = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
-        own = {*hosts} - _NOT_WRITTEN
-        for name in ({*kwargs} - own) & {*self._foreign}:
-            raise TypeError(self._foreign[name])
-        no_unknown(POLICY_NAME, kwargs, own, _EXTRACTOR_ARGUMENTS, "features_extractor_kwargs")
-        if not (isinstance(features_extractor_class, type) and issubclass(features_extractor_class, ResNetExtractor)):
-            raise TypeError(
-                f"features_extractor_class must be ResNetExtractor or a subclass, got {shown(features_extractor_class)}"
-            )
-        if features_extractor_class is ResNetExtractor:  # a subclass may take what it likes
-            given = kwargs.get("features_extractor_kwargs") or {}
-            no_unknown("ResNetExtractor", given, _EXTRACTOR_ARGUMENTS, own, "policy_kwargs")
-        if not kwargs.get("normalize_images", True) and is_image_space(observation_space):
+        self._check_space(observation_space)
+        extractor_class = self._extractor_class if features_extractor_class is None else features_extractor_class
+        self._check_names(extractor_class, kwargs)
+        if not kwargs.get("normalize_images", True) and any(map(is_image_space, _parts(observation_space))):
             raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
         classes.optimizer_arguments_of(kwargs.get("optimizer_kwargs"), "optimizer_kwargs")
         self.dropout = number("dropout", dropout, 0.0, 0.99)
@@ -119,7 +113,7 @@ class ResNetPolicyMixin:
             net_arch=[256] if net_arch is None else self._widths(net_arch),
             optimizer_class=chosen,
             activation_fn=activation_of(activation_fn),
-            features_extractor_class=features_extractor_class,
+            features_extractor_class=extractor_class,
             **kwargs,
         )
 
@@ -148,8 +142,7 @@ class ResNetPolicyMixin:
         :param at_update: gradient updates done so far, saved with the model
         :raises ValueError: for an unknown stage
         """
-        for extractor in self._extractors:
-            extractor.set_freeze_boundary(stage, at_update)
+        set_boundaries(self._extractors, stage, at_update)
 
     def set_frozen_dtype(self, name: str) -> None:
         """
@@ -184,6 +177,34 @@ class ResNetPolicyMixin:
         """Those of the target network too: all follow one freeze boundary."""
         policy: Any = self
         return extractors_in(policy)
+
+    def _check_space(self, space: Any) -> None:
+        """:raises ValueError: for a Dict"""
+        if isinstance(space, spaces.Dict):
+            instead = f"policy={DICT_POLICY_NAME!r}" if images_in(space) else "policy='MultiInputPolicy' of SB3"
+            what = "a Dict" if images_in(space) else "a Dict without an image"
+            raise ValueError(f"{self._name} sees one image, and the observation space is {what}: write {instead}")
+
+    def _check_names(self, extractor_class: Any, kwargs: Mapping[str, Any]) -> None:
+        """:raises TypeError: for another features extractor, and for arguments that nothing takes"""
+        base = self._extractor_class
+        hosts = [name for cls in type(self).__mro__ for name in inspect.signature(cls).parameters]
+        own = {*hosts} - _NOT_WRITTEN
+        for name in ({*kwargs} - own) & {*self._foreign}:
+            raise TypeError(self._explained(self._foreign[name]))
+        no_unknown(self._name, kwargs, own, self._extractor_arguments, "features_extractor_kwargs")
+        if not (isinstance(extractor_class, type) and issubclass(extractor_class, base)):
+            raise TypeError(
+                f"features_extractor_class must be {base.__name__} or a subclass, got {shown(extractor_class)}"
+            )
+        if extractor_class is base:  # a subclass may take what it likes
+            given = kwargs.get("features_extractor_kwargs") or {}
+            no_unknown(base.__name__, given, self._extractor_arguments, own, "policy_kwargs")
+
+    @classmethod
+    def _explained(cls, text: str) -> str:
+        """:return: a text about the class of the policy, with its names filled in"""
+        return text.format(cls=cls.__name__, name=cls._name)
 
     def _widths(self, net_arch: Any) -> Any:
         """Check the widths of the head's hidden layers."""
@@ -240,3 +261,28 @@ class ResNetPolicyMixin:
         """What the optimizer does beside its step: hooks are in no pickle and no copy."""
         install_gradient_check(self.optimizer)
         install_loading(self.optimizer)
+
+
+class DictObservationsMixin:
+    """
+    Makes a policy that sees one image one that sees a Dict with images; goes before that policy.
+
+    Its features extractor is :class:`~sb3_resnet.extractor_combined.ResNetCombinedExtractor`. The head is everything
+    that is not trunk or adapter of a ResNet, so also the MLP of the vectors.
+    """
+
+    _name: ClassVar[str] = DICT_POLICY_NAME
+    _extractor_class: ClassVar[type[Any]] = ResNetCombinedExtractor
+    _extractor_arguments: ClassVar[Sequence[str]] = combined_arguments()
+
+    def _check_space(self, space: Any) -> None:
+        """:raises ValueError: for anything but a Dict; its extractor refuses one without images"""
+        if not isinstance(space, spaces.Dict):
+            instead = "MlpPolicy" if len(space.shape or ()) < 3 else POLICY_NAME
+            raise ValueError(
+                f"{self._name} sees a Dict, and the observation space is {space}: write policy={instead!r}"
+            )
+
+
+def _parts(space: Any) -> Sequence[Any]:
+    return [*space.spaces.values()] if isinstance(space, spaces.Dict) else [space]

@@ -1,0 +1,111 @@
+"""Where frames come from: an environment that is played, or the replay buffer of a finished run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_resnet.common.playing import next_actions
+from sb3_resnet.nn.pretraining.frames import Frames, FrameWriter
+
+Report = Callable[[float], None]
+
+
+def play(
+    env: VecEnv, capacity: int, frame_channels: int, seed: int, model: Any, epsilon: float, told: Report
+) -> Frames:
+    """
+    Play until so many frames are there.
+
+    :param env: environments of uint8 images, channels first
+    :param capacity: frames to keep
+    :param frame_channels: channels of one frame
+    :param seed: of the environments and the actions
+    :param model: an SB3 model whose greedy actions are played; ``None``: random actions
+    :param epsilon: share of random actions beside those of the model
+    :param told: called with the share that is done
+    :return: the frames
+    """
+    shape: Any = env.observation_space.shape
+    writer = FrameWriter(capacity, shape, frame_channels, env.num_envs)
+    rng = np.random.default_rng(seed)
+    env.seed(seed)
+    env.action_space.seed(seed)
+    observations: Any = env.reset()
+    starts = np.ones(env.num_envs, bool)
+    is_choice = n_actions(env.action_space) is not None
+    while True:
+        for index in range(env.num_envs):
+            if writer.is_full:
+                return writer.finished()
+            writer.add(index, observations[index], bool(starts[index]))
+        actions = next_actions(env, observations, model, epsilon, rng)
+        if is_choice:
+            for index, action in enumerate(actions):
+                writer.act(index, int(action) - _first(env.action_space))
+        observations, _, starts, _ = env.step(actions)
+        told(writer.used / capacity)
+
+
+def from_buffer(buffer: Any, capacity: int, frame_channels: int, space: Any, told: Report) -> Frames:
+    """
+    Read a replay buffer, the newest transitions where not all fit.
+
+    :param buffer: SB3's ``ReplayBuffer`` or one derived from it, as ``save_replay_buffer`` wrote it
+    :param capacity: frames to keep
+    :param frame_channels: channels of one frame
+    :param space: observation space that the trunk is for
+    :param told: called with the share that is done
+    :return: the frames
+    :raises ValueError: for a buffer of other observations, and an empty one
+    """
+    if getattr(buffer, "observation_space", None) != space:
+        has = getattr(buffer, "observation_space", type(buffer).__name__)
+        raise ValueError(
+            f"The replay buffer has {has}, and the environment {space}: give the environment of that run, with the "
+            "same wrappers"
+        )
+    rows = _in_time(buffer)
+    if len(rows) < 2:
+        raise ValueError("The replay buffer is empty: give one that was saved with save_replay_buffer after training")
+    # Each transition brings about one frame of its own.
+    rows = rows[-max(capacity // buffer.n_envs, 1) :]
+    writer = FrameWriter(capacity, space.shape, frame_channels, buffer.n_envs)
+    is_choice = n_actions(buffer.action_space) is not None
+    starts = np.ones(buffer.n_envs, bool)
+    for done, row in enumerate(rows):
+        observations = np.asarray(buffer.observations[int(row)])
+        if done and not buffer.optimize_memory_usage:
+            # A run that went on after a stop began a new episode, and no transition says so.
+            promised = np.asarray(buffer.next_observations[int(rows[done - 1])])
+            starts |= (promised != observations).reshape(len(observations), -1).any(axis=1)
+        for env, observation in enumerate(observations):
+            if writer.is_full:
+                return writer.finished()
+            writer.add(env, observation, bool(starts[env]))
+            if is_choice:
+                writer.act(env, int(buffer.actions[row, env].item()) - _first(buffer.action_space))
+        starts = np.asarray(buffer.dones[row]) > 0
+        told((done + 1) / len(rows))
+    return writer.finished()
+
+
+def n_actions(space: Any) -> int | None:
+    """:return: number of actions, where the space is a choice of one among several"""
+    return int(space.n) if isinstance(space, spaces.Discrete) else None
+
+
+def _first(space: Any) -> int:
+    return int(space.start)
+
+
+def _in_time(buffer: Any) -> Any:
+    if not buffer.full:
+        return np.arange(buffer.pos)
+    # Where both share one array, the row at `pos` holds what followed the newest transition.
+    skipped = int(buffer.optimize_memory_usage)
+    return (np.arange(skipped, buffer.buffer_size) + buffer.pos) % buffer.buffer_size

@@ -1,0 +1,296 @@
+"""
+Train a ResNet on frames of your environment, without rewards; the result is a file for ``weights=``.
+
+:func:`pretrain` plays, trains, probes the features on episodes held out, and keeps the best weights. A run that was
+killed goes on where it was when the same call is made again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch as th
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_resnet.common.arguments import path_of, shown
+from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
+from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.diagnosis.readout import mean_r2, split_episodes
+from sb3_resnet.envs.atari_ram import ram_labels
+from sb3_resnet.extractor import ResNetExtractor
+from sb3_resnet.nn.cards import read_card, save_with_card
+from sb3_resnet.nn.pretraining.board import tensorboard
+from sb3_resnet.nn.pretraining.frames import Frames
+from sb3_resnet.nn.pretraining.run import CHECKPOINT, Probe, Run, Told, refuse_other
+from sb3_resnet.nn.pretraining.settings import Settings
+from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
+from sb3_resnet.nn.pretraining.trainer import Trainer
+from sb3_resnet.probing import LabelFunction, Recording, features_of, record, scores_of
+
+_HELD_OUT_SEED = 1_000_003  # added to the seed: other episodes
+_IDENTITY = "arguments"  # key in the metadata of the file of frames
+_LABEL = "label."
+_FRAMES = "frames.safetensors"
+
+
+@dataclass(frozen=True)
+class Result:
+    """
+    What a pretraining has come to.
+
+    :param path: the weights file
+    :param card: what it says of itself: environment, frames, objective, seed, versions, preprocessing, and the history
+        of loss, score, spread and effective rank
+    """
+
+    path: Path
+    card: Mapping[str, Any]
+
+    @property
+    def score(self) -> float:
+        """Probe score of the weights: mean R² of the labels that are numbers, else the F1 of actions; NaN for none."""
+        return _number(self.card["score"])
+
+    @property
+    def random_score(self) -> float:
+        """That of the random weights from which it began."""
+        return _number(self.card["random_score"])
+
+
+def pretrain(
+    env: VecEnv,
+    output: str | Path,
+    *,
+    model: Any = None,
+    replay_buffer: Any = None,
+    labels: LabelFunction = ram_labels,
+    info_keys: Sequence[str] = (),
+    tensorboard_log: str | Path | None = None,
+    told: Told = lambda what, share, figures: None,
+    **settings: Any,
+) -> Result:
+    """
+    Pretrain a trunk on frames of an environment.
+
+    What is needed to go on after a stop lies in a folder beside the file, ``<output>.run``, until it is done.
+
+    :param env: environments of uint8 images, channels first, as the agent will see them
+    :param output: file to write, ``.safetensors``
+    :param model: an SB3 model whose greedy actions are played, beside random ones; ``None``: random actions only
+    :param replay_buffer: of a finished run: its frames are trained on, and ``env`` is played for the probe only
+    :param labels: what the probe reads, as in :func:`~sb3_resnet.probing.record`
+    :param info_keys: likewise
+    :param tensorboard_log: folder for TensorBoard
+    :param told: called with what goes on, such as ``"Pretraining"``, the share of it that is done, and figures as text
+    :param settings: fields of :class:`Settings`
+    :return: the result; of a file that this call has written before, without training it again
+    :raises ValueError: for values that cannot work, a file or folder of another run, too little memory, and features
+        that collapse
+    """
+    began = time.monotonic()
+    chosen = Settings.read(settings)
+    path = _output(output)
+    needed = chosen.frame_bytes(chosen.images(env.observation_space))
+    source = _source(env, model, replay_buffer, labels, info_keys)
+    identity = {**source, **chosen.plain()}
+    budget = {"updates": chosen.updates, "minutes": chosen.minutes}
+    folder = path.with_name(f"{path.name}.run")
+    if path.exists():
+        result = _finished(path, {**identity, **budget})
+        _remove(folder)  # an attempt may have been killed right before this
+        return result
+    _check_memory(needed)
+    prepare_folder(folder)
+    remove_left_overs(folder)
+    run = Run(folder, chosen, identity, began)
+    collecting = {**source, **chosen.plain(only_collecting=True)}
+    if not _is_stored(folder / _FRAMES, collecting):
+        held_out = _held_out(env, chosen, model, labels, info_keys, told)
+        _store(folder / _FRAMES, _collected(env, model, replay_buffer, chosen, told), held_out, collecting)
+    # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
+    frames, held_out = _stored(folder / _FRAMES, env.observation_space)
+    trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
+    with tensorboard(tensorboard_log) as log:
+        run.train(trainer, _probe_of(held_out, chosen), told, log)
+    return _written(path, run, trainer, {**identity, **budget})
+
+
+def _written(path: Path, run: Run, trainer: Trainer, arguments: Mapping[str, Any]) -> Result:
+    card = _card(run, trainer, arguments)
+    remove_left_overs(path.parent)
+    with written_whole(path) as (temporary,):
+        save_with_card(temporary, run.best["trunk"], card)
+    _remove(run.folder)
+    return Result(path, card)
+
+
+def _remove(folder: Path) -> None:
+    """Remove what a run has written into its folder, and nothing else that may be there."""
+    for name in (CHECKPOINT, _FRAMES):
+        (folder / name).unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
+def name_of(env: VecEnv) -> str:
+    """:return: id of an environment in gymnasium's registry; empty where it has none"""
+    try:
+        spec = env.get_attr("spec")[0]
+    except AttributeError:  # not gymnasium's, such as environments in C++
+        return ""
+    return "" if spec is None else str(spec.id)
+
+
+def _output(output: Any) -> Path:
+    path = path_of("output", output)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"output={shown(str(path))} must end with .safetensors: other files have no room for the card")
+    if path.is_dir():
+        raise ValueError(f"output={shown(str(path))} is a folder: write the name of a file")
+    try:
+        import safetensors  # noqa: F401  # asked for now, and not after half an hour
+    except ImportError as error:
+        raise ImportError("Pretraining writes safetensors files: pip install 'sb3_resnet[safetensors]'") from error
+    return path
+
+
+def _source(
+    env: VecEnv, model: Any, replay_buffer: Any, labels: LabelFunction, info_keys: Sequence[str]
+) -> dict[str, Any]:
+    """What frames and labels come from, so that a run is not gone on from with others."""
+    player = "random actions" if model is None else f"{type(model).__name__} of {model.num_timesteps:,} steps"
+    if replay_buffer is not None:
+        player = f"{type(replay_buffer).__name__} of {replay_buffer.size():,} rows, probe: {player}"
+    names = [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys]
+    space = str(env.observation_space)
+    return {"env": name_of(env), "n_envs": env.num_envs, "space": space, "source": player, "labels": names}
+
+
+def _check_memory(needed: int) -> None:
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"Frames take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are left: write fewer frames, or fewer "
+            "held_out"
+        )
+
+
+def _finished(path: Path, identity: Mapping[str, Any]) -> Result:
+    card = read_card(path)
+    if card is None:
+        raise ValueError(f"{str(path)!r} exists and is no file of a pretraining: write another output, or delete it")
+    refuse_other(path, card.get("arguments", {}), identity)
+    return Result(path, card)
+
+
+def _held_out(
+    env: VecEnv, settings: Settings, model: Any, labels: LabelFunction, info_keys: Sequence[str], told: Told
+) -> Recording:
+    told("Playing episodes to be held out", 0.0, "")
+    seed = settings.seed + _HELD_OUT_SEED
+    recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys)
+    led = recording.actions >= 0
+    if not all((split & led).any() for split in split_episodes(recording.episodes)):  # better found now
+        raise ValueError(f"held_out={settings.held_out} are too few steps to be probed: write held_out=2400 or so")
+    return recording
+
+
+def _collected(env: VecEnv, model: Any, replay_buffer: Any, settings: Settings, told: Told) -> Frames:
+    channels = settings.images(env.observation_space).frame_channels
+
+    def report(share: float) -> None:
+        told("Collecting frames", share, "")
+
+    if replay_buffer is not None:
+        return from_buffer(replay_buffer, settings.frames, channels, env.observation_space, report)
+    return play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report)
+
+
+def _store(path: Path, frames: Frames, held_out: Recording, identity: Mapping[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    arrays = {"observations": held_out.observations, "episodes": held_out.episodes, "actions": held_out.actions}
+    arrays |= {f"{_LABEL}{name}": values for name, values in held_out.labels.items()}
+    tensors = {f"held_out.{name}": th.from_numpy(values) for name, values in arrays.items()}
+    with written_whole(path) as (temporary,):
+        save_file({**frames.tensors(), **tensors}, temporary, metadata={_IDENTITY: json.dumps(identity)})
+
+
+def _is_stored(path: Path, identity: Mapping[str, Any]) -> bool:
+    from safetensors import safe_open
+
+    if not path.exists():
+        return False
+    with safe_open(path, "pt") as file:
+        return bool(json.loads(file.metadata()[_IDENTITY]) == identity)
+
+
+def _stored(path: Path, space: Any) -> tuple[Frames, Recording]:
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    arrays = {
+        key.removeprefix("held_out."): value.numpy() for key, value in tensors.items() if key.startswith("held_out.")
+    }
+    labels = {key.removeprefix(_LABEL): arrays[key] for key in sorted(arrays) if key.startswith(_LABEL)}
+    recording = Recording(arrays["observations"], arrays["episodes"], arrays["actions"], labels, space)
+    return Frames.of(tensors), recording
+
+
+def _probe_of(held_out: Recording, settings: Settings) -> Probe:
+    with th.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")  # not for long
+        extractor = ResNetExtractor(held_out.space, **settings.extractor(held_out.space))
+    extractor.eval().to(settings.device)
+
+    def probe(weights: Mapping[str, th.Tensor]) -> tuple[float, dict[str, float | None], Any]:
+        extractor.backbone.load_state_dict(weights)
+        features = features_of(held_out, extractor)
+        found = scores_of(held_out, features, settings.seed)
+        scores = {name: score.value for name, score in found.items()}
+        mean = mean_r2(found)
+        action = scores["action"]
+        return (math.nan if action is None else action) if math.isnan(mean) else mean, scores, features
+
+    return probe
+
+
+def _card(run: Run, trainer: Trainer, identity: Mapping[str, Any]) -> dict[str, Any]:
+    images, settings = trainer.images, trainer.settings
+    versions = {}
+    for name in ("sb3_resnet", "torch", "torchvision", "stable_baselines3"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:  # not installed, but on the path
+            versions[name] = "unknown"
+    return {
+        **images.seen(settings.last_stage, *settings.normalisation(images)),
+        "arguments": dict(identity),
+        "backbone": settings.backbone,
+        "env": identity["env"],
+        "frames": len(trainer.frames.pixels),
+        "history": run.history,
+        "objective": settings.objective,
+        "observed_size": [*images.observed_size],
+        "random_score": run.history[0]["score"],
+        "random_scores": run.random_scores,
+        "score": run.best["score"],
+        "scores": run.best["scores"],
+        "seed": settings.seed,
+        "update": run.best["update"],
+        "updates": trainer.update,
+        "versions": versions,
+    }
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
