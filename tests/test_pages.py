@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_resnet
 import sb3_resnet.envs
+import sb3_resnet.pretraining
 from tests.helpers import PONG, SHORT_RUN, TinyGame, zoo
 
 ROOT = Path(__file__).parent.parent
@@ -353,6 +354,8 @@ def page(clone, torch_home, hub, tmp_path, monkeypatch):
         cut(monkeypatch, algorithm, "learn", {"total_timesteps": STEPS})
     cut(monkeypatch, stable_baselines3.common.evaluation, "evaluate_policy", {"n_eval_episodes": 1})
     cut(monkeypatch, sb3_resnet.envs, "make_atari_vec_env", {}, max_episode_steps=20)
+    few = {"updates": 2, "frames": 400, "held_out": 120, "batch_size": 8, "probe_every": 1}
+    cut(monkeypatch, sb3_resnet.pretraining, "pretrain", {}, **few)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield Page(given_names(), torch_home)
