@@ -21,8 +21,11 @@ def main() -> None:
         FeatureCacheCallback(),
         LRScheduleCallback(warmup_steps=100, schedule="cosine", decay_steps=STEPS // 4),
     ]
-    if list(FOLDER.glob("*.zip")):
+    try:
         path = sb3_resnet.newest_checkpoint(FOLDER)
+    except FileNotFoundError:
+        path = None
+    if path is not None:
         model = DQN.load(path, env=env)
         model.load_replay_buffer(path.with_name(f"{path.stem}_replay_buffer.pkl"))
         sb3_resnet.restore_random_states(path, model)  # last: loading seeds them anew

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "MPLBACKEND": "agg"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 # Steps that are enough for each part of an example to happen, and what it must have printed then.
 RUNS = {
     "quickstart": (200, r"^\d+ points per game after 200 steps\n$"),
@@ -59,7 +59,7 @@ def test_a_killed_run_goes_on(tmp_path):
     process = subprocess.Popen(command, cwd=tmp_path, env=ENVIRONMENT)
     deadline = time.monotonic() + 300
     saved = tmp_path / "logs" / "resume"
-    while not list(saved.glob("*_replay_buffer.pkl")) and process.poll() is None and time.monotonic() < deadline:
+    while not list(saved.glob("rl_model_*_steps.zip")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
@@ -83,6 +83,7 @@ def test_the_notebook_trains_and_shows_the_agent(tmp_path, monkeypatch):
     nbclient = pytest.importorskip("nbclient", reason="pip install -e '.[dev]'")
     import nbformat
 
+    monkeypatch.delenv("MPLBACKEND", raising=False)  # so that pictures are outputs of the cells
     for name, value in {**ENVIRONMENT, "STEPS": "400"}.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(EXAMPLES / "watch.ipynb", as_version=4)
