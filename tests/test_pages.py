@@ -51,13 +51,14 @@ NOT_RUN = {
     "it needs a GPU",
     "it needs a service",
     "it needs a library that no extra installs",
+    "another page runs it",
     "another test starts several processes",
 }
 #: What users install or build; a test of its own compares their arguments with pyproject.toml and the Makefile.
 CHECKED_ONLY = ("pip", "make", ".ci/run")
 #: Added to commands that would take minutes.
 SMALL = {
-    "sb3-resnet pretrain": "--updates 2 --frames 400 --held-out 120 --n-envs 2 --batch-size 8 --probe-every 1",
+    "sb3-resnet pretrain": "--updates 2 --frames 400 --held-out 240 --n-envs 4 --batch-size 8 --probe-every 1",
     "python -m rl_zoo3.train": "-n 60 --eval-freq -1 -params learning_starts:20 buffer_size:200 batch_size:4",
     "python -m rl_zoo3.enjoy": "-n 20 --no-render",
     "sb3-resnet explain": "--steps 20 --frames 2",
