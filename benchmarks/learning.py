@@ -10,6 +10,10 @@ with the same hyperparameters; an arm changes what its name says against ``base`
 3-step returns, one update per environment step. A run writes one file: each episode's environment step, reward and
 second (epsilon ends at 0.02). Seconds are of one core: what else the machine did does not count. Nothing depends on
 the run's length, so a longer run goes on where a shorter one of the same arm and seed ended.
+
+Equal update ratios: ``nature``, ``base``, ``spatial_softmax`` and ``per_frame_layer2`` make an update per environment
+step with 3-step returns; ``nature_ratio_quarter`` and ``ratio_quarter`` make one per four steps. ``atari.py`` compares
+with more games, intervals, and a head that all arms share.
 """
 
 from __future__ import annotations
@@ -52,6 +56,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "ratio_quarter": {"ratio": 0.25},
     "ratio_4": {"ratio": 4},
     "spatial_softmax_ratio_4": {"pooling": "spatial_softmax", "ratio": 4},
+    "per_frame_layer2": {
+        "pooling": "spatial_softmax",
+        "extractor": {"adapter": "per_frame", "last_stage": "layer2", "frozen_dtype": "auto"},
+    },
     "nature": {"policy": "CnnPolicy"},
     "nature_ratio_quarter": {"policy": "CnnPolicy", "ratio": 0.25},
 }
@@ -65,7 +73,7 @@ def build(arm: str, seed: int, steps: int) -> DQN:
     """The model of an arm, untrained."""
     change = {"policy": "ResNetCnnPolicy", "pooling": "avg", "feature_norm": "standardize", "n_steps": 3, "ratio": 1}
     change.update(ARMS[arm])
-    extractor = {"backbone": "resnet18", "pooling": change["pooling"]}
+    extractor = {"backbone": "resnet18", "pooling": change["pooling"], **change.get("extractor", {})}
     own = {"feature_norm": change["feature_norm"], "features_extractor_kwargs": extractor}
     return DQN(
         change["policy"],

@@ -14,6 +14,7 @@ from torch import nn
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
+from sb3_resnet.common.lending import mode_was_set
 from sb3_resnet.nn import backbones
 from sb3_resnet.nn.adapters import ADAPTERS
 from sb3_resnet.nn.adapters import information_keeping_adapter as make_adapter
@@ -280,11 +281,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
         if mode:
             self.boundary.check()
         self.training = self.augments = mode
-        for name, child in self.named_children():
-            if name not in ("adapter", "backbone"):
-                child.train(mode)
-        for norm in self.boundary.live_norms:
-            norm.train(mode)
+        others = (child for name, child in self.named_children() if name not in ("adapter", "backbone"))
+        for module in (*others, *self.boundary.live_norms):
+            module.train(mode)
+        mode_was_set(self, mode)
         return self
 
     def apply(self: SelfExtractor, fn: Callable[[nn.Module], None]) -> SelfExtractor:

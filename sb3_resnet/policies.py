@@ -16,6 +16,7 @@ from torch import nn
 from sb3_resnet.cache.actor_critic import EncodedFeatures, RolloutEncodingMixin
 from sb3_resnet.cache.batch import EncodedBatch, Encoding
 from sb3_resnet.common import host
+from sb3_resnet.common.lending import lending_of
 from sb3_resnet.nn.heads import ResNetMlpExtractor, make_head, widths_of
 from sb3_resnet.nn.shared_state import store_shared_once
 from sb3_resnet.nn.weights import about_to_be_overwritten
@@ -63,6 +64,12 @@ class ResNetQPolicyMixin(ResNetPolicyMixin):
         """Switch the online network between acting and training; the target only sees sampled observations then."""
         super().set_training_mode(mode)  # type: ignore[misc]  # SB3's policy is next in the MRO
         self.target.features_extractor.augments = mode
+
+    def predict(self, observation: Any, *args: Any, **kwargs: Any) -> Any:
+        """As SB3's. What callbacks have lent takes part where ``learn()`` asks for its next actions."""
+        lending = lending_of(self.online.features_extractor)
+        with nullcontext() if lending is None else lending.asked_about(observation):
+            return super().predict(observation, *args, **kwargs)  # type: ignore[misc]  # of SB3's policy
 
     def _predict(self, obs: Any, deterministic: bool = True) -> th.Tensor:
         """Choose actions, as ``predict()`` asks: the one place where observations are acted upon."""

@@ -21,14 +21,13 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_resnet.common.arguments import path_of, shown
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
-from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis.readout import mean_r2, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
 from sb3_resnet.nn.pretraining.board import tensorboard
+from sb3_resnet.nn.pretraining.checks import check_memory, check_player, read_output
 from sb3_resnet.nn.pretraining.frames import Frames
 from sb3_resnet.nn.pretraining.run import CHECKPOINT, Probe, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
@@ -98,8 +97,9 @@ def pretrain(
     """
     began = time.monotonic()
     chosen = Settings.read(settings)
-    path = _output(output)
+    path = read_output(output)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
+    check_player(chosen, env, model)
     source = _source(env, model, replay_buffer, labels, info_keys)
     identity = {**source, **chosen.plain()}
     budget = {"updates": chosen.updates, "minutes": chosen.minutes}
@@ -108,7 +108,7 @@ def pretrain(
         result = _finished(path, {**identity, **budget})
         _remove(folder)  # an attempt may have been killed right before this
         return result
-    _check_memory(needed)
+    check_memory(needed)
     prepare_folder(folder)
     remove_left_overs(folder)
     run = Run(folder, chosen, identity, began)
@@ -150,19 +150,6 @@ def name_of(env: VecEnv) -> str:
     return "" if spec is None else str(spec.id)
 
 
-def _output(output: Any) -> Path:
-    path = path_of("output", output)
-    if path.suffix.lower() != ".safetensors":
-        raise ValueError(f"output={shown(str(path))} must end with .safetensors: other files have no room for the card")
-    if path.is_dir():
-        raise ValueError(f"output={shown(str(path))} is a folder: write the name of a file")
-    try:
-        import safetensors  # noqa: F401  # asked for now, and not after half an hour
-    except ImportError as error:
-        raise ImportError("Pretraining writes safetensors files: pip install 'sb3_resnet[safetensors]'") from error
-    return path
-
-
 def _source(
     env: VecEnv, model: Any, replay_buffer: Any, labels: LabelFunction, info_keys: Sequence[str]
 ) -> dict[str, Any]:
@@ -173,15 +160,6 @@ def _source(
     names = [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys]
     space = str(env.observation_space)
     return {"env": name_of(env), "n_envs": env.num_envs, "space": space, "source": player, "labels": names}
-
-
-def _check_memory(needed: int) -> None:
-    available = available_bytes()
-    if available is not None and needed > available:
-        raise ValueError(
-            f"Frames take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are left: write fewer frames, or fewer "
-            "held_out"
-        )
 
 
 def _finished(path: Path, identity: Mapping[str, Any]) -> Result:

@@ -118,9 +118,7 @@ def record(
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
     if isinstance(env.observation_space, spaces.Dict):
-        raise ValueError(
-            "A probe looks at one image, and the environment gives a Dict: take the image out in a wrapper"
-        )
+        raise ValueError("A probe looks at one image, not at a Dict: take the image out in a wrapper")
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -134,12 +132,8 @@ def record(
     for _ in range(-(-steps // env.num_envs)):
         for index, inner in enumerate(env.get_attr("unwrapped")):
             known = {**labels(inner), **_from_info(infos[index], info_keys, bool(starts[index]))}
-            row: dict[str, Any] = {
-                "observation": observations[index].copy(),
-                "start": bool(starts[index]),
-                "labels": known,
-            }
-            tracks[index].append({**row, "action": int(choices[index]), "reward": float(rewards[index])})
+            seen = {"observation": observations[index].copy(), "start": bool(starts[index]), "labels": known}
+            tracks[index].append({**seen, "action": int(choices[index]), "reward": float(rewards[index])})
         actions = next_actions(env, observations, model, epsilon, rng)
         choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
         observations, rewards, starts, infos = env.step(actions)

@@ -167,3 +167,21 @@ def test_only_predict_is_acting():
     assert encoder.images == images + 1
     assert model.replay_buffer.shared.acted is not None
     assert action == expected.argmax()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"adapter": "per_frame"}, {"freeze_boundary": "layer4"}])
+@pytest.mark.parametrize("filled", [False, True])
+def test_no_observations_at_all_give_no_entries_of_the_right_shape(arguments, filled):
+    arguments = {**arguments}
+    boundary = arguments.pop("freeze_boundary", None)
+    extractor = ResNetExtractor(SPACE, backbone="resnet_tiny", **arguments)
+    extractor.set_freeze_boundary(boundary)
+    buffer = FrameReplayBuffer(20, SPACE, spaces.Discrete(3), "cpu", n_envs=2)
+    buffer.shared.encode_with(EntryCache(extractor.encoder, "cpu"))
+    if filled:
+        add(buffer, images(0), images(1))
+        buffer.sample(2)
+    expected = extractor.encode(th.as_tensor(images(0))).shape[1:]
+    none = np.zeros(0, np.int64)
+    assert buffer.observations[none, none].entries.shape == (0, *expected)
+    assert CachedEncoding(buffer.shared).encode(th.as_tensor(images(0, n=0))).entries.shape == (0, *expected)

@@ -123,6 +123,7 @@ def test_no_command_runs_what_a_model_holds(place, plain, tmp_path):
         "doctor": ["doctor", folder],
         "export": ["export", model, "-o", tmp_path / "x.onnx"],
         "explain": ["explain", model, "--env", TINY, "-o", tmp_path / "explain"],
+        "watch": ["watch", model, "--env", TINY, "-o", tmp_path / "film.gif"],
     }
     for command, arguments in commands.items():
         status, text = run(*arguments)

@@ -361,3 +361,67 @@ def test_public_names_are_those_of_all_modules_with_a_list_of_them():
     ):
         assert f"sb3_resnet.{name}" in names
     assert "sb3_resnet.callbacks.newest_checkpoint" not in names  # the same as sb3_resnet.newest_checkpoint
+
+
+_HEADING = re.compile(r"^(?=#{1,2} )", re.MULTILINE)
+_MINUS = "\N{MINUS SIGN}"  # as pages write it
+_NUMBER = re.compile(rf"[{_MINUS}+-]?[\d.,]*\d(?: ?(?:%|ms|s|kB|MB|GB|min))?")
+
+
+def sections(page):
+    """:return: the page, divided at its first- and second-level headings"""
+    return _HEADING.split(re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL))
+
+
+def tables_of_figures(section):
+    """:return: tables that show mostly numbers beside their first column, which may count anything"""
+    found = []
+    for table in re.findall(r"(?:^\|.*\n)+", f"{section}\n", re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line.strip().strip("|"))[1:] for line in table.splitlines()[2:]]
+        texts = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", cell).strip(" *`") for row in rows for cell in row]
+        numbers = [text for text in texts if _NUMBER.fullmatch(text) or re.match(rf"[{_MINUS}-]?\d[\d.,]* [(\[]", text)]
+        if len(numbers) >= 2 and 2 * len(numbers) >= len(texts):
+            found.append(table)
+    return found
+
+
+def results_in(page, text):
+    """:return: files in benchmarks/results/ that a text links to, by their path in the repository"""
+    links = re.findall(r"\]\(([^)#\s]*benchmarks/results/[^)#\s]+)\)", text)
+    return [(page.parent / link).resolve() for link in links]
+
+
+def commands_of_results():
+    """:return: files in benchmarks/results/ that stand in a section with the command that made them, or name it"""
+    named = set()
+    for page in PAGES:
+        for section in sections(page):
+            files = results_in(page, section)
+            if re.search(r"`python benchmarks/\w+\.py", section):
+                named.update(files)
+            named.update(file for file in files if file.suffix == ".json" and '"command"' in file.read_text())
+    return named
+
+
+@pages
+def test_links_to_results_lead_to_files(page):
+    for file in results_in(page, page.read_text()):
+        assert file.exists(), file
+
+
+@pages
+def test_every_table_of_figures_names_its_file_and_the_command(page):
+    with_command = commands_of_results()
+    for section in sections(page):
+        for table in tables_of_figures(section):
+            files = results_in(page, section)
+            assert files, f"no link to benchmarks/results/ beside\n{table}"
+            assert {*files} & with_command, f"no `python benchmarks/...` for {files[0].name}, beside\n{table}"
+
+
+def test_tables_of_figures_are_told_from_others():
+    pages_with = {page_id(page) for page in PAGES for section in sections(page) if tables_of_figures(section)}
+    assert {"README.md", "docs/results.md"} <= pages_with
+    assert tables_of_figures("| a | b |\n|---|---|\n| x | 1.5 |\n" + f"| y | **{_MINUS}3 %** |\n")
+    assert tables_of_figures("| a | b |\n|---|---|\n| x | [1.5](f.json) |\n| y | 0.3 [0.2, 0.4] |\n")
+    assert not tables_of_figures("| exit | meaning |\n|---|---|\n| 0 | fine |\n| 1 | wrong |\n")

@@ -20,6 +20,7 @@ from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.common.sampling import unwatch_samples, watch_samples
 from sb3_resnet.extractor import ResNetExtractor
 from tests.helpers import ALGORITHMS, TinyGame, fill, make_model, observations, q_values, start
 
@@ -322,15 +323,22 @@ def test_a_buffer_that_is_loaded_in_the_middle_of_training_is_encoded_too(tmp_pa
     model.learn(30, callback=None if stock else FeatureCacheCallback())
     model.save_replay_buffer(tmp_path / "buffer.pkl")
 
+    seen = []
+
     class Load(BaseCallback):
         def _on_step(self):
             if self.n_calls == 10:
                 self.model.load_replay_buffer(tmp_path / "buffer.pkl")
             if self.n_calls == 30:
-                assert isinstance(self.model.replay_buffer.sample(2).observations, EncodedBatch)
+                watch_samples(self.model.replay_buffer, "test", seen.append)
+                assert isinstance(self.model.replay_buffer.sample(2).observations, th.Tensor)  # not train() asks
+                del seen[:]
             return True
 
     model.learn(40, callback=[Load(), FeatureCacheCallback()])
+    assert seen
+    assert all(isinstance(batch.observations, EncodedBatch) for batch in seen)
+    unwatch_samples(model.replay_buffer, "test")
     assert isinstance(model.replay_buffer, FrameReplayBuffer)
     assert isinstance(model.replay_buffer.sample(2).observations, th.Tensor)
 

@@ -495,6 +495,16 @@ def test_all_callbacks_work_together(tmp_path, algorithm):
     assert all(extractor.precision is None for extractor in extractors_in(model.policy))
 
 
+NEED = [UnfreezeCallback([{"at_update": 1, "unfreeze_from": "stem"}]), MonitorCallback(), DoctorCallback()]
+
+
+@pytest.mark.parametrize("callback", NEED, ids=lambda callback: type(callback).__name__)
+def test_callbacks_name_the_policy_that_they_need(callback):
+    model = PPO("MultiInputPolicy", DictGame(speed=SPEED), n_steps=8, batch_size=8, device="cpu")
+    with pytest.raises(TypeError, match="Callback needs ResNetMultiInputPolicy"):
+        model.learn(8, callback=callback)
+
+
 @algorithms
 def test_amp_in_float16_scales_the_gradients_of_all_trunks(algorithm):
     model = make_dict_model(algorithm, extractor={"freeze_backbone": False})
@@ -644,7 +654,7 @@ def test_commands_that_work_with_one_image_say_so(tmp_path, dict_id):
         assert seen in " ".join(error.split())
     status, _, error = run_command("probe", "--env", dict_id)
     assert status == 1
-    assert "A probe looks at one image, and the environment gives a Dict" in " ".join(error.split())
+    assert "A probe looks at one image, not at a Dict" in " ".join(error.split())
 
 
 class Masked(DictGame):

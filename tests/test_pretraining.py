@@ -470,6 +470,14 @@ def test_what_cannot_work_is_refused_with_what_to_write(changes, error, words, t
         small(tmp_path / options.pop("path"), options.pop("env"), **options)
 
 
+def test_a_model_plays_and_one_of_other_observations_is_refused(tmp_path):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    result = small(tmp_path / "w.safetensors", model=model, updates=1)
+    assert result.card["arguments"]["source"] == "DQN of 0 steps"
+    with pytest.raises(ValueError, match="give the environment of its training"):
+        small(tmp_path / "other.safetensors", RGBGame, model=model)
+
+
 def test_images_that_are_no_bytes_are_refused(tmp_path):
     env = make_vec_env(lambda: gym.wrappers.TransformObservation(TinyGame(), np.float32, box_of_floats()), 1)
     with pytest.raises(ValueError, match="keeps frames as uint8, and the observations are float32: declare Box"):

@@ -133,7 +133,7 @@ PROTECTED_HOOKS = {
     "_on_training_start",
     "_predict",
 }
-SEAMS = ("common/host.py", "common/host_optuna.py", "common/host_zoo.py")
+SEAMS = {"common/host.py", *(f"common/host_{part}.py" for part in ("optuna", "progress", "ranks", "zoo"))}
 BY_NAME = ("getattr", "hasattr", "setattr", "delattr", "attrgetter")
 STACK = {"_getframe", "currentframe", "f_back", "f_locals", "stack", "trace", "getouterframes"}
 

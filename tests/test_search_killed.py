@@ -31,7 +31,7 @@ gymnasium.register({ENV!r}, "tests.helpers:TinyGame")
 """
 EXTRACTOR = {"backbone": "resnet_tiny", "last_stage": "layer2", "pooling": "flatten"}
 CONFIG = {
-    "search": {"batch_size": [4, 8], "warmup_steps": [0, 2, 4], "heartbeat_seconds": 1},
+    "search": {"batch_size": [4, 8], "warmup_steps": [0, 2, 4], "heartbeat_seconds": 2},
     "default": {
         "policy": "ResNetCnnPolicy",
         "env_wrapper": ["gymnasium.wrappers.OrderEnforcing"],

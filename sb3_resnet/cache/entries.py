@@ -71,7 +71,7 @@ class EntryCache:
         wanted = image_ids.ravel()
         slots = self._slots(wanted)
         absent = slots < 0
-        entries = self._fill(wanted, absent, store) if absent.any() else self._table.read(slots)
+        entries = self._fill(wanted, absent, store) if absent.any() else self._read(slots)
         self.hits += int(wanted.size - np.count_nonzero(absent))
         return self.encoder.trunk.per_observation(entries)
 
@@ -107,7 +107,7 @@ class EntryCache:
 
     def find(self, image_ids: Array) -> th.Tensor:
         """:return: entries of images that have one, ``(n, ...)`` on :attr:`device`"""
-        return self._table.read(self._slots(image_ids))
+        return self._read(self._slots(image_ids))
 
     def merge(self, image_ids: Array, absent: Array, fresh: th.Tensor) -> th.Tensor:
         """
@@ -179,6 +179,14 @@ class EntryCache:
     def _slots(self, image_ids: Array) -> Array:
         self._reach(int(image_ids.max(initial=-1)))
         return self._slot_of[image_ids]
+
+    def _read(self, slots: Array) -> th.Tensor:
+        if self._table.has_rows:
+            return self._table.read(slots)
+        # None are wanted, and none were made: a blank image tells what shape they would have.
+        images = self.encoder.trunk.preprocessing
+        channels = images.frame_channels if images.per_frame else images.channels
+        return self.encode(np.zeros((1, channels, *images.observed_size), np.uint8))[:0]
 
     def _reach(self, image_id: int) -> None:
         if image_id >= len(self._slot_of):

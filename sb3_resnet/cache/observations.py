@@ -14,6 +14,7 @@ from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.entries import EntryCache
 from sb3_resnet.cache.frames import Array, Gone, ObservationStore, same_pixels
 from sb3_resnet.common import host
+from sb3_resnet.common.lending import Lending
 
 T = TypeVar("T")
 
@@ -48,11 +49,14 @@ class Observations:
         self.cache: EntryCache | None = None
         self.encodes = False  # whether batches come encoded; entries are kept meanwhile
         self.acted: Acted | None = None
+        self.lending: Lending | None = None  # says when batches may come encoded; None: always
 
-    def encode_with(self, cache: EntryCache) -> None:
+    def encode_with(self, cache: EntryCache, lending: Lending | None = None) -> None:
         """
         Give out encoded batches from now on.
 
+        :param cache: keeps their entries
+        :param lending: says when; ``None``: always
         :raises ValueError: if single frames are to be encoded, and the store keeps others
         """
         images = cache.encoder.trunk.preprocessing
@@ -65,6 +69,7 @@ class Observations:
             cache.clear(self.store)
         self.cache = cache
         self.encodes = True
+        self.lending = lending
         self.acted = None
 
     def add(self, env: int, pixels: Array) -> int:
@@ -82,7 +87,7 @@ class Observations:
     def latest(self, pixels: Array) -> Array:
         """:return: ids of observations ``(n_envs,)`` that are the last ones of their environments; -1 of others"""
         found = [self.store.last(env, image) for env, image in enumerate(pixels)]
-        return np.array([-1 if obs_id is None else obs_id for obs_id in found])
+        return np.array([-1 if obs_id is None else obs_id for obs_id in found], np.int64)
 
     def image_ids(self, obs_ids: Array) -> Array:
         """:return: ids of what is encoded at once, ``(*obs_ids.shape, images)``; -1 where an observation's id is"""
@@ -101,6 +106,8 @@ class Observations:
 
     def batch(self, obs_ids: Array) -> EncodedBatch | Array:
         """:return: entries of sampled observations, or of a copy of each; their pixels where nothing encodes"""
+        if self.lending is not None and not self.lending.updating:
+            return self.store.pixels(obs_ids)
         cache = self.active
         if cache is not None and obs_ids.min(initial=0) >= 0:
             image_ids = self.image_ids(obs_ids) if cache.copies is None else cache.copies.sample(obs_ids)
@@ -156,4 +163,4 @@ class Observations:
 
     def __getstate__(self) -> dict[str, Any]:
         # Entries are cheap to make anew, and stale in another model.
-        return {**self.__dict__, "cache": None, "encodes": False, "acted": None}
+        return {**self.__dict__, "cache": None, "encodes": False, "acted": None, "lending": None}

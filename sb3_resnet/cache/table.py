@@ -70,6 +70,11 @@ class EntryTable:
         return _channels_first(out)
 
     @property
+    def has_rows(self) -> bool:
+        """Whether there is memory for rows yet; before that nothing tells their shape."""
+        return bool(self._parts)
+
+    @property
     def nbytes(self) -> int:
         """Memory of the rows that were given out."""
         return self.used * self._row_bytes

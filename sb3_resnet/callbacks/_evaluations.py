@@ -13,6 +13,9 @@ from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalC
 from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_resnet.common import host
+from sb3_resnet.common.buckets import share_model
+from sb3_resnet.common.ranks import ranks_of
+from sb3_resnet.common.vec_normalize import check_stored_layout
 from sb3_resnet.optim.groups import optimizer_of
 
 SelfCallback = TypeVar("SelfCallback", bound=BaseCallback)
@@ -45,6 +48,9 @@ def refusals_end_the_search(start: Callable[[SelfCallback], None]) -> Callable[[
     """
     Decorate a ``_on_training_start``: a wrong set-up must not count as a trial with bad hyperparameters.
 
+    An environment whose images no replay buffer can take is refused here for all callbacks. SB3's own buffers notice
+    at the first step, in NumPy's words.
+
     RL-Zoo prunes a trial that raises ``ValueError`` or ``AssertionError``, so a search would go through all its trials
     and find nothing.
     """
@@ -52,6 +58,7 @@ def refusals_end_the_search(start: Callable[[SelfCallback], None]) -> Callable[[
     @wraps(start)
     def wrapper(callback: SelfCallback) -> None:
         try:
+            check_stored_layout(callback.model)
             start(callback)
         except (AssertionError, ValueError) as error:
             if is_trial(callback.locals.get("callback")):
@@ -114,10 +121,19 @@ def restore_best(model: BaseAlgorithm, keeper: BestKeeper) -> str:
     Weights, BatchNorm statistics and optimizer moments alone: learning rates, counters, exploration, the replay
     buffer and the freeze boundary go on as they are.
 
+    Of several ranks the first one has the file, and sends the others what it reads.
+
     :param model: an SB3 model with a ResNet policy
     :param keeper: who has the best model
     :return: what was done, for the log
     """
+    ranks = ranks_of(model)
+    done = _restore_best(model, keeper) if ranks.is_first else ""
+    share_model(ranks, model)
+    return str(ranks.tell(done))
+
+
+def _restore_best(model: BaseAlgorithm, keeper: BestKeeper) -> str:
     best = keeper.best_of_phase()
     if best is None:
         return "; nothing restored, there was no evaluation in the phase that ends"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import warnings
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,12 +15,14 @@ import numpy as np
 import stable_baselines3
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import KVWriter
 
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
+from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
+from sb3_resnet.common.ranks import ranks_of
 
 
 class Tracker(KVWriter):
@@ -34,6 +37,8 @@ class Tracker(KVWriter):
     def __init__(self, name: str) -> None:
         self.name = name
         self.broken = False
+        #: Says whether a line of the log is of this run, and not of a later ``learn()`` with the same logger.
+        self.is_of_run: Callable[[], bool] = lambda: True
 
     def attempt(self, what: str, act: Callable[..., None], *args: Any) -> None:
         """
@@ -66,7 +71,7 @@ class Tracker(KVWriter):
             and isinstance(value, (int, float, np.number))
             and not isinstance(value, bool)
         }
-        if numbers and not self.broken:
+        if numbers and not self.broken and self.is_of_run():
             self.attempt("log values", self.log_numbers, numbers, step)
 
     @abstractmethod
@@ -98,7 +103,7 @@ class Tracker(KVWriter):
         """End the run; may be called again."""
 
 
-class TrackerCallback(BaseCallback):
+class TrackerCallback(LendingCallback):
     """
     Adds a tracker to the outputs of the model's logger while training lasts.
 
@@ -111,6 +116,7 @@ class TrackerCallback(BaseCallback):
         self.save_best = flag("save_best", save_best)
         self._tracker: Tracker | None = None
         self._root: Any = None
+        self._at_exit: weakref.finalize[Any, Any] | None = None
 
     @abstractmethod
     def _open(self, hyperparameters: Mapping[str, Any]) -> Tracker:
@@ -119,8 +125,15 @@ class TrackerCallback(BaseCallback):
     @refusals_end_the_search
     def _on_training_start(self) -> None:
         self._close()  # of a learn() that was interrupted
+        if not ranks_of(self.model).is_first:
+            return
         self._root = host.root_callback(self)
         self._tracker = self._open({**hyperparameters(self.model), **arguments(self._root)})
+        if self.lending is not None:
+            lending = weakref.ref(self.lending)  # it leads to this callback, which the run must not outlive
+            self._tracker.is_of_run = lambda: (found := lending()) is not None and found.is_current
+        # Of a learn() that is interrupted, the run ends with the callback or with Python.
+        self._at_exit = weakref.finalize(self, self._tracker.close)
         logger = host.logger_of(self.model)
         if logger is not None:
             logger.output_formats.append(self._tracker)
@@ -147,6 +160,8 @@ class TrackerCallback(BaseCallback):
         logger = host.logger_of(self.model)
         if logger is not None and tracker in logger.output_formats:
             logger.output_formats.remove(tracker)
+        if self._at_exit is not None:
+            self._at_exit.detach()
         tracker.attempt("end the run", tracker.close)
 
 

@@ -1,4 +1,4 @@
-"""Act before each gradient update, with the number of updates done so far."""
+"""What callbacks do in updates: their hooks, given back however ``learn()`` ends, and the count of updates."""
 
 from __future__ import annotations
 
@@ -11,11 +11,57 @@ from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from torch.optim import Optimizer
 
 from sb3_resnet.callbacks._evaluations import walk
-from sb3_resnet.common import host
+from sb3_resnet.common import host, host_progress
+from sb3_resnet.common.lending import Lending, begin_lending
 from sb3_resnet.common.step_hooks import StepHooks, before_step
 from sb3_resnet.extractor import ResNetExtractor, extractors_in
 from sb3_resnet.optim.groups import install_effective_lr, optimizer_of
 from sb3_resnet.optim.updates import gradient_updates, install_update_counter
+
+
+class LendingCallback(BaseCallback):
+    """
+    Follows the parts of ``learn()``, so that what this callback lends to the model acts in them alone.
+
+    What is lent asks :attr:`lending` each time whether it may act. Subclasses override SB3's methods with an
+    underscore, as every callback does.
+    """
+
+    #: From the start of training on.
+    lending: Lending | None = None
+
+    def on_training_start(self, locals_: dict[str, Any], globals_: dict[str, Any]) -> None:
+        """As SB3's. Where somebody else than ``learn()`` calls it, or an ``EventCallback``, hooks tell no parts."""
+        driven = locals_.get("self") is not self.model or self.parent is not None
+        self.lending = begin_lending(self.model, locals_, always=driven)
+        extractors = extractors_of(self.model)
+        if extractors:
+            self.lending.hear_modes_of(extractors[0])  # the online network's; all are switched together
+        super().on_training_start(locals_, globals_)
+
+    def on_rollout_start(self) -> None:
+        """As SB3's."""
+        if self.lending is not None:
+            self.lending.act(host_progress.last_observation(self.model))
+        super().on_rollout_start()
+
+    def on_step(self) -> bool:
+        """As SB3's."""
+        if self.lending is not None:
+            self.lending.act(self.locals.get("new_obs"))
+        return super().on_step()
+
+    def on_rollout_end(self) -> None:
+        """As SB3's."""
+        if self.lending is not None:
+            self.lending.update()
+        super().on_rollout_end()
+
+    def on_training_end(self) -> None:
+        """As SB3's."""
+        if self.lending is not None:
+            self.lending.end()
+        super().on_training_end()
 
 
 class UpdateHook:
@@ -72,6 +118,10 @@ class UpdateHook:
         return self if owner is None else type(owner)
 
     def _before_step(self, optimizer: Optimizer) -> None:
+        lending = getattr(getattr(self._act, "__self__", None), "lending", None)
+        if lending is not None and not lending.updating:
+            lending.was_passed_over = True
+            return  # an update of somebody else, most likely after a learn() that was interrupted
         n, self.n = self.n, self.n + 1
         self._act(n)
 

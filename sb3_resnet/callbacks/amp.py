@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 from functools import partial
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, extractors_of, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of, record
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.nn.precision import DTYPES, LossScaler, MixedPrecision, resolve_dtype
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
@@ -18,7 +17,7 @@ _STATE = "amp"  # key of our state in the optimizer's groups, where it is saved
 _log = logging.getLogger("sb3_resnet")
 
 
-class AMPCallback(BaseCallback):
+class AMPCallback(LendingCallback):
     """
     Run the trunk in reduced precision; features, head, targets, loss and optimizer stay in float32.
 
@@ -79,7 +78,8 @@ class AMPCallback(BaseCallback):
         if name == "float16":
             self._scaler = self._new_scaler()
             self._scaler.state = {**self._scaler.state, **recall(optimizer, _STATE)}
-        self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler)
+            self._scaler.share(ranks_of(self.model).size)
+        self._precision = None if name == "float32" else MixedPrecision(dtype, self._scaler, self.lending)
         self._updates.attach(self.model, first=True)
         self._lend(self._precision)
         self._rewards(self.model)

@@ -17,12 +17,12 @@ from sb3_resnet.callbacks._evaluations import Evaluations, is_trial, refusals_en
 from sb3_resnet.callbacks._updates import extractors_of
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
-from sb3_resnet.common.checkpoints import add_to_checkpoint, buffer_of, checkpoints, run_of
+from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, remove_checkpoint, run_of, write_checkpoint
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.seeding import random_states
 from sb3_resnet.optim.groups import optimizer_of, recall, remember
 
-_STATE = "best_checkpoint"  # key of our state in the optimizer's groups, where it is saved with the model
 RECORD = "best.json"
 _ALL = "best"  # key of the best of all phases, and name of its file
 
@@ -88,12 +88,16 @@ class BestCheckpointCallback(BaseCallback):
 
     def best_of_phase(self) -> tuple[Path, float] | None:
         """:return: file and mean reward of the best evaluated model of the current phase, up to this moment"""
+        if self._rests:
+            return None
         self._poll()
         entry = self._record.get(self._phase_name)
         return None if entry is None else (Path(entry["file"]), float(entry["reward"]))
 
     @refusals_end_the_search
     def _on_training_start(self) -> None:
+        if self._rests:
+            return
         root = host.root_callback(self)
         self._evaluations = Evaluations(root)
         # A trial's files would be another trial's, but the best model must be there for restore_best.
@@ -107,7 +111,7 @@ class BestCheckpointCallback(BaseCallback):
         optimizer = optimizer_of(self.model)
         prepare_folder(self._folder)
         remove_left_overs(self._folder)
-        saved = recall(optimizer, _STATE)
+        saved = recall(optimizer, RUN_STATE)
         self._run = saved.get("run") or uuid.uuid4().hex
         self._warn_of_other_runs()
         is_new = "run" not in saved
@@ -119,20 +123,26 @@ class BestCheckpointCallback(BaseCallback):
     def _on_rollout_start(self) -> None:
         """The last rollout's updates are made, and nothing of the next one has happened."""
         self._rollout_is_whole = False
+        if self._rests:
+            return
         steps = self.model.num_timesteps - self._last_save
         if 0 < self.save_freq <= steps or 0 < self.save_freq_episodes <= self._episodes:
             self._save_checkpoint()
 
     def _on_step(self) -> bool:
         self._episodes += int(np.sum(self.locals.get("dones", 0)))
-        self._poll()
+        if not self._rests:
+            self._poll()
         return True
 
     def _on_rollout_end(self) -> None:
         self._rollout_is_whole = True
-        self._poll()
+        if not self._rests:
+            self._poll()
 
     def _on_training_end(self) -> None:
+        if self._rests:
+            return
         # Of an evaluation that stops training, after which SB3 calls no on_rollout_end; RL-Zoo ends training twice.
         self._poll()
         # Stopped within a rollout, the model lacks its updates: the run that was not stopped never was in that state.
@@ -141,6 +151,11 @@ class BestCheckpointCallback(BaseCallback):
             self._save_checkpoint()
         if self._scratch is not None:
             self._scratch.cleanup()
+
+    @property
+    def _rests(self) -> bool:
+        """Whether this is one of several processes that train the model, and another one saves it."""
+        return not ranks_of(self.model).is_first
 
     @property
     def _folder(self) -> Path:
@@ -166,7 +181,7 @@ class BestCheckpointCallback(BaseCallback):
             self._keep_if_best(reward)
 
     def _remember(self) -> None:
-        remember(optimizer_of(self.model), _STATE, {"run": self._run, "record": self._record})
+        remember(optimizer_of(self.model), RUN_STATE, {"run": self._run, "record": self._record})
 
     def _warn_of_other_runs(self) -> None:
         others = [path.name for path in checkpoints(self._folder) if run_of(path) != self._run]
@@ -252,14 +267,7 @@ class BestCheckpointCallback(BaseCallback):
             )
 
     def _write_checkpoint(self, path: Path) -> None:
-        model: Any = self.model
-        has_buffer = self.save_replay_buffer and getattr(model, "replay_buffer", None) is not None
-        # The buffer first: whoever finds the model finds its buffer.
-        with written_whole(*([buffer_of(path)] if has_buffer else []), path) as temporaries:
-            if has_buffer:
-                model.save_replay_buffer(temporaries[0])
-            model.save(temporaries[-1])
-            add_to_checkpoint(temporaries[-1], self._run, random_states(model))
+        write_checkpoint(self.model, path, self._run, random_states(self.model), self.save_replay_buffer)
         self._tell(path)
 
     def _checkpoint_path(self) -> Path:
@@ -275,8 +283,7 @@ class BestCheckpointCallback(BaseCallback):
         """Only what this run wrote, and nothing beyond the newest: it may have been resumed from an earlier point."""
         own = [path for path in checkpoints(self._folder) if run_of(path) == self._run]
         for old in own[: own.index(newest) + 1][: -self.keep_last]:
-            buffer_of(old).unlink(missing_ok=True)
-            old.unlink(missing_ok=True)
+            remove_checkpoint(old)
 
     def _tell(self, path: Path) -> None:
         if self.verbose:

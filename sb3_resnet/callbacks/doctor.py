@@ -5,12 +5,11 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import safe_mean
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search, walk
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer
 from sb3_resnet.diagnosis import Finding, history_findings, static_findings
@@ -18,13 +17,14 @@ from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.findings import THRESHOLDS
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 
 ACTIONS = ("warn", "stop")
 #: Values that other callbacks and SB3 log, and rules read.
 _LOGGED = ("train/amp_skipped", "train/amp_scale", "rollout/exploration_rate")
 
 
-class DoctorCallback(BaseCallback):
+class DoctorCallback(LendingCallback):
     """
     Watch a run and report what is wrong with it: each finding once, and all of them in a summary at the end.
 
@@ -77,10 +77,13 @@ class DoctorCallback(BaseCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"DoctorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"DoctorCallback needs {needed}, which {type(policy).__name__} is not")
         self._evaluations = Evaluations(host.root_callback(self))
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
+        if self.lending is not None:
+            self.lending.when_closed(self, self._probe.pause)
         self._episodes.start()
         self._looked = self._ended = False
 

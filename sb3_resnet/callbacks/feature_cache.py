@@ -6,7 +6,6 @@ from typing import Any
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 
@@ -16,7 +15,7 @@ from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.cache.entries import EntryCache, refuse_different_twins
 from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import record
+from sb3_resnet.callbacks._updates import LendingCallback, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer, shown
 from sb3_resnet.common.nonfinite import RewardCheck
@@ -34,7 +33,7 @@ _DIFFER = {
 }
 
 
-class FeatureCacheCallback(BaseCallback):
+class FeatureCacheCallback(LendingCallback):
     """
     Encode each observation once, keep the result beside its pixels, and train on that.
 
@@ -104,7 +103,7 @@ class FeatureCacheCallback(BaseCallback):
             trunks = [twin.trunk for twin in twins]
             differ = _DIFFER[self._is_on_policy]
             cache = EntryCache(extractor.encoder, device, self.max_bytes, expected, trunks, copies, differ)
-        buffer.shared.encode_with(cache)
+        buffer.shared.encode_with(cache, self.lending)
         model.policy.encoding = RolloutEncoding(buffer) if self._is_on_policy else CachedEncoding(buffer.shared)
         self._shared = buffer.shared
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, extractors_of
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of
 from sb3_resnet.common.arguments import number
 from sb3_resnet.optim.groups import optimizer_of
 
 
-class GradientClipCallback(BaseCallback):
+class GradientClipCallback(LendingCallback):
     """
     Clip the gradient norm of head and backbone each by itself.
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
 
 from sb3_resnet.callbacks._evaluations import Evaluations, refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import (
     optimizer_of,
@@ -33,7 +33,7 @@ SCHEDULES: dict[str, tuple[str, ...]] = {
 _STATE = "lr_schedule"  # key of our state in the optimizer's groups, where it is saved
 
 
-class LRScheduleCallback(BaseCallback):
+class LRScheduleCallback(LendingCallback):
     """
     Linear warmup, then a schedule. Both multiply the learning rate of every parameter group.
 
@@ -158,13 +158,15 @@ def _planned_updates(model: Any) -> int:
     """Number of gradient updates that are left in this ``learn()``."""
     planned = host.planned_timesteps(model) or 0
     steps: int = planned - model.num_timesteps
+    ranks = ranks_of(model).size  # timesteps are those of all ranks, and each has a rollout of its own
     if isinstance(model, OffPolicyAlgorithm):
         frequency: Any = model.train_freq
         if frequency.unit == TrainFrequencyUnit.EPISODE:
             raise ValueError("train_freq counts episodes, so the number of updates is unknown: write decay_steps=...")
         steps = planned - max(model.num_timesteps, model.learning_starts)
         rollout: int = frequency.frequency * model.n_envs
-        return max(0, steps) // rollout * int(rollout if model.gradient_steps < 0 else model.gradient_steps)
+        updates = int(rollout if model.gradient_steps < 0 else model.gradient_steps)
+        return max(0, steps) // (rollout * ranks) * updates
     rollout = model.n_steps * model.n_envs
     batches = math.ceil(rollout / getattr(model, "batch_size", rollout))
-    return math.ceil(steps / rollout) * int(getattr(model, "n_epochs", 1)) * batches
+    return math.ceil(steps / (rollout * ranks)) * int(getattr(model, "n_epochs", 1)) * batches

@@ -5,22 +5,21 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import device_bytes, process_bytes
 from sb3_resnet.diagnosis.episodes import EpisodeValues
 from sb3_resnet.diagnosis.probe import Probe
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 
 #: Keys that are what they are at the moment; all others are averaged over the measured updates of a line of the log.
 GAUGES = ("train/lr_", "param_norm/")
 
 
-class MonitorCallback(BaseCallback):
+class MonitorCallback(LendingCallback):
     """
     Log what training does: gradients, updates, Q-values, TD errors, the phase, memory and speed.
 
@@ -88,9 +87,12 @@ class MonitorCallback(BaseCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"MonitorCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"MonitorCallback needs {needed}, which {type(policy).__name__} is not")
         self._updates.attach(self.model)
         self._probe.start(self.model, self._updates.n)
+        if self.lending is not None:
+            self.lending.when_closed(self, self._probe.pause)
         self._episodes.start()
         self._window = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
         cache = self._feature_cache

@@ -5,22 +5,22 @@ from __future__ import annotations
 from typing import Any
 
 from stable_baselines3.common.base_class import BaseAlgorithm
-from stable_baselines3.common.callbacks import BaseCallback
 from torch.optim import Optimizer
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
+from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common.nonfinite import (
     POLICYS_CHECK,
     RewardCheck,
+    check_gradients,
     check_sampled_rewards,
-    install_gradient_check,
     remove_gradient_check,
 )
 from sb3_resnet.common.sampling import unwatch_samples, watch_samples
 from sb3_resnet.common.step_hooks import before_step
 
 
-class NanGuardCallback(BaseCallback):
+class NanGuardCallback(LendingCallback):
     """
     Check new rewards before each ``train()``, the rewards of each sampled batch, and the gradient before each step of
     an optimizer; a NaN or an infinity is an error that says where it is.
@@ -47,7 +47,7 @@ class NanGuardCallback(BaseCallback):
     def _on_training_start(self) -> None:
         for optimizer in optimizers_of(self.model):
             if before_step(optimizer).get(POLICYS_CHECK) is None:
-                install_gradient_check(optimizer, NanGuardCallback)
+                before_step(optimizer).add(NanGuardCallback, self._check_gradients)
         self._check_rewards()
 
     def _on_step(self) -> bool:
@@ -69,7 +69,15 @@ class NanGuardCallback(BaseCallback):
             unwatch_samples(self._watched, NanGuardCallback)
             self._watched = buffer
         if hasattr(buffer, "sample"):
-            watch_samples(buffer, NanGuardCallback, check_sampled_rewards)
+            watch_samples(buffer, NanGuardCallback, self._check_batch)
+
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        if self.lending is None or self.lending.updating:
+            check_gradients(optimizer)
+
+    def _check_batch(self, batch: Any) -> None:
+        if self.lending is None or self.lending.updating:
+            check_sampled_rewards(batch)
 
 
 def optimizers_of(model: BaseAlgorithm) -> list[Optimizer]:

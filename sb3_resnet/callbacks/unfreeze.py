@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from stable_baselines3.common.callbacks import BaseCallback
-
 from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, restore_best
-from sb3_resnet.callbacks._updates import UpdateHook, record
+from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
 from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.image_spaces import policy_for
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
 from sb3_resnet.optim.updates import gradient_updates
@@ -55,7 +54,7 @@ class Phase:
         return f"unfreeze_from={self.unfreeze_from!r} at {name}{'' if self.when is None else f' {self.when}'}"
 
 
-class UnfreezeCallback(BaseCallback):
+class UnfreezeCallback(LendingCallback):
     """
     Unfreeze the backbone in phases, from the top down. Works with ``ResNetCnnPolicy`` of every algorithm that has it.
 
@@ -131,7 +130,8 @@ class UnfreezeCallback(BaseCallback):
     def _on_training_start(self) -> None:
         policy: Any = self.model.policy
         if not hasattr(policy, "set_freeze_boundary"):
-            raise TypeError(f"UnfreezeCallback needs ResNetCnnPolicy, which {type(policy).__name__} is not")
+            needed = policy_for(self.model.observation_space)
+            raise TypeError(f"UnfreezeCallback needs {needed}, which {type(policy).__name__} is not")
         stages = policy.trained.features_extractor.stages
         for phase in self.phases:
             choice("unfreeze_from", phase.unfreeze_from, [*stages, "all"])

@@ -9,7 +9,20 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from sb3_resnet.cli import best, card, check, doctor, explain, export, groups, plot, pretrain, probe, zoo_config
+from sb3_resnet.cli import (
+    best,
+    card,
+    check,
+    doctor,
+    explain,
+    export,
+    groups,
+    plot,
+    pretrain,
+    probe,
+    watch,
+    zoo_config,
+)
 from sb3_resnet.cli.texts import at_home, check_picture, console_for, one_line
 
 app = typer.Typer(
@@ -25,6 +38,7 @@ _COMMANDS: dict[str, tuple[Callable[..., bool | None], str]] = {
     "groups": (groups.command, "Parameter groups of a saved model."),
     "doctor": (doctor.command, "After a run: what its logs say went wrong."),
     "explain": (explain.command, "What the agent looks at: heat maps over an episode."),
+    "watch": (watch.command, "A film of an episode, and its return."),
     "export": (export.command, "ONNX of preprocessing and network, verified."),
     "plot": (plot.command, "Learning curves with confidence bands."),
     "pretrain": (pretrain.command, "Train a ResNet on frames of an environment, without rewards."),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,20 +85,39 @@ def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
     :param episode: the episode that was played
     :param heat: a map for each step, ``(steps, H, W)`` in 0..1
     """
+    low, high = np.percentile(
+        episode.scores, (2, 98)
+    )  # the first observations are half empty, and their scores differ widely
+    frames = (overlay(seen, hot) for seen, hot in zip(episode.observations, heat, strict=True))
+    write_film(path, (_beside(frame, episode, step, low, high) for step, frame in enumerate(frames)))
+
+
+def write_film(path: str | Path, frames: Iterable[Array]) -> None:
+    """
+    Write frames, :data:`FPS` of them per second.
+
+    :param path: ``.mp4`` or ``.gif``
+    :param frames: RGB, ``(h, w, 3)`` uint8, all of one size
+    """
     path = Path(path)
     imageio = import_extra("imageio.v2")
-    if path.suffix == ".gif":
+    if path.suffix.lower() == ".gif":
         options: dict[str, Any] = {"duration": 1000 / FPS, "loop": 0}
     else:
         import_extra("imageio_ffmpeg")
         options = {"fps": FPS, "macro_block_size": 2}
-    low, high = np.percentile(
-        episode.scores, (2, 98)
-    )  # the first observations are half empty, and their scores differ widely
     with imageio.get_writer(path, **options) as writer:
-        for step in range(len(heat)):
-            frame = overlay(episode.observations[step], heat[step])
-            writer.append_data(_beside(frame, episode, step, low, high))
+        for frame in frames:
+            writer.append_data(frame)
+
+
+def beside(frame: Array, heat: Array) -> Array:
+    """
+    :param frame: a picture of the game, ``(h, w, 3)`` uint8
+    :param heat: a map of what the agent sees at that time, ``(H, W)`` in 0..1
+    :return: the frame, and to its right the same with the map over it, ``(h, 2 w, 3)`` uint8
+    """
+    return np.concatenate([frame, _coloured(frame, heat)], axis=1)
 
 
 def overlay(observation: Array, heat: Array) -> Array:
@@ -110,11 +130,18 @@ def overlay(observation: Array, heat: Array) -> Array:
     frame = newest_frame(observation)
     scale = max(1, _SIDE // max(frame.shape[:2]))
     size = (frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2)  # MP4 needs even sides
-    large = np.asarray(image.fromarray(frame).resize(size, image.Resampling.NEAREST), np.float32)
+    large = np.asarray(image.fromarray(frame).resize(size, image.Resampling.NEAREST))
+    return _coloured(large, heat)
+
+
+def _coloured(frame: Array, heat: Array) -> Array:
+    """The frame with a map of any size over it."""
+    image = import_extra("PIL.Image")
+    size = (frame.shape[1], frame.shape[0])
     smooth = np.asarray(image.fromarray(heat.astype(np.float32)).resize(size, image.Resampling.BILINEAR))
     colours = import_extra("matplotlib").colormaps["inferno"](smooth)[..., :3] * 255
     alpha = _STRENGTH * smooth[..., None]
-    mixed: Array = (1 - alpha) * large + alpha * colours
+    mixed: Array = (1 - alpha) * frame.astype(np.float32) + alpha * colours
     rounded: Array = mixed.round().astype(np.uint8)
     return rounded
 

@@ -9,9 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sb3_resnet.common.files import written_whole
+
+#: Key of a run's id in the optimizer's groups, where it is saved with the model.
+RUN_STATE = "best_checkpoint"
 _MODELS = "rl_model_*_steps.zip"
 _RUN = "sb3_resnet_run.txt"  # further members of SB3's archive, which SB3 does not read
 _RANDOM_STATES = "random_states.json"
+_STATE = "sb3_resnet_state.pkl"
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
@@ -60,15 +65,36 @@ def buffer_of(checkpoint: Path) -> Path:
     return checkpoint.with_name(f"{checkpoint.stem}_replay_buffer.pkl")
 
 
-def add_to_checkpoint(path: Path, run: str, random_states: Mapping[str, Any]) -> None:
+def write_checkpoint(
+    model: Any,
+    path: Path,
+    run: str,
+    random_states: Mapping[str, Any],
+    save_replay_buffer: bool,
+    state: bytes | None = None,
+) -> None:
     """
-    :param path: a model that SB3 saved
-    :param run: identifies the run that wrote it
+    Write a model and what belongs to it; old files stay until all is on the disk.
+
+    :param model: an SB3 model
+    :param path: its file
+    :param run: identifies the run that writes it
     :param random_states: plain lists, numbers and strings
+    :param save_replay_buffer: whether to save the replay buffer too, where there is one
+    :param state: what only a :class:`~sb3_resnet.callbacks.PreemptionCallback` saves
+    :raises OSError: if it cannot be written
     """
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(_RUN, run)
-        archive.writestr(_RANDOM_STATES, json.dumps(random_states))
+    has_buffer = save_replay_buffer and getattr(model, "replay_buffer", None) is not None
+    # The buffer first: whoever finds the model finds its buffer.
+    with written_whole(*([buffer_of(path)] if has_buffer else []), path) as temporaries:
+        if has_buffer:
+            model.save_replay_buffer(temporaries[0])
+        model.save(temporaries[-1])
+        with zipfile.ZipFile(temporaries[-1], "a") as archive:
+            archive.writestr(_RUN, run)
+            archive.writestr(_RANDOM_STATES, json.dumps(random_states))
+            if state is not None:
+                archive.writestr(_STATE, state)
 
 
 def run_of(path: Path) -> str | None:
@@ -80,10 +106,26 @@ def run_of(path: Path) -> str | None:
     return None if run is None else run.decode()
 
 
+def state_of(path: Path) -> bytes | None:
+    """
+    :param path: file of a checkpoint
+    :return: the ``state`` of :func:`write_checkpoint`; ``None`` if it has none
+    """
+    return _read(path, _STATE)
+
+
+def remove_checkpoint(path: Path) -> None:
+    """
+    :param path: file of a checkpoint, which goes together with its replay buffer
+    """
+    buffer_of(path).unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
 def random_states_of(path: Path) -> dict[str, Any]:
     """
     :param path: a checkpoint of :class:`~sb3_resnet.callbacks.BestCheckpointCallback`
-    :return: what was given to :func:`add_to_checkpoint`
+    :return: what was given to :func:`write_checkpoint`
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if the file holds no random states
     """
@@ -91,7 +133,7 @@ def random_states_of(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{str(path)!r} is no file: newest_checkpoint(FOLDER) finds one")
     content = _read(path, _RANDOM_STATES)
     if content is None:
-        raise ValueError(f"{str(path)!r} holds no random states: only checkpoints of BestCheckpointCallback do")
+        raise ValueError(f"{str(path)!r} holds no random states: only checkpoints of this package's callbacks do")
     states: dict[str, Any] = json.loads(content)
     return states
 

@@ -30,6 +30,19 @@ def check_vec_normalize(model: BaseAlgorithm) -> None:
             "VecNormalize changes the scale of images with statistics that move, also of old observations in replay "
             f"memory: {INSTEAD}"
         )
+    check_stored_layout(model)
+
+
+def check_stored_layout(model: BaseAlgorithm) -> None:
+    """
+    Refuse a ``VecNormalize`` below a wrapper that changes the shape of images. Only spaces are compared.
+
+    :param model: an SB3 model that has its environment
+    :raises ValueError: if the replay buffer would get images of another shape than the network
+    """
+    normalizer = model.get_vec_normalize_env()
+    if normalizer is None or isinstance(model.observation_space, spaces.Dict):
+        return
     # Off-policy algorithms store what comes out of the environment below VecNormalize, before SB3 transposes it.
     stored = normalizer.observation_space.shape
     if isinstance(model, OffPolicyAlgorithm) and stored != model.observation_space.shape:

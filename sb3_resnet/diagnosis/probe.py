@@ -9,6 +9,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.base_class import BaseAlgorithm
 
+from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.sampling import unwatch_samples, watch_samples
 from sb3_resnet.common.step_hooks import StepHooks, after_step
 from sb3_resnet.diagnosis.measures import (
@@ -125,6 +126,9 @@ class _Armed:
         self._batch: Any = None
         self._buffer: Any = getattr(model, "replay_buffer", None)
         self._handles = self._register()
+        # Of several ranks: what is clipped is the mean of their gradients.
+        self._averages = ranks_of(model).after_average
+        self._averages.append(self._see_gradients)
 
     @property
     def stale(self) -> bool:
@@ -138,6 +142,8 @@ class _Armed:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
+        if self._see_gradients in self._averages:
+            self._averages.remove(self._see_gradients)
         unwatch_samples(self._buffer, self)
 
     def before_step(self) -> bool:
@@ -220,6 +226,11 @@ class _Armed:
     def _see_gradient(self, parameter: th.Tensor) -> None:
         if parameter.grad is not None:
             self._norms[id(parameter)] = th.linalg.vector_norm(parameter.grad.detach()).float()
+
+    def _see_gradients(self) -> None:
+        for _, parameters in self._trainable:
+            for parameter in parameters:
+                self._see_gradient(parameter)
 
     @th.no_grad()
     def _measure_td_errors(self) -> bool:

@@ -13,6 +13,7 @@ from torch import nn
 
 from sb3_resnet.common.arguments import choice, nearest, shown
 from sb3_resnet.nn.adapters import InflatedConv2d
+from sb3_resnet.nn.sync_norm import synchronized_batch_norm
 
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
 STAGES = ("stem", "layer1", "layer2", "layer3", "layer4")
@@ -58,12 +59,7 @@ class FreezableSyncBatchNorm(FreezableNorm, nn.SyncBatchNorm):
         processes = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
         if not self.training or processes == 1:
             return nn.BatchNorm2d.forward(self, x)
-        if x.device.type == "cpu":
-            raise ValueError(
-                "norm='sync' synchronises statistics between processes on GPUs only: on CPUs write norm='frozen', or "
-                "norm='group' without pretrained weights"
-            )
-        return super().forward(x)
+        return synchronized_batch_norm(x, self) if x.device.type == "cpu" else super().forward(x)
 
 
 def _group_norm(channels: int) -> nn.GroupNorm:

@@ -51,6 +51,8 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("running_count", th.zeros(()))
         #: Whether statistics wait for :meth:`keep`.
         self.waits = False
+        #: Makes the moments of several processes' batches of those of one, while a callback trains with several.
+        self.join: Callable[[th.Tensor, th.Tensor, int], tuple[th.Tensor, th.Tensor, int]] | None = None
         self._next: tuple[th.Tensor, ...] | None = None  # mean, variance and count with the latest batch
 
     def forward(self, features: th.Tensor) -> th.Tensor:
@@ -75,14 +77,17 @@ class FeatureStandardizer(nn.Module):
             self._next = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_next": None}
+        return {**self.__dict__, "_next": None, "join": None}
 
     @th.no_grad()
     def _merged(self, features: th.Tensor) -> tuple[th.Tensor, ...]:
         """:return: the running moments with those of the batch (Chan et al. 1983)"""
-        share = (len(features) / (self.running_count + len(features)).clamp(max=self.horizon)).clamp(max=1.0)
+        rows = len(features)
         mean = features.mean(dim=0)
         variance = (features - mean).square().mean(dim=0)  # th.var_mean takes longer (choices.json)
+        if self.join is not None:
+            mean, variance, rows = self.join(mean, variance, rows)
+        share = (rows / (self.running_count + rows).clamp(max=self.horizon)).clamp(max=1.0)
         # An overflow in float16 costs one skipped update, not the statistics for ever.
         finite = variance.isfinite()
         delta = th.where(finite, mean - self.running_mean, 0.0)
@@ -90,7 +95,7 @@ class FeatureStandardizer(nn.Module):
         return (
             self.running_mean + share * delta,
             self.running_var + share * (spread + (1.0 - share) * delta.square()),
-            (self.running_count + len(features)).clamp(max=self.horizon),
+            (self.running_count + rows).clamp(max=self.horizon),
         )
 
 

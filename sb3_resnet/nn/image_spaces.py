@@ -45,6 +45,11 @@ def scale_of(space: Any) -> float:
     )
 
 
+def policy_for(space: Any) -> str:
+    """:return: name of the ResNet policy for an observation space, for errors"""
+    return "ResNetMultiInputPolicy" if isinstance(space, spaces.Dict) else "ResNetCnnPolicy"
+
+
 def has_image_bounds(space: Any) -> bool:
     """
     :param space: one of the spaces of a Dict

@@ -11,6 +11,7 @@ import torch as th
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.lending import Lending
 from sb3_resnet.common.nonfinite import FIND_THE_STEP, any_non_finite, gradients
 
 DTYPES = {"float32": th.float32, "float16": th.float16, "bfloat16": th.bfloat16}
@@ -61,6 +62,8 @@ class LossScaler:
         self.scale = number("init_scale", init_scale, MIN_SCALE, MAX_SCALE)
         self.growth_tracker = 0
         self.skipped = 0
+        #: What the scale is divided by on its way through the trunk.
+        self.divisor = 1
         self._growth_factor = number("growth_factor", growth_factor, 1.0, above=True)
         self._backoff_factor = number("backoff_factor", backoff_factor, 0.0, 0.999, above=True)
         self._growth_interval = integer("growth_interval", growth_interval, 1)
@@ -75,6 +78,20 @@ class LossScaler:
         self.scale = float(saved["scale"])
         self.growth_tracker = int(saved["growth_tracker"])
         self.skipped = int(saved["skipped"])
+
+    @property
+    def applied(self) -> float:
+        """What gradients are multiplied by on their way through the trunk."""
+        return self.scale / self.divisor
+
+    def share(self, ranks: int) -> None:
+        """
+        Let the scale mean the same as in one process: the loss of a rank is a mean over its own part of the batch, so
+        that its gradients are as many times larger as there are ranks.
+
+        :param ranks: number of processes that train the model together
+        """
+        self.divisor = 1 << (ranks - 1).bit_length()  # a power of two, so that scaling rounds nothing
 
     def before_step(self, optimizer: th.optim.Optimizer) -> bool:
         """
@@ -119,12 +136,19 @@ class MixedPrecision:
 
     :param dtype: what the trunk computes in
     :param scaler: scales the trunk's gradients; ``None``: they are not scaled
+    :param lending: says when it may act; ``None``: always
     """
 
-    def __init__(self, dtype: th.dtype, scaler: LossScaler | None = None) -> None:
+    def __init__(self, dtype: th.dtype, scaler: LossScaler | None = None, lending: Lending | None = None) -> None:
         self.dtype = dtype
         self.scaler = scaler
+        self._lending = lending
         self._watched: dict[int, tuple[Any, list[Any]]] = {}
+
+    @property
+    def may_act(self) -> bool:
+        """Whether ``learn()`` acts or updates, and not somebody else."""
+        return self._lending is None or self._lending.updating or self._lending.acting
 
     def leave_trunk(self, features: th.Tensor, trunk: Any) -> th.Tensor:
         """
@@ -133,7 +157,7 @@ class MixedPrecision:
         :return: the features in float32; in training their gradient is scaled on its way into the trunk
         """
         features = features.float()
-        if self.scaler is None or not (trunk.training and features.requires_grad):
+        if self.scaler is None or not (trunk.training and features.requires_grad and self.may_act):
             return features
         self._unscale_at_parameters(trunk)
         scaled: th.Tensor = _ScaleGradient.apply(features, self.scaler)
@@ -160,7 +184,7 @@ class MixedPrecision:
 
     def _unscale(self, gradient: th.Tensor) -> th.Tensor:
         assert self.scaler is not None
-        return gradient * (1.0 / self.scaler.scale)
+        return gradient * (1.0 / self.scaler.applied) if self.may_act else gradient
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         return None
@@ -171,7 +195,7 @@ class MixedPrecision:
 
 def autocast(precision: MixedPrecision | None, device: th.device) -> AbstractContextManager[Any]:
     """:return: the context in which a trunk computes"""
-    return nullcontext() if precision is None else th.autocast(device.type, precision.dtype)
+    return nullcontext() if precision is None or not precision.may_act else th.autocast(device.type, precision.dtype)
 
 
 class _ScaleGradient(th.autograd.Function):
@@ -184,7 +208,7 @@ class _ScaleGradient(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
-        return gradient * ctx.scaler.scale, None
+        return gradient * ctx.scaler.applied, None
 
 
 def _remove(handles: Iterable[Any]) -> None:

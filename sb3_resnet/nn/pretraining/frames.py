@@ -109,7 +109,10 @@ class FrameWriter:
         self._actions.append(-1)
 
     def act(self, env: int, action: int) -> None:
-        """:param action: taken where the environment's latest observation was"""
+        """
+        :param env: which environment
+        :param action: taken where its latest observation was
+        """
         self._actions[self._last_row[env]] = action
 
     def finished(self) -> Frames:

@@ -27,7 +27,7 @@ class Trainer:
     :param space: observation space
     :param frames: to train on
     :param n_actions: number of actions; ``None`` where an action is no choice
-    :raises ValueError: for frames that hold no pair, and for an objective that lacks actions
+    :raises ValueError: for frames that hold no pair
     """
 
     def __init__(self, settings: Settings, space: Any, frames: Frames, n_actions: int | None) -> None:
@@ -37,11 +37,6 @@ class Trainer:
         self._starts = frames.starts(objective.gap)
         if objective.needs_actions:
             self._starts = self._starts[frames.actions[self._starts] >= 0]
-        if objective.needs_actions and n_actions is None:
-            raise ValueError(
-                f"objective={settings.objective!r} asks which action was taken, and actions here are no choice among "
-                "several: write objective='atc'"
-            )
         if not len(self._starts):
             raise ValueError(
                 f"No two observations of an episode are {objective.gap} steps apart: write more frames, or use an "

@@ -1,0 +1,1 @@
+"""Where a ResNet helps a DQN: the suite behind ``benchmarks/atari.py``."""

@@ -1,0 +1,72 @@
+"""How much of everything: for a test, for CPU cores, for a GPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch as th
+
+from .games import N_ENVS
+
+
+@dataclass(frozen=True)
+class Budget:
+    """
+    :param steps: environment steps of a run
+    :param seeds: runs of each arm and game
+    :param eval_every: environment steps between two evaluations
+    :param episodes: whole games of an evaluation
+    :param save_every: environment steps between two checkpoints
+    :param buffer_size: transitions
+    :param learning_starts: environment steps before the first update
+    :param updates_per_rollout: gradient updates after each step of all environments
+    :param target_update_interval: environment steps between two copies of the target network
+    :param exploration_fraction: share of the steps in which epsilon falls to its end
+    :param device: of the network
+    :param threads: of a process: torch's, and emulators at work
+    """
+
+    steps: int
+    seeds: int
+    eval_every: int
+    episodes: int
+    save_every: int
+    buffer_size: int
+    learning_starts: int
+    updates_per_rollout: int
+    target_update_interval: int = 1_000
+    exploration_fraction: float = 0.1
+    device: str = "cpu"
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "save_every"):
+            value = getattr(self, name)
+            if value < N_ENVS or value % N_ENVS:
+                raise ValueError(f"{name} must be a multiple of {N_ENVS}, the number of environments, got {value}")
+
+
+#: An update per environment step, as in zoo_configs; the smoke test makes one per eight.
+BUDGETS = {
+    "smoke": Budget(5_000, 1, 4_000, 2, 2_000, 5_000, 400, 1),
+    "cpu": Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS),
+    "gpu": Budget(400_000, 5, 10_000, 20, 100_000, 100_000, 2_000, N_ENVS, device="cuda"),
+    # Of `atari.py pong`, which ends a run before that. Pong needs less exploration than a suite of games.
+    "pong": Budget(1_000_000, 5, 25_000, 20, 100_000, 100_000, 2_000, N_ENVS, exploration_fraction=0.02, threads=2),
+}
+
+
+def budget_of(name: str, steps: int | None = None) -> Budget:
+    """
+    :param name: ``"smoke"``, ``"cpu"``, ``"gpu"`` or ``"pong"``
+    :param steps: other than the budget's
+    :return: the budget
+    :raises ValueError: for an unknown name, steps that are no multiple of the number of environments, or a GPU that is
+        not there
+    """
+    if name not in BUDGETS:
+        raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got {name!r}")
+    budget = BUDGETS[name]
+    if budget.device == "cuda" and not th.cuda.is_available():  # SB3 would take the CPU in silence
+        raise ValueError(f"--budget {name}, but PyTorch finds no GPU: write --budget cpu")
+    return budget if steps is None else replace(budget, steps=steps)

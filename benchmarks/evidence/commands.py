@@ -1,0 +1,163 @@
+"""The command line of ``benchmarks/atari.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from .arms import ARMS, LEARNING_RATES
+from .budgets import BUDGETS, budget_of
+from .games import SUITES, suite_of
+from .runs import execute
+from .spec import Run
+from .suite import STEPS, end_with_parent, execute_all, runs_of
+from .tuning import choose, learning_rate_of
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+CHECKPOINTS = ROOT / "runs"
+_COMMANDS = ("suite", "run", "tune", "report", "pong")
+
+
+def main(words: Sequence[str]) -> int:
+    """
+    :param words: the command line; without a command, the suite
+    :return: exit status
+    """
+    words = [*words] if words and words[0] in (*_COMMANDS, "-h", "--help") else ["suite", *words]
+    given = _parser().parse_args(words)
+    warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")
+    try:
+        {"suite": _suite, "run": _run, "tune": _tune, "report": _report, "pong": _pong}[given.command](given)
+    except (ValueError, OSError, ImportError, LookupError, RuntimeError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _suite(given: argparse.Namespace) -> None:
+    steps = budget_of(given.budget, given.steps).steps
+    domain = suite_of(given.suite)
+    arms = given.arms or [*domain.arms]
+    games = given.games or ["Pong"] * (given.suite == "atari" and given.budget == "smoke") or [*domain.games]
+    known = [arm for arm in arms if arm in ARMS]
+    rates = {arm: [learning_rate_of(arm, given.results, given.suite, given.budget)] for arm in known}
+    common = (given.suite, given.budget, steps, arms, games, _seeds(given), rates, given.weights, given.imagenet)
+    runs, skipped = runs_of(*common)
+    print(*skipped, sep="\n", end="\n" * bool(skipped), flush=True)
+    for file in execute_all(runs, given.results, given.checkpoints, given.processes):
+        print(file)
+
+
+def _tune(given: argparse.Namespace) -> None:
+    domain = suite_of(given.suite)
+    arms = given.arms or [*domain.arms]
+    steps = budget_of(given.budget, given.steps).steps
+    rates = dict.fromkeys(arms, given.rates)
+    common = (given.suite, given.budget, steps, arms, domain.tuning, _seeds(given), rates, given.weights)
+    runs, skipped = runs_of(*common, given.imagenet, is_try=True)
+    print(*skipped, sep="\n", end="\n" * bool(skipped), flush=True)
+    # An arm that lacks the weights of one game would be judged by the others alone.
+    lacking = {run.arm for run in runs if {other.game for other in runs if other.arm == run.arm} != {*domain.tuning}}
+    runs = [run for run in runs if run.arm not in lacking]
+    if not runs:
+        raise ValueError("No arm has all that it needs on all tuning games")
+    files = execute_all(runs, given.results, given.checkpoints, given.processes)
+    command = f"python benchmarks/atari.py tune {' '.join(_said(given, ('suite', 'budget', 'steps', 'seeds')))}"
+    for arm, found in choose(files, given.suite, given.budget, given.results, command)["arms"].items():
+        print(f"{arm}: {found['learning_rate']:g} of {found['tries']}")
+
+
+def _run(given: argparse.Namespace) -> None:
+    if given.child:
+        end_with_parent()
+    steps = budget_of(given.budget, given.steps).steps
+    names = (given.suite, given.budget, given.game, given.arm)
+    run = Run(*names, given.seed, steps, given.learning_rate, given.weights.get(given.game), given.is_try)
+    print_steps = (lambda done: print(STEPS, done, flush=True)) if given.child else (lambda done: None)
+    file = execute(run, given.results, given.checkpoints, print_steps)
+    if not given.child:
+        print(file)
+
+
+def _report(given: argparse.Namespace) -> None:
+    from .report import report
+
+    print(report(given.results / given.suite / given.budget, given.suite, given.steps, given.page))
+
+
+def _pong(given: argparse.Namespace) -> None:
+    from .pong import pong
+
+    results, checkpoints = given.results / "atari" / "pong", given.checkpoints / "atari" / "pong"
+    pong(results, checkpoints, _seeds(given, 5), given.minutes, given.weights.get("Pong"))
+
+
+def _seeds(given: argparse.Namespace, default: int | None = None) -> list[int]:
+    """Numbers from 0 on; those of tries are others than those that are reported."""
+    count = given.seeds if given.seeds is not None else default or budget_of(given.budget).seeds
+    if count < 1:
+        raise ValueError(f"--seeds is the number of seeds, at least 1, got {count}")
+    return [100 + seed if given.command == "tune" else seed for seed in range(count)]
+
+
+def _said(given: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    values = [(name, getattr(given, name)) for name in names]
+    return [f"--{name} {value}" for name, value in values if value is not None]
+
+
+def _weights(word: str) -> tuple[str, str]:
+    game, _, file = word.partition("=")
+    if not file:
+        raise argparse.ArgumentTypeError(f"write GAME=FILE, such as Pong=pong.safetensors, got {word!r}")
+    return game, file
+
+
+class _ByGame(argparse.Action):
+    """Collects ``--weights GAME=FILE``."""
+
+    def __call__(self, parser: object, namespace: argparse.Namespace, values: object, option: object = None) -> None:
+        namespace.weights = {**namespace.weights, **dict([values])}  # type: ignore[list-item]  # a pair, by _weights
+
+
+def _parser() -> argparse.ArgumentParser:
+    places = argparse.ArgumentParser(add_help=False)
+    places.add_argument("--results", type=Path, default=RESULTS, metavar="FOLDER")
+    places.add_argument("--checkpoints", type=Path, default=CHECKPOINTS, metavar="FOLDER")
+    kind = argparse.ArgumentParser(add_help=False)
+    kind.add_argument("--suite", choices=[*SUITES], default="atari")
+    kind.add_argument("--budget", choices=[name for name in BUDGETS if name != "pong"], default="cpu")
+    kind.add_argument("--steps", type=int, metavar="N", help="environment steps of a run, instead of the budget's")
+    files = argparse.ArgumentParser(add_help=False)
+    files.add_argument(
+        "--weights", type=_weights, action=_ByGame, default={}, metavar="GAME=FILE", help="trunk for a game; repeat"
+    )
+    files.add_argument("--imagenet", metavar="FILE", help="local file with ResNet-18's ImageNet weights")
+    many = argparse.ArgumentParser(add_help=False)
+    many.add_argument("--arms", nargs="+", metavar="ARM", help=f"of {', '.join(ARMS)}")
+    many.add_argument("--seeds", type=int, metavar="N", help="number of seeds, instead of the budget's")
+    many.add_argument("--processes", type=int, metavar="N", help="at once; default: one per core")
+
+    parser = argparse.ArgumentParser(prog="atari.py", description=sys.modules["__main__"].__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    suite = commands.add_parser("suite", parents=[places, kind, files, many], help="all runs (the default command)")
+    suite.add_argument("--games", nargs="+", metavar="GAME")
+    tune = commands.add_parser("tune", parents=[places, kind, files, many], help="a learning rate for each arm")
+    tune.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, metavar="RATE", help="those tried")
+    one = commands.add_parser("run", parents=[places, kind, files], help="one run")
+    one.add_argument("--game", required=True)
+    one.add_argument("--arm", required=True, choices=[*ARMS])
+    one.add_argument("--seed", type=int, default=0)
+    one.add_argument("--learning-rate", type=float, required=True, dest="learning_rate")
+    one.add_argument("--try", action="store_true", dest="is_try", help="one of the tries of `tune`")
+    one.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    report = commands.add_parser("report", parents=[places, kind], help="Markdown, JSON and PNG of all results")
+    report.add_argument("--page", type=Path, metavar="FILE", help="also put the text between this page's two markers")
+    pong = commands.add_parser("pong", parents=[places, files], help="until Pong is won, on two cores")
+    pong.add_argument("--seeds", type=int, metavar="N", help="number of seeds, default 5")
+    pong.add_argument("--minutes", type=float, default=60.0, help="of a run, at most")
+    return parser

@@ -1,0 +1,68 @@
+"""What a run is: all that its result file is a function of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .budgets import Budget, budget_of
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    What a result file is a function of.
+
+    :param suite: name of the suite
+    :param budget: name of the budget
+    :param game: name of the game
+    :param arm: name of the arm
+    :param seed: of everything
+    :param steps: environment steps
+    :param learning_rate: of the head
+    :param weights: file of the trunk's weights, or ``None``
+    :param is_try: whether it serves to choose a learning rate
+    """
+
+    suite: str
+    budget: str
+    game: str
+    arm: str
+    seed: int
+    steps: int
+    learning_rate: float
+    weights: str | None = None
+    is_try: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """Of its files, within those of all runs."""
+        return Path(self.suite, self.budget, *(["tuning"] if self.is_try else []))
+
+    @property
+    def name(self) -> str:
+        """Of its files, without their endings."""
+        rate = f"-lr{self.learning_rate}" if self.is_try else ""
+        return f"{self.game}-{self.arm}-{self.steps}{rate}-s{self.seed}"
+
+    @property
+    def plan(self) -> Budget:
+        """Its budget."""
+        return budget_of(self.budget, self.steps)
+
+    def options(self) -> list[str]:
+        """:return: the command line of this run alone, after ``atari.py run``"""
+        options = [f"--{name}" for name in ("suite", "budget", "game", "arm", "seed", "steps")]
+        values = [self.suite, self.budget, self.game, self.arm, self.seed, self.steps]
+        pairs = [*zip(options, map(str, values), strict=True), ("--learning-rate", str(self.learning_rate))]
+        pairs += [] if self.weights is None else [("--weights", f"{self.game}={self.weights}")]
+        return [word for pair in pairs for word in pair] + (["--try"] if self.is_try else [])
+
+    @property
+    def command(self) -> str:
+        """What a result file names; a weights file by its name alone, since its hash says which it was."""
+        if self.budget == "pong":
+            given = "" if self.weights is None else f" --weights Pong={Path(self.weights).name}"
+            return f"python benchmarks/atari.py pong{given}"
+        named = self if self.weights is None else replace(self, weights=Path(self.weights).name)
+        return f"python benchmarks/atari.py run {' '.join(named.options())}"

@@ -1,0 +1,64 @@
+"""What is refused before a pretraining begins."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_resnet.common.arguments import path_of, shown
+from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.nn.pretraining.settings import OBJECTIVES, Settings
+from sb3_resnet.nn.pretraining.sources import n_actions
+
+
+def read_output(output: Any) -> Path:
+    """
+    :param output: what the user passed
+    :return: path of the weights file
+    :raises ValueError: for a folder, and for another ending
+    :raises ImportError: if safetensors is missing
+    """
+    path = path_of("output", output)
+    if path.suffix.lower() != ".safetensors":
+        raise ValueError(f"output={shown(str(path))} must end with .safetensors: other files have no room for the card")
+    if path.is_dir():
+        raise ValueError(f"output={shown(str(path))} is a folder: write the name of a file")
+    try:
+        import safetensors  # noqa: F401  # asked for now, and not after half an hour
+    except ImportError as error:
+        raise ImportError("Pretraining writes safetensors files: pip install 'sb3_resnet[safetensors]'") from error
+    return path
+
+
+def check_player(settings: Settings, env: VecEnv, model: Any) -> None:
+    """
+    :param settings: what was chosen
+    :param env: environments
+    :param model: an SB3 model that shall play there, or ``None``
+    :raises ValueError: for an objective that lacks actions, and a model of other observations
+    """
+    if OBJECTIVES[settings.objective].needs_actions and n_actions(env.action_space) is None:
+        raise ValueError(
+            f"objective={settings.objective!r} asks which action was taken, and actions here are no choice among "
+            "several: write objective='atc'"
+        )
+    if model is not None and model.observation_space != env.observation_space:
+        raise ValueError(
+            f"The model plays {model.observation_space}, and the environment gives {env.observation_space}: give the "
+            "environment of its training, with the same wrappers"
+        )
+
+
+def check_memory(needed: int) -> None:
+    """
+    :param needed: bytes
+    :raises ValueError: if there are not so many
+    """
+    available = available_bytes()
+    if available is not None and needed > available:
+        raise ValueError(
+            f"Frames take {needed / 1e9:.1f} GB, and {available / 1e9:.1f} GB are left: write fewer frames, or fewer "
+            "held_out"
+        )

@@ -1,0 +1,130 @@
+"""The film of an episode: the environment's own pictures, the actions that were taken, and the return."""
+
+import gymnasium as gym
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+
+from sb3_resnet.cli import pictures
+from sb3_resnet.cli.envs import env_for
+from sb3_resnet.cli.watch import play
+from tests.helpers import TinyGame, make_model, q_values, run_command
+
+
+class DrawnGame(TinyGame):
+    """Its picture is larger than what the agent sees, and red where the bar is."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # as gymnasium declares it
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        picture = np.zeros((64, 48, 3), np.uint8)
+        picture[:, 16 * self.column : 16 * self.column + 16, 0] = 255
+        picture[:, :, 2] = 10 * self.clock
+        return picture
+
+
+@pytest.fixture
+def drawn_id():
+    registry = gym.envs.registration.registry
+    gym.register("Drawn-v0", "tests.test_cli_watch:DrawnGame")
+    yield "Drawn-v0"
+    del registry["Drawn-v0"]
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    make_model(env=DrawnGame(), extractor={"backbone": "resnet_mini"}).save(tmp_path / "model.zip")
+    return tmp_path / "model.zip"
+
+
+def test_an_episode_is_played_greedily_with_the_pictures_of_the_environment(drawn_id):
+    model = make_model(env=DrawnGame(), extractor={"backbone": "resnet_mini"})
+    film = play(model, env_for(model, drawn_id, seed=3), 100)
+    assert film.is_over
+    assert len(film.frames) == len(film.actions) == 13
+    assert (film.actions == q_values(model, film.observations).argmax(dim=1).numpy()).all()
+    # A picture shows the state that the agent saw when it chose, which the reward is for.
+    columns = np.array([int(frame[0, :, 0].argmax()) // 16 for frame in film.frames])
+    assert (film.rewards == (film.actions == columns)).all()
+    assert [int(frame[0, 0, 2]) for frame in film.frames] == [10 * step for step in range(13)]
+    assert not play(model, env_for(model, drawn_id), 5).is_over
+
+
+def test_epsilon_is_the_share_of_actions_at_random_and_the_seed_decides_them(drawn_id):
+    model = make_model(env=DrawnGame(), extractor={"backbone": "resnet_mini"})
+
+    def actions(epsilon, seed):
+        return play(model, env_for(model, drawn_id), 13, epsilon, seed).actions.tolist()
+
+    assert actions(1.0, 1) == actions(1.0, 1)
+    assert len({tuple(actions(1.0, seed)) for seed in range(4)}) == 4
+    assert actions(0.0, 1) == actions(0.0, 2)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "mp4"])
+def test_the_film_has_each_step_and_the_return_is_printed(model_file, drawn_id, tmp_path, suffix):
+    film = tmp_path / "new" / f"film.{suffix}"
+    status, printed, _ = run_command("watch", model_file, "--env", drawn_id, "-o", film, "--seed", 3)
+    assert status == 0
+    model = make_model(env=DrawnGame(), extractor={"backbone": "resnet_mini"})
+    expected = play(model, env_for(model, drawn_id, seed=3), 100)
+    assert printed == f"{film}: return {expected.rewards.sum():g} in 13 steps\n"
+    frames = [frame[..., :3] for frame in imageio.get_reader(film)]
+    assert len(frames) == 13
+    assert frames[0].shape == (64, 48, 3)
+    # Compression changes colours a little.
+    assert all(abs(a.astype(int) - b).mean() < 12 for a, b in zip(frames, expected.frames, strict=True))
+
+
+def test_gradcam_goes_beside_the_picture(model_file, drawn_id, tmp_path):
+    film = tmp_path / "film.gif"
+    status, printed, _ = run_command("watch", model_file, "--env", drawn_id, "-o", film, "--gradcam", "--steps", 4)
+    assert status == 0
+    assert "in 4 steps; the episode was not over, --steps 8 plays on" in printed
+    frames = [frame[..., :3] for frame in imageio.get_reader(film)]
+    assert len(frames) == 4
+    assert frames[0].shape == (64, 96, 3)
+
+
+def test_beside_leaves_the_picture_and_colours_its_copy_where_the_map_is_hot():
+    picture = np.full((8, 6, 3), 40, np.uint8)
+    heat = np.zeros((16, 12), np.float32)
+    heat[:, 8:] = 1.0
+    both = pictures.beside(picture, heat)
+    assert both.shape == (8, 12, 3)
+    np.testing.assert_array_equal(both[:, :6], picture)
+    np.testing.assert_array_equal(both[:, 6:9], picture[:, :3])
+    assert (both[:, 11, 0].astype(int) > 100).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-o", "film.avi"), "must end with .gif or .mp4"),
+        (("--steps", 0), "--steps must be finite and >= 1"),
+        (("--epsilon", 1.5), "--epsilon"),
+        (("--env", "Tiny-v0"), "draws no pictures of itself"),
+        (("--device", "cuda:99"), "--device cuda:99"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(model_file, drawn_id, tiny_id, tmp_path, arguments, message):
+    film = tmp_path / "film.gif"
+    status, _, error = run_command("watch", model_file, "--env", drawn_id, "-o", film, *arguments)
+    assert status == 1
+    assert message in error
+    assert error.count("\n") == 1
+    assert not film.exists()
+
+
+def test_code_in_a_model_runs_only_with_trust(drawn_id, tmp_path):
+    model = make_model(env=DrawnGame(), extractor={"backbone": "resnet_mini"}, learning_rate=lambda left: 1e-3 * left)
+    model.save(tmp_path / "model.zip")
+    arguments = ("watch", tmp_path / "model.zip", "--env", drawn_id, "-o", tmp_path / "film.gif", "--steps", 2)
+    status, _, error = run_command(*arguments)
+    assert status == 1
+    assert "--trust" in error
+    assert run_command(*arguments, "--trust")[0] == 0

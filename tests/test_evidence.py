@@ -1,0 +1,416 @@
+"""The suite of benchmarks/atari.py: the same results each time, whatever kills it, and a report that claims no more."""
+
+import dataclasses
+import importlib
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch as th
+import torchvision
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "benchmarks" / "atari.py"
+sys.path.insert(0, str(SCRIPT.parent))
+arms, budgets, commands, games, pong, recording, reports, results, runs, spec, statistics, suite, tuning = (
+    importlib.import_module(f"evidence.{name}")
+    for name in (
+        *("arms", "budgets", "commands", "games", "pong", "recording", "report", "results", "runs", "spec"),
+        *("statistics", "suite", "tuning"),
+    )
+)
+NEEDS_WEIGHTS = {name for name, arm in arms.ARMS.items() if arm.weights}
+
+
+@pytest.fixture
+def _rliable(monkeypatch):
+    """With fewer bootstrap samples. Skips where the extra is not installed, or not with the pandas that it needs."""
+    try:
+        importlib.import_module("rliable.library")
+    except Exception as error:
+        pytest.skip(f"pip install -e '.[evidence]' ({type(error).__name__}: {error})")
+    monkeypatch.setattr(statistics, "REPS", 100)
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """What each arm trains with, read from its model."""
+    file = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    th.manual_seed(0)
+    th.save(torchvision.models.resnet18().state_dict(), file)
+    budget = budgets.budget_of("smoke")
+    found = {}
+    for arm in arms.ARMS:
+        env = DummyVecEnv([lambda: FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4)] * 8)
+        weights = str(file) if arm in NEEDS_WEIGHTS else None
+        model = arms.build(arm, env, budget, 0, 1e-4, weights)
+        found[arm] = arms.resolved(model, arm, "atari", budget, 1e-4, weights)
+    return found
+
+
+def test_reported_arms_differ_in_the_trunk_alone(settings):
+    assert {*settings} == {*games.SUITES["atari"].arms}
+    ours = settings["nature_head"]
+    for arm, found in settings.items():
+        assert found["shared"] == ours["shared"], arm
+        assert found["learning_rate"] == ours["learning_rate"]
+        assert {*found} == {"shared", "head", "trunk", "learning_rate"}
+        if arm != "nature":
+            assert found["head"] == ours["head"] == ["FeatureStandardizer", "Linear(256)", "ReLU", "Linear(6)"], arm
+    # That one is SB3's own policy, as SB3 has it.
+    assert settings["nature"]["head"] == ["Linear(6)"]
+    trunks = [json.dumps(found["trunk"], sort_keys=True) for arm, found in settings.items() if arm != "nature"]
+    same_file = {"pretrained": "imagenet"}  # both were given one file here
+    assert len({*trunks}) == len(trunks) - 2 * len(same_file)
+
+
+def test_what_is_shared_is_read_from_the_model_and_holds_what_decides_learning(settings):
+    shared = settings["random_frozen"]["shared"]
+    assert shared["optimizer"] == {
+        **{"class": "Adam", "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8},
+        **{"amsgrad": False, "maximize": False},
+    }
+    assert (shared["gamma"], shared["n_steps"], shared["batch_size"]) == (0.99, 3, 32)
+    assert shared["updates per environment step"] == 1 / 8
+    assert shared["evaluation"] == {"every": 4_000, "episodes": 2, "epsilon": 0.01, "rewards": "raw"}
+    env = DummyVecEnv([FakeImageEnv] * 8)
+    model = arms.build("nature", env, budgets.budget_of("smoke"), 0, 1e-4, None)
+    model.gamma, model.policy.optimizer.param_groups[0]["eps"] = 0.5, 1e-3
+    changed = arms.resolved(model, "nature", "atari", budgets.budget_of("smoke"), 1e-4, None)["shared"]
+    assert (changed["gamma"], changed["optimizer"]["eps"]) == (0.5, 1e-3)
+
+
+def test_the_budgets_compare_at_equal_update_ratios():
+    for name in ("cpu", "gpu"):
+        budget = budgets.BUDGETS[name]
+        assert budget.updates_per_rollout == games.N_ENVS  # an update per step
+        assert (budget.eval_every, budget.episodes) == (10_000, 20)
+    with pytest.raises(ValueError, match="steps must be a multiple of 8"):
+        budgets.budget_of("cpu", 1001)
+
+
+def test_games_are_not_those_that_rates_are_chosen_on():
+    for domain in games.SUITES.values():
+        assert not {*domain.games} & {*domain.tuning}
+        assert len(domain.arms) >= 3
+    assert len(games.SUITES["atari"].games) >= 4
+    assert {*games.SUITES["atari"].games, *games.SUITES["atari"].tuning} <= {*games.SCORES}
+
+
+def test_arms_without_their_weights_are_skipped_with_a_word(tmp_path):
+    (tmp_path / "pong.safetensors").write_bytes(b"")
+    rates = {arm: [1e-4] for arm in arms.ARMS}
+    common = ("atari", "cpu", 100_000, [*arms.ARMS], ["Pong", "Boxing"], [0, 1], rates)
+    found, skipped = suite.runs_of(*common, {"Pong": str(tmp_path / "pong.safetensors")}, None)
+    assert {run.game for run in found if run.arm == "pretrained_frozen"} == {"Pong"}
+    assert len(found) == 2 * (2 * 4 + 2)
+    assert "skipped: pretrained_phases on Boxing needs --weights Boxing=FILE (sb3-resnet pretrain makes one)" in skipped
+    assert "skipped: imagenet_frozen on Pong needs --imagenet FILE" in skipped
+    assert len(skipped) == 6
+    with pytest.raises(FileNotFoundError, match=r"none\.pth is no file"):
+        suite.runs_of(*common, {}, "none.pth")
+    with pytest.raises(ValueError, match="--arms must be of nature, "):
+        suite.runs_of("atari", "cpu", 8, ["natur"], ["Pong"], [0], rates, {}, None)
+    with pytest.raises(ValueError, match="'Pongg' has no human score"):
+        suite.runs_of("atari", "cpu", 8, ["nature"], ["Pongg"], [0], rates, {}, None)
+
+
+def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, **others):
+    """A result file and its times, as a run writes them: one evaluation after each half of the steps."""
+    run = spec.Run("atari", "cpu", game, arm, seed, steps, rate, **others)
+    log = recording.Log(steps=steps)
+    for index, value in enumerate(returns):
+        step = steps * (index + 1) // len(returns)
+        log.evaluations.append({"step": step, "returns": [value]})
+        log.seconds.append([step, 60.0 * index, 70.0 * index, 90.0 * index])
+    shared = {"evaluation": {"every": 10_000, "episodes": 1, "epsilon": 0.01}, "updates per environment step": 1.0}
+    shared |= {"n_steps": 3, "batch_size": 32, "optimizer": {"class": "Adam"}}
+    path = folder / run.folder / f"{run.name}.json"
+    results.write_result(run, path, log, {"shared": shared})
+    return path
+
+
+def fill(folder, share, seeds=3, spread=0.02, some_games=("Boxing", "Krull")):
+    """Results whose normalised scores are those of ``share`` by arm, give or take ``spread``."""
+    random = np.random.default_rng(0)
+    for (arm, mean), game, seed in itertools.product(share.items(), some_games, range(seeds)):
+        low, high = games.SCORES[game]
+        scores = [half * mean + spread * random.uniform(-1, 1) for half in (0.5, 1.0)]
+        result(folder, arm, game, seed, [low + (high - low) * score for score in scores])
+
+
+@pytest.mark.usefixtures("_rliable")
+def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
+    fill(tmp_path, {"nature": 0.1, "nature_head": 0.11, "random_frozen": 0.5})
+    page = tmp_path / "page.md"
+    page.write_text("# Title\n<!-- report: atari cpu -->\nold\n<!-- end of report: atari cpu -->\nafter\n")
+    text = reports.report(tmp_path / "atari" / "cpu", "atari", page=page)
+    first = page.read_text().splitlines()[2:6]
+    found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
+    iqm = found["iqm"]["last"]
+    assert first[0].startswith(f"**Won:** `random_frozen`, IQM {iqm['random_frozen']['value']:.3f} [")
+    gain = iqm["random_frozen"]["value"] - iqm["nature"]["value"]
+    assert abs(gain - 0.4) < 0.03
+    assert f", by {gain:.3f} over `nature`" in first[0]
+    assert re.match(r"\*\*Lost to it:\*\* `nature` 0\.\d+ \[0\.\d+, 0\.\d+\]", first[1])
+    assert first[2] == "No arm is left undecided.<br>"
+    assert first[3].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
+    assert found["verdict"]["beaten"] == ["nature", "nature_head"]
+    assert found["probability of improvement"]["random_frozen over nature"]["value"] == 1.0
+    assert found["command"] == "python benchmarks/atari.py report --suite atari --budget cpu"
+    # Each table and picture says how many seeds, and each link leads somewhere.
+    assert text.count("3 seeds x 2 games") == 7
+    for place, written in ((tmp_path / "atari" / "cpu", text), (tmp_path, page.read_text())):
+        links = re.findall(r"\]\(([^)]+)\)", written)
+        assert len(links) == 12
+        assert all((place / link).is_file() for link in links if "://" not in link)
+    assert page.read_text().startswith("# Title\n<!-- report: atari cpu -->\n**Won:**")
+    assert page.read_text().endswith("<!-- end of report: atari cpu -->\nafter\n")
+    assert "old" not in page.read_text()
+
+
+@pytest.mark.usefixtures("_rliable")
+def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path):
+    fill(tmp_path, {"nature": 0.2, "random_frozen": 0.32}, spread=0.2)
+    first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:4]
+    assert first[0].startswith("**Nothing was shown to win.** The highest is `random_frozen`, IQM ")
+    assert "but all other intervals overlap its own" in first[0]
+    assert first[1].startswith("**Nothing was shown to lose**")
+    assert first[2].startswith("**Nothing was shown** between `random_frozen` and `nature` ")
+    assert "Won" not in "".join(first)
+
+
+@pytest.mark.usefixtures("_rliable")
+def test_one_seed_shows_nothing_however_large_the_difference(tmp_path):
+    fill(tmp_path, {"nature": 0.0, "random_frozen": 0.9}, seeds=1)
+    text = reports.report(tmp_path / "atari" / "cpu", "atari")
+    assert text.startswith("**Nothing was shown to win.**")
+    assert "one seed: no interval" in text.splitlines()[0]
+    found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
+    assert found["iqm"]["last"]["nature"]["low"] is None
+    assert found["verdict"]["beaten"] == []
+
+
+def test_the_verdict_follows_the_intervals():
+    interval = statistics.Interval
+    iqm = {"a": interval(0.5, 0.4, 0.6), "b": interval(0.45, 0.3, 0.5), "c": interval(0.2, 0.1, 0.29)}
+    found = statistics.verdict(iqm)
+    assert (found["best"], found["beaten"], found["open"]) == ("a", ["c"], ["b"])
+    assert found["pairs"] == [("a", "c"), ("b", "c")]
+    lines = reports.summary(iqm, "2 seeds", "score")
+    assert lines[0].startswith("**Won:** `a`, IQM 0.500 [0.400, 0.600], by 0.300 over `c`: ")
+    assert lines[2] == "**Nothing was shown** between `a` and `b` 0.450 [0.300, 0.500]. Shown besides: `b` over `c`."
+
+
+@pytest.mark.usefixtures("_rliable")
+def test_interquartile_means_leave_out_both_ends():
+    found = statistics.interquartile_means({"a": np.array([[0.0, 1.0], [1.0, 100.0]])})["a"]
+    assert found.value == 1.0
+    assert found.low <= found.value <= found.high
+
+
+def test_only_what_all_arms_have_is_compared(tmp_path):
+    fill(tmp_path, {"nature": 0.1, "random_frozen": 0.5}, seeds=2)
+    alone = result(tmp_path, "nature", "Boxing", 5, [1.0, 1.0])
+    result(tmp_path, "nature", "Assault", 0, [300.0, 300.0])
+    result(tmp_path, "nature", "Boxing", 0, [1.0, 1.0], steps=8_000)
+    table = statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"])
+    assert table.steps == 20_000
+    assert table.games == ("BoxingNoFrameskip-v4", "KrullNoFrameskip-v4")
+    assert table.seeds == (0, 1)
+    assert table.left_out == ("Assault-nature-20000-s0.json", alone.name)
+    assert statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"], 8_000).arms == ("nature",)
+    with pytest.raises(FileNotFoundError, match="no results of 16 steps"):
+        statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"], 16)
+    with pytest.raises(FileNotFoundError, match=r"run `python benchmarks/atari\.py` first"):
+        statistics.read(tmp_path / "none", games.SUITES["atari"])
+
+
+def test_minigrid_is_seen_in_colour_and_plays_the_same_again():
+    pytest.importorskip("minigrid", reason="pip install -e '.[evidence]'")
+    random = np.random.default_rng(0)
+    actions = random.integers(7, size=(40, 2))
+    seen = []
+    for _ in range(2):
+        env = games.make_env("minigrid", "DoorKey-5x5", 2, seed=3)
+        images = [env.reset(), *(env.step(action)[0] for action in actions)]
+        assert env.observation_space.shape == (3, 84, 84)
+        assert images[0].dtype == np.uint8
+        assert any((image[:, 0] != image[:, 1]).any() for image in images)
+        seen.append(np.stack(images))
+    assert np.array_equal(*seen)
+    for game in games.SUITES["minigrid"].games:
+        games.check_game("minigrid", game)
+
+
+def test_scores_are_human_normalised():
+    domain = games.SUITES["atari"]
+    assert domain.normalised("Pong", -20.7) == 0.0
+    assert domain.normalised("Pong", 14.6) == 1.0
+    assert domain.normalised("Boxing", 6.1) == pytest.approx(0.5)
+
+
+def test_the_learning_rate_with_the_best_mean_over_all_tuning_games_is_taken(tmp_path):
+    scores = {1e-4: (0.2, 0.4), 3e-4: (0.5, 0.2), 3e-5: (0.5, 0.2)}
+    files = [
+        result(tmp_path, "nature", game, 100, [low + (high - low) * score], rate=rate, is_try=True)
+        for rate, pair in scores.items()
+        for (game, score) in zip(games.SUITES["atari"].tuning, pair, strict=True)
+        for low, high in [games.SCORES[game]]
+    ]
+    assert tuning.learning_rate_of("nature", tmp_path, "atari", "cpu") == arms.LEARNING_RATE
+    found = tuning.choose(files, "atari", "cpu", tmp_path, "the command")["arms"]["nature"]
+    # The lower one of two that are equal.
+    assert found == {"learning_rate": 3e-5, "tries": {"3e-05": 0.35, "0.0001": 0.3, "0.0003": 0.35}, "runs per try": 2}
+    assert tuning.learning_rate_of("nature", tmp_path, "atari", "cpu") == 3e-5
+    assert all(file.parent.name == "tuning" for file in files)
+
+
+def test_pong_ends_when_it_is_won_or_the_time_is_over(tmp_path):
+    ends = pong.ends(60.0)
+    log = recording.Log()
+    assert not ends(log)
+    log.evaluations = [{"step": 8, "returns": [17.0, 18.9]}]
+    assert not ends(log)
+    log.evaluations = [{"step": 8, "returns": [17.0, 19.0]}]
+    assert ends(log)
+    log.evaluations, log.spent = [{"step": 8, "returns": [0.0]}], [0.0, 0.0, 3600.0]
+    assert ends(log)
+    files = [result(tmp_path, "random_frozen", "Pong", seed, returns) for seed, returns in ((0, [19, 2]), (1, [3, 17]))]
+    found = pong.summary(files, 60.0)
+    assert found[pong.SHARE] == "1 of 2"
+    assert [row["best evaluation"] for row in found["runs"]] == [19.0, 17.0]
+    assert [row["minutes"] for row in found["runs"]] == [1.5, 1.5]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("returns", "steps_done", "share"), [((2.0, 19.0, 3.0), 320, "1 of 1"), ((2.0, 3.0, 4.0), 480, "0 of 1")]
+)
+def test_a_run_of_pong_stops_at_the_evaluation_that_wins(tmp_path, monkeypatch, returns, steps_done, share):
+    pytest.importorskip("ale_py")
+    small = {"steps": 480, "eval_every": 160, "save_every": 480, "learning_starts": 480, "buffer_size": 480}
+    monkeypatch.setitem(budgets.BUDGETS, "pong", dataclasses.replace(budgets.BUDGETS["pong"], threads=1, **small))
+    left = iter(returns)
+    monkeypatch.setattr(recording, "evaluate", lambda *args: [next(left)])
+    found = pong.pong(tmp_path / "results", tmp_path / "checkpoints", [0], 60.0, None)
+    assert found == json.loads((tmp_path / "results" / "pong.json").read_text())
+    assert found[pong.SHARE] == share
+    assert found["runs"][0]["steps"] == steps_done
+    assert found["command"] == "python benchmarks/atari.py pong"
+    assert (tmp_path / "results" / "pong.png").stat().st_size > 5_000
+    assert len([*(tmp_path / "checkpoints").rglob("agent.zip")]) == 1
+
+
+def test_another_runs_file_is_not_taken_for_ones_own(tmp_path):
+    path = result(tmp_path, "nature", "Pong", 0, [1.0], rate=3e-4)
+    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 1e-4)
+    with pytest.raises(ValueError, match=r"is of another run \(.*--learning-rate 0.0003\): delete it"):
+        runs.execute(run, tmp_path, tmp_path / "checkpoints")
+    same = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 3e-4)
+    assert runs.execute(same, tmp_path, tmp_path / "checkpoints") == path
+    weights = tmp_path / "weights.pth"
+    weights.write_bytes(b"other")
+    pretrained = spec.Run("atari", "cpu", "Pong", "pretrained_frozen", 0, 20_000, 3e-4, str(weights))
+    path = result(tmp_path, "pretrained_frozen", "Pong", 0, [1.0], rate=3e-4, weights=str(weights))
+    written = json.loads(path.read_text())
+    written["settings"]["trunk"] = {"weights": {"file": "weights.pth", "sha256": arms.sha256(str(weights))}}
+    path.write_text(json.dumps(written))
+    assert runs.execute(pretrained, tmp_path, tmp_path / "checkpoints") == path
+    weights.write_bytes(b"changed")
+    with pytest.raises(ValueError, match=r"was trained with another weights\.pth: delete it"):
+        runs.execute(pretrained, tmp_path, tmp_path / "checkpoints")
+
+
+def test_wrong_words_are_said_in_one_line(capsys):
+    assert commands.main(["--arms", "natur"]) == 1
+    assert capsys.readouterr().err.startswith("Error: --arms must be of nature, ")
+    assert commands.main(["report", "--results", "none"]) == 1
+    assert "holds no results" in capsys.readouterr().err
+    assert commands.main(["--seeds", "0"]) == 1
+    assert "at least 1, got 0" in capsys.readouterr().err
+    if not th.cuda.is_available():
+        assert commands.main(["--budget", "gpu"]) == 1
+        assert "PyTorch finds no GPU: write --budget cpu" in capsys.readouterr().err
+
+
+def started(folder, *words):
+    """A command of the suite in a process of its own."""
+    places = ["--results", str(folder), "--checkpoints", str(folder / "checkpoints")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(SCRIPT), *words, *places]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def ended(process):
+    error = process.communicate()[1]
+    assert process.returncode == 0, error
+
+
+def results_in(folder):
+    """By name, without times."""
+    files = (folder / "atari" / "smoke").glob("*.json")
+    return {file.name: file.read_bytes() for file in files if not file.name.endswith(".times.json")}
+
+
+SMOKE = ("--budget", "smoke", "--arms", "random_frozen", "--games", "Pong")
+
+
+@pytest.fixture(scope="module")
+def twice(tmp_path_factory):
+    """The same command in two folders: 5,000 steps of Pong."""
+    pytest.importorskip("ale_py")
+    folders = [tmp_path_factory.mktemp(name) for name in ("one", "other")]
+    for process in [started(folder, *SMOKE) for folder in folders]:
+        ended(process)
+    return folders
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("evidence")
+def test_the_same_command_gives_the_same_result_file_bit_for_bit(twice):
+    one, other = map(results_in, twice)
+    assert [*one] == ["Pong-random_frozen-5000-s0.json"]
+    assert one == other
+    found = json.loads(one["Pong-random_frozen-5000-s0.json"])
+    assert [entry["step"] for entry in found["evaluations"]] == [4_000, 5_000]
+    assert found["last evaluation"] == np.mean(found["evaluations"][-1]["returns"])
+    assert found["steps done"] == 5_000
+    assert found["command"].startswith("python benchmarks/atari.py run --suite atari --budget smoke --game Pong ")
+    times = json.loads((twice[0] / "atari" / "smoke" / "Pong-random_frozen-5000-s0.times.json").read_text())
+    assert [row[0] for row in times[results.SECONDS]] == [4_000, 5_000]
+    assert 0 < times[results.SECONDS][0][1] < times[results.SECONDS][1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("evidence")
+def test_a_suite_killed_three_times_ends_with_the_same_files(twice, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    # In the first piece, in the second one, and in the last one.
+    moments = [*(f"**/model-{steps}.zip" for steps in (2_000, 4_000))]
+    kills = 0
+    for pattern in ("**/settings.json", *moments):
+        process = started(tmp_path, *SMOKE)
+        while process.poll() is None and not [*checkpoints.glob(pattern)]:
+            time.sleep(0.05)
+        assert process.poll() is None, "it ended before it could be killed"
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        kills += 1
+        assert not results_in(tmp_path)
+    assert kills == 3
+    ended(started(tmp_path, *SMOKE))
+    assert results_in(tmp_path) == results_in(twice[0])
+    # What is left is the agent, for `sb3-resnet watch`.
+    left = sorted(file.name for file in checkpoints.rglob("*") if file.is_file())
+    assert left == ["agent.zip", "lock"]
