@@ -113,8 +113,9 @@ class Page:
             if "output" in block.comments:
                 self.compare(block)
             return
-        assert block.language in ("python", "pycon", "yaml", ""), f"a block of unknown language {block.language!r}"
-        run = {"python": self.python, "pycon": self.pycon, "yaml": self.yaml, "": self.shell}[block.language]
+        known = {"python": self.python, "pycon": self.pycon, "yaml": self.yaml, "bash": self.script, "": self.shell}
+        assert block.language in known, f"a block of unknown language {block.language!r}"
+        run = known[block.language]
         self.printed = run(block)
 
     def compare(self, block):
@@ -171,6 +172,12 @@ class Page:
         model, _ = manager.setup_experiment()
         manager.learn(model)
         assert model._n_updates > 0
+
+    def script(self, block):
+        """For a scheduler, which is not here: its syntax alone."""
+        done = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ""
 
     def shell(self, block):
         """Each command in a shell, where ``python`` and ``sb3-resnet`` are those that run this test."""
@@ -298,6 +305,7 @@ def given_names():
         "env": game,
         "eval_env": game,
         "folder": lambda: "logs",
+        "phases": lambda: [{"at_timestep": 20, "unfreeze_from": "layer4"}],
         "goal_env": lambda: DummyVecEnv([GoalGame]),
         "model": lambda: DQN("ResNetCnnPolicy", game(), buffer_size=200),
     }
@@ -443,6 +451,7 @@ def test_blocks_are_found_with_their_comments(text, blocks, tmp_path):
         ("```python\n1 / 0\n```\n", "division by zero"),
         ("```pycon\n>>> 1 + 1\n3\n```\n", "Expected"),
         ("```\nsb3-resnet nothing\n```\n", "sb3-resnet nothing"),
+        ("```bash\nif true; then\n```\n", "syntax error"),
         ("```ruby\nputs\n```\n", "unknown language"),
         ("<!-- not run: I am tired -->\n```python\nx\n```\n", "one of the reasons"),
         ("```python\nprint(1)\n```\n\n<!-- numbers vary -->\n```text\none\n```\n", "one"),
