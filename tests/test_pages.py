@@ -63,6 +63,7 @@ SMALL = {
     "python -m rl_zoo3.enjoy": "-n 20 --no-render",
     "sb3-resnet explain": "--steps 20 --frames 2",
     "sb3-resnet probe": "--steps 120",
+    "sb3-resnet watch": "--steps 20",
 }
 
 
