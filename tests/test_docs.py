@@ -289,7 +289,6 @@ def test_the_reference_shows_every_public_name_with_every_argument(site):
         ("out of memory", "guides/less_memory/"),
         ("BatchNorm", "guides/norm_layers/"),
         ("Dict", "guides/dict/"),
-        ("pretrain", "guides/pretraining/"),
         ("PPO", "guides/ppo/"),
         ("NaN", "guides/nan/"),
         ("mixed precision", "guides/mixed_precision/"),
