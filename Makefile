@@ -4,8 +4,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 EXTRAS := .[atari,zoo,contrib,tools,dev,docs]
-# Beside the lowest and newest versions the tests of reports are skipped: rliable needs an older pandas.
-WITH_EVIDENCE := .[atari,zoo,contrib,tools,evidence,dev,docs]
+# Beside the lowest and newest versions the tests of reports and of Ray are skipped: rliable needs an older pandas, and Ray
+# comes late to a new Python.
+WITH_ALL := .[atari,zoo,contrib,tools,evidence,ray,dev,docs]
 LOWEST := .venv-lowest
 NEWEST := .venv-newest
 CACHES := .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache build dist htmlcov site
@@ -76,7 +77,7 @@ $(STAMP): pyproject.toml
 	@# A .venv of another tool may have no pip; one that was moved or cut off has not even a Python.
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	@$(PY) -m pip install -q --upgrade pip
-	@$(PY) -m pip install -q -e '$(WITH_EVIDENCE)'
+	@$(PY) -m pip install -q -e '$(WITH_ALL)'
 	@touch $@
 
 # Built anew after each change of a bound, so that nothing of an earlier one stays.

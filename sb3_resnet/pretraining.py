@@ -22,7 +22,7 @@ import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
-from sb3_resnet.diagnosis.readout import mean_r2, split_episodes
+from sb3_resnet.diagnosis.readout import split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
@@ -36,6 +36,8 @@ from sb3_resnet.nn.pretraining.trainer import Trainer
 from sb3_resnet.probing import LabelFunction, Recording, features_of, record, scores_of
 
 _HELD_OUT_SEED = 1_000_003  # added to the seed: other episodes
+_STAGGER = 100  # steps; eight environments show a game up to its step 1000
+_SPLITS = 3  # ways to split the episodes held out, since one alone scores by luck
 _IDENTITY = "arguments"  # key in the metadata of the file of frames
 _LABEL = "label."
 _FRAMES = "frames.safetensors"
@@ -175,7 +177,7 @@ def _held_out(
 ) -> Recording:
     told("Playing episodes to be held out", 0.0, "")
     seed = settings.seed + _HELD_OUT_SEED
-    recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys)
+    recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys, _STAGGER)
     led = recording.actions >= 0
     if not all((split & led).any() for split in split_episodes(recording.episodes)):  # better found now
         raise ValueError(f"held_out={settings.held_out} are too few steps to be probed: write held_out=2400 or so")
@@ -233,11 +235,11 @@ def _probe_of(held_out: Recording, settings: Settings) -> Probe:
     def probe(weights: Mapping[str, th.Tensor]) -> tuple[float, dict[str, float | None], Any]:
         extractor.backbone.load_state_dict(weights)
         features = features_of(held_out, extractor)
-        found = scores_of(held_out, features, settings.seed)
-        scores = {name: score.value for name, score in found.items()}
-        mean = mean_r2(found)
-        action = scores["action"]
-        return (math.nan if action is None else action) if math.isnan(mean) else mean, scores, features
+        found = [scores_of(held_out, features, settings.seed + split) for split in range(_SPLITS)]
+        kinds = {name: score.kind for one in found for name, score in one.items() if score.value is not None}
+        scores = {name: _mean([one[name].value for one in found]) for name in sorted(found[0])}
+        numbers = _mean([scores[name] for name, kind in kinds.items() if kind == "R2"])
+        return _number(scores["action"] if numbers is None else numbers), scores, features
 
     return probe
 
@@ -268,6 +270,11 @@ def _card(run: Run, trainer: Trainer, identity: Mapping[str, Any]) -> dict[str, 
         "updates": trainer.update,
         "versions": versions,
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
 
 
 def _number(value: float | None) -> float:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.common.playing import next_actions
+from sb3_resnet.common.playing import labels_from_info, next_actions
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
@@ -98,6 +98,7 @@ def record(
     epsilon: float = 0.1,
     labels: LabelFunction = ram_labels,
     info_keys: Sequence[str] = (),
+    stagger: int = 0,
 ) -> Recording:
     """
     Play an environment, and keep what is seen together with its labels.
@@ -114,6 +115,8 @@ def record(
     :param labels: called with each innermost environment after each step; the default reads the annotated memory of
         Atari games (:mod:`sb3_resnet.envs.atari_ram`)
     :param info_keys: keys of ``info`` that are labels
+    :param stagger: steps by which each environment's rows begin later than those of the one before, so that the rows
+        come from all over long episodes
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, and a key that ``info`` does not have
     """
@@ -129,9 +132,12 @@ def record(
     starts = np.ones(env.num_envs, bool)
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = env.reset_infos
-    for _ in range(-(-steps // env.num_envs)):
+    each = -(-steps // env.num_envs)
+    for step in range(each + (env.num_envs - 1) * stagger):
         for index, inner in enumerate(env.get_attr("unwrapped")):
-            known = {**labels(inner), **_from_info(infos[index], info_keys, bool(starts[index]))}
+            if not 0 <= step - index * stagger < each:
+                continue
+            known = {**labels(inner), **labels_from_info(infos[index], info_keys, bool(starts[index]))}
             seen = {"observation": observations[index].copy(), "start": bool(starts[index]), "labels": known}
             tracks[index].append({**seen, "action": int(choices[index]), "reward": float(rewards[index])})
         actions = next_actions(env, observations, model, epsilon, rng)
@@ -216,15 +222,6 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     # Inverse dynamics: which action led from the observation before to this one?
     pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
     return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
-
-
-def _from_info(info: Mapping[str, Any], keys: Sequence[str], first: bool) -> dict[str, Any]:
-    if first and not {*keys} <= {*info}:
-        return dict.fromkeys(keys, np.nan)  # many environments tell nothing at a reset; such rows are not scored
-    missing = [key for key in keys if key not in info]
-    if missing:
-        raise ValueError(f"info has no {', '.join(missing)}: it has {', '.join(sorted(map(str, info)))}")
-    return {key: info[key] for key in keys}
 
 
 def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:

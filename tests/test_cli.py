@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import RolloutBuffer
 from typer.main import get_command
 
 from sb3_resnet import ResNetExtractor, cli
@@ -21,7 +22,7 @@ from sb3_resnet.cli.app import app
 from sb3_resnet.cli.envs import register_atari
 from sb3_resnet.cli.extras import import_extra, missing_extra
 from sb3_resnet.cli.loading import load_model
-from tests.helpers import TinyGame, assert_same, fill, make_model, run_command, snapshot
+from tests.helpers import TinyGame, assert_same, fill, make_actor_critic, make_model, run_command, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
 
@@ -481,6 +482,23 @@ def test_check_of_ppo():
     (finding,) = checking.check(lambda: build({}), 10**9).findings
     assert (finding.code, finding.severity) == ("setup", "error")
     assert "sees with FlattenExtractor" in finding.seen
+
+
+def test_check_times_an_update_of_ppo_on_entries():
+    class Watch(FeatureCacheCallback):
+        def _on_training_start(self):
+            super()._on_training_start()
+            self.before = self.model.policy.features_extractor.encoder.images
+
+        def _on_training_end(self):
+            super()._on_training_end()
+            self.after = self.model.policy.features_extractor.encoder.images
+
+    model, watch = make_actor_critic(), Watch()
+    report = checking.check(lambda: setups.Setup(model, 1000, None, [watch]), 10**9)
+    assert "gradient update, cached" in dict(report.speed)
+    assert watch.after - watch.before == 4  # the minibatch, before several updates
+    assert type(model.rollout_buffer) is RolloutBuffer
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "a2c"])

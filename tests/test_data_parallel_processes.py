@@ -148,30 +148,45 @@ def test_srun_needs_an_address_alone(tmp_path):
 
 
 ZOO = """
-PongNoFrameskip-v4:
+RankGame-v0:
   n_timesteps: 80
   policy: ResNetCnnPolicy
-  env_wrapper: [stable_baselines3.common.atari_wrappers.AtariWrapper]
-  frame_stack: 4
   learning_starts: 20
   buffer_size: 100
   batch_size: 4
-  policy_kwargs: {features_extractor_kwargs: {last_stage: stem}}
+  policy_kwargs: {features_extractor_kwargs: {backbone: resnet_mini}}
   callback: [sb3_resnet.callbacks.DataParallelCallback]
+"""
+GAME = """
+import gymnasium
+from tests.helpers import TinyGame
+gymnasium.register("RankGame-v0", TinyGame)
 """
 
 
 def test_rl_zoo_trains_with_ranks_in_folders_of_their_own(tmp_path):
     (tmp_path / "dqn.yml").write_text(ZOO)
+    (tmp_path / "rank_game.py").write_text(GAME)
     launch = ["torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    train = ["-m", "rl_zoo3.train", "--algo", "dqn", "--env", "PongNoFrameskip-v4", "--gym-packages", "sb3_resnet"]
+    train = [
+        "-m",
+        "rl_zoo3.train",
+        "--algo",
+        "dqn",
+        "--env",
+        "RankGame-v0",
+        "--gym-packages",
+        "sb3_resnet",
+        "rank_game",
+    ]
     train += ["--conf-file", str(tmp_path / "dqn.yml"), "-f", str(tmp_path), "--device", "cpu", "--seed", "1"]
     train += ["--eval-freq", "30", "--eval-episodes", "1", "--n-eval-envs", "1", "--log-interval", "1", "--uuid"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(tmp_path)])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     line = [sys.executable, "-W", "ignore", "-m", *launch, *train]
     done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     folders = [path for path in (tmp_path / "dqn").iterdir() if path.is_dir()]
     assert len(folders) == 2
-    assert all((folder / "PongNoFrameskip-v4.zip").is_file() for folder in folders)
+    assert all((folder / "RankGame-v0.zip").is_file() for folder in folders)
     assert sorted((folder / "best_model.zip").is_file() for folder in folders) == [False, True]

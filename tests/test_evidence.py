@@ -19,16 +19,28 @@ import torchvision
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from tests.helpers import make_model, observations
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "atari.py"
 sys.path.insert(0, str(SCRIPT.parent))
-arms, budgets, commands, games, pong, recording, reports, results, runs, spec, statistics, suite, tuning = (
-    importlib.import_module(f"evidence.{name}")
-    for name in (
-        *("arms", "budgets", "commands", "games", "pong", "recording", "report", "results", "runs", "spec"),
-        *("statistics", "suite", "tuning"),
-    )
+from evidence import (  # noqa: E402  # its folder has to be on the path first
+    arms,
+    budgets,
+    commands,
+    evaluation,
+    games,
+    pong,
+    recording,
+    results,
+    runs,
+    spec,
+    statistics,
+    suite,
+    tuning,
 )
+from evidence import report as reports  # noqa: E402
+
 NEEDS_WEIGHTS = {name for name, arm in arms.ARMS.items() if arm.weights}
 
 
@@ -123,6 +135,36 @@ def test_arms_without_their_weights_are_skipped_with_a_word(tmp_path):
         suite.runs_of("atari", "cpu", 8, ["natur"], ["Pong"], [0], rates, {}, None)
     with pytest.raises(ValueError, match="'Pongg' has no human score"):
         suite.runs_of("atari", "cpu", 8, ["nature"], ["Pongg"], [0], rates, {}, None)
+
+
+def test_an_evaluation_encodes_each_frame_once_and_acts_as_the_network_does():
+    model = make_model(extractor={"backbone": "resnet_mini", "adapter": "per_frame"})
+    extractor = model.policy.online.features_extractor
+    frames = np.random.default_rng(0).integers(0, 256, (9, 3, 1, 32, 32), dtype=np.uint8)
+    newest = evaluation.NewestFrames(extractor)
+    for step in range(6):
+        stacks = np.concatenate([*frames[step : step + 4]], axis=1)
+        if step == 4:
+            stacks[1] = frames[8, 1]  # another game begins in the second environment
+        before = extractor.encoder.images
+        entries = newest.encode(th.as_tensor(stacks)).entries
+        # After the other game's first observation, its next one is new again as a whole.
+        assert extractor.encoder.images - before == {0: 12, 4: 6, 5: 6}.get(step, 3)
+        with th.no_grad():
+            expected = extractor(extractor.scale_raw(th.as_tensor(stacks)))
+        assert th.allclose(entries, expected, atol=1e-5)
+
+
+def test_random_actions_of_an_evaluation_are_its_own():
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    images = observations(model, 500)
+    greedy, _ = model.predict(images, deterministic=True)
+    state = np.random.get_state()[1].copy()
+    actions, _ = evaluation.EpsilonGreedy(model, 0).predict(images)
+    again, _ = evaluation.EpsilonGreedy(model, 0).predict(images)
+    assert (np.random.get_state()[1] == state).all()
+    assert (actions == again).all()
+    assert 0 < (actions != greedy).mean() < 0.02
 
 
 def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, **others):

@@ -87,6 +87,16 @@ def test_the_same_seed_plays_the_same(recording):
     assert np.array_equal(again.actions, recording.actions)
 
 
+def test_staggered_rows_begin_later_in_each_environment():
+    plain = record(make_vec_env(TinyGame, 3), 60, labels=lambda env: {"clock": float(env.clock)})
+    late = record(make_vec_env(TinyGame, 3), 60, labels=lambda env: {"clock": float(env.clock)}, stagger=4)
+    assert len(late.observations) == len(plain.observations) == 60
+    assert [late.labels["clock"][row] for row in (0, 20, 40)] == [0, 4, 8]
+    assert np.array_equal(late.observations[:20], plain.observations[:20])
+    assert np.array_equal(late.actions[21:28], plain.actions[25:32])
+    assert (late.actions[[0, 20, 40]] == -1).all()
+
+
 def test_a_model_plays_all_but_epsilon_of_the_actions():
     model = make_model()
     played = record(make_vec_env(TinyGame, 2), 60, model=model, epsilon=0.0, labels=tiny_labels)

@@ -2,9 +2,9 @@
 
 import os
 import re
-import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -66,13 +66,11 @@ def start(folder, script, total, tasks):
     (folder / "job.sh").write_text(script)
     tools = folder / "bin"
     tools.mkdir(exist_ok=True)
-    for name, text in STAND_INS.items():
+    programs = {name: Path(sys.executable).with_name(name) for name in ("python", "torchrun")}
+    passed_on = {name: f'#!/bin/bash\nexec "{path}" "$@"\n' for name, path in programs.items()}
+    for name, text in {**STAND_INS, **passed_on}.items():
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    for name in ("python", "torchrun"):
-        target = sys.executable if name == "python" else shutil.which(name, path=os.path.dirname(sys.executable))
-        (tools / name).unlink(missing_ok=True)
-        (tools / name).symlink_to(target)
     slurm = {"SLURM_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_NODELIST": "here", "SLURM_NNODES": "1"}
     environment = {**os.environ, **slurm, "SLURM_NTASKS": str(tasks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment["PATH"] = f"{tools}:{environment['PATH']}"
@@ -96,16 +94,19 @@ def test_a_job_is_requeued_and_goes_on(tmp_path, name):
     number, tasks, receiver = RECIPES[name]
     script = SCRIPTS[number].replace("29500", "29533").replace("--nproc-per-node=4", "--nproc-per-node=2")
     job = start(tmp_path, script, 10**6, tasks)
+    before = []
     for line in job.stdout:
+        before.append(line)
         if line.startswith("at"):
             break
+    assert job.poll() is None, before
     if receiver == "shell":
         os.kill(job.pid, 10)
     else:
         found = subprocess.run(["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True)
         for pid in found.stdout.split():
             os.kill(int(pid), 10)
-    output, _ = job.communicate(timeout=180)
+    output, _ = job.communicate(timeout=600)
     assert "because of a signal; exit with 75" in output, output
     assert (tmp_path / "requeued").read_text() == "17\n"
     assert name == "torchrun" or job.returncode == 75, output
@@ -113,7 +114,7 @@ def test_a_job_is_requeued_and_goes_on(tmp_path, name):
     assert len(saved) == (2 if name in ("ranks of srun", "torchrun") else 1)
     steps = int(saved[0].stem.split("_")[2])
     (tmp_path / "requeued").unlink()
-    output, _ = start(tmp_path, script, steps + 40, tasks).communicate(timeout=180)
+    output, _ = start(tmp_path, script, steps + 40, tasks).communicate(timeout=600)
     assert f"at timestep {steps}; " in output, output
     assert f"finished at {steps + 40}" in output
     assert not (tmp_path / "requeued").exists()

@@ -496,12 +496,11 @@ def test_a_second_learn_goes_on():
 @pytest.mark.slow
 @algorithms
 def test_environments_in_processes(algorithm):
-    models = []
-    for callback in (None, FeatureCacheCallback()):
-        env = make_vec_env(
-            TinyGame, n_envs=2, seed=0, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"}
-        )
-        models.append(make_actor_critic(algorithm, env, SGD, learning_rate=1e-2))
-        models[-1].learn(64, callback=callback)
-        env.close()
-    assert_equal_training(*models)
+    plain = build(algorithm, game=TinyGame)
+    plain.learn(64)
+    processes = {"vec_env_cls": SubprocVecEnv, "vec_env_kwargs": {"start_method": "forkserver"}}
+    env = make_vec_env(TinyGame, n_envs=2, seed=0, **processes)
+    cached = make_actor_critic(algorithm, env, SGD, learning_rate=1e-2)
+    cached.learn(64, callback=FeatureCacheCallback())
+    env.close()
+    assert_equal_training(plain, cached)

@@ -13,7 +13,7 @@ from sqlalchemy.exc import OperationalError, ProgrammingError
 
 from sb3_resnet.common import host_optuna
 from sb3_resnet.optim.search.experiment import ATTRIBUTE
-from sb3_resnet.optim.search.workers import Worker
+from sb3_resnet.optim.search.workers import SurplusTrialError, Worker
 from tests.helpers import run_command
 
 BEAT = 0.05  # seconds between signs of life, where no other worker is alive
@@ -123,6 +123,19 @@ def test_a_worker_with_its_own_number_of_trials_waits_for_those_that_run(storage
     Worker(study_in(storage), objective, None, BEAT).run(2)
     assert len({*objective.tried}) == len(objective.tried) >= 2
     assert objective.tried.count(x) == 1
+
+
+@pytest.mark.parametrize("total", [None, 1])
+def test_a_trial_that_is_begun_too_many_is_not_run(total, tmp_path):
+    """As when two workers see the same trial to be run again, or the same last one to be begun."""
+    study, objective = optuna.create_study(storage=host_optuna.open_storage(str(tmp_path / "s.log"), 1)), Objective()
+    worker = Worker(study, objective, total, BEAT)
+    worker.run(1)
+    late = worker if total is None else Worker(study, objective, total, BEAT)
+    with pytest.raises(SurplusTrialError):
+        study.optimize(late, n_trials=1)
+    assert (len(objective.tried), states(study.trials)) == (1, ["COMPLETE", "FAIL"])
+    assert study.trials[1].params == {}
 
 
 def test_values_that_bring_down_every_worker_are_given_up(storage):

@@ -43,7 +43,7 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
         "evaluations": log.evaluations,
         "episodes of training (step, return)": log.episodes,
         "settings": {name: value for name, value in settings.items() if name != "command"},
-        "versions": _versions(),
+        "versions": _versions("ale-py" if run.suite == "atari" else "minigrid"),
     }
     times = {
         "cpu": cpu_name(),
@@ -57,9 +57,10 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
         result_file.write_text(json.dumps(result) + "\n")
 
 
-def _versions() -> dict[str, str]:
+def _versions(domain: str) -> dict[str, str]:
+    """Of what decides the result: another package that happens to be installed is no difference."""
     found = {"python": platform.python_version(), "sb3_resnet": sb3_resnet.__version__}
-    for package in ("stable-baselines3", "torch", "numpy", "gymnasium", "ale-py", "minigrid"):
+    for package in ("stable-baselines3", "torch", "numpy", "gymnasium", domain):
         with contextlib.suppress(PackageNotFoundError):
             found[package] = version(package)
     return found
