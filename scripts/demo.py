@@ -101,11 +101,11 @@ def rises(before: list[float], after: list[float]) -> bool:
 
 def draw(run: Path) -> list[Path]:
     """:return: pictures of the run that could be drawn: a learning curve, and the agent with what it looks at"""
-    curve, gif = run / "curve.png", run / "agent" / "episode.gif"
+    curve, gif = run / "curve.png", run / "agent.gif"
     command = [sys.executable, "-m", "sb3_resnet"]
-    explain = ["explain", str(run / f"{GAME}.zip"), "--env", GAME, "--output", str(gif.parent), "--gif"]
+    watch = ["watch", str(run / f"{GAME}.zip"), "--env", GAME, "--output", str(gif), "--gradcam", "--epsilon", "0.02"]
     subprocess.run([*command, "plot", str(run), "--output", str(curve), "--window", str(GAMES)])
-    subprocess.run([*command, *explain, "--steps", "300"])
+    subprocess.run([*command, *watch, "--steps", "300"])
     return [picture for picture in (curve, gif) if picture.exists()]
 
 

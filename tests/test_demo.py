@@ -71,7 +71,7 @@ def test_the_demo_trains_scores_draws_and_goes_on(tmp_path):
     assert result["rises"] == demo.rises(result["before"], result["after"])
     assert f"{np.mean(result['after']):.1f} points" in done.stdout
     assert ("has learned" in done.stdout) == result["rises"]
-    assert (run / "agent" / "episode.gif").read_bytes().startswith(b"GIF8")
+    assert (run / "agent.gif").read_bytes().startswith(b"GIF8")
     last = done.stdout.strip().splitlines()[-1]
     go_on = last.removeprefix("Go on: ").replace(f"-n {demo.MORE_STEPS}", "-n 80")
     subprocess.run(go_on, shell=True, cwd=ROOT, check=True, capture_output=True)

@@ -288,6 +288,8 @@ def test_the_reference_shows_every_public_name_with_every_argument(site):
         ("resume", "guides/checkpoints/"),
         ("out of memory", "guides/less_memory/"),
         ("BatchNorm", "guides/norm_layers/"),
+        ("Dict", "guides/dict/"),
+        ("PPO", "guides/ppo/"),
         ("NaN", "guides/nan/"),
         ("mixed precision", "guides/mixed_precision/"),
         ("ONNX", "cli/export/"),

@@ -18,6 +18,11 @@ RUNS = {
     "quickstart": (200, r"^\d+ points per game after 200 steps\n$"),
     "phases": (160, r"Lowest stage that trains: (?:stem|layer4)\n[\s\S]*backbone +\S+ +\S+ +[\d,]+ +[1-9][\d,]*"),
     "own_environment": (200, r"Balls caught, of those that fell: \d+% before, \d+% after 200 steps"),
+    "pretrain_and_use": (
+        224,
+        r"features show the game's state: -?[\d.]+ before, .* after\nTrained for 224 steps on pong",
+    ),
+    "ppo_with_dict": (512, r"Trained for 512 steps on arm, camera"),
 }
 
 pytestmark = pytest.mark.slow

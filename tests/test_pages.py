@@ -36,6 +36,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import sb3_resnet
 import sb3_resnet.envs
+import sb3_resnet.pretraining
 from tests.helpers import PONG, SHORT_RUN, TinyGame, zoo
 
 ROOT = Path(__file__).parent.parent
@@ -62,6 +63,7 @@ SMALL = {
     "python -m rl_zoo3.enjoy": "-n 20 --no-render",
     "sb3-resnet explain": "--steps 20 --frames 2",
     "sb3-resnet probe": "--steps 120",
+    "sb3-resnet watch": "--steps 20",
 }
 
 
@@ -112,8 +114,9 @@ class Page:
             if "output" in block.comments:
                 self.compare(block)
             return
-        assert block.language in ("python", "pycon", "yaml", ""), f"a block of unknown language {block.language!r}"
-        run = {"python": self.python, "pycon": self.pycon, "yaml": self.yaml, "": self.shell}[block.language]
+        known = {"python": self.python, "pycon": self.pycon, "yaml": self.yaml, "bash": self.script, "": self.shell}
+        assert block.language in known, f"a block of unknown language {block.language!r}"
+        run = known[block.language]
         self.printed = run(block)
 
     def compare(self, block):
@@ -170,6 +173,12 @@ class Page:
         model, _ = manager.setup_experiment()
         manager.learn(model)
         assert model._n_updates > 0
+
+    def script(self, block):
+        """For a scheduler, which is not here: its syntax alone."""
+        done = subprocess.run(["bash", "-n"], input=block.code, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return ""
 
     def shell(self, block):
         """Each command in a shell, where ``python`` and ``sb3-resnet`` are those that run this test."""
@@ -297,6 +306,7 @@ def given_names():
         "env": game,
         "eval_env": game,
         "folder": lambda: "logs",
+        "phases": lambda: [{"at_timestep": 20, "unfreeze_from": "layer4"}],
         "goal_env": lambda: DummyVecEnv([GoalGame]),
         "model": lambda: DQN("ResNetCnnPolicy", game(), buffer_size=200),
     }
@@ -354,6 +364,8 @@ def page(clone, torch_home, hub, tmp_path, monkeypatch):
         cut(monkeypatch, algorithm, "learn", {"total_timesteps": STEPS})
     cut(monkeypatch, stable_baselines3.common.evaluation, "evaluate_policy", {"n_eval_episodes": 1})
     cut(monkeypatch, sb3_resnet.envs, "make_atari_vec_env", {}, max_episode_steps=20)
+    few = {"updates": 2, "frames": 400, "held_out": 120, "batch_size": 8, "probe_every": 1}
+    cut(monkeypatch, sb3_resnet.pretraining, "pretrain", {}, **few)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield Page(given_names(), torch_home)
@@ -440,6 +452,7 @@ def test_blocks_are_found_with_their_comments(text, blocks, tmp_path):
         ("```python\n1 / 0\n```\n", "division by zero"),
         ("```pycon\n>>> 1 + 1\n3\n```\n", "Expected"),
         ("```\nsb3-resnet nothing\n```\n", "sb3-resnet nothing"),
+        ("```bash\nif true; then\n```\n", "syntax error"),
         ("```ruby\nputs\n```\n", "unknown language"),
         ("<!-- not run: I am tired -->\n```python\nx\n```\n", "one of the reasons"),
         ("```python\nprint(1)\n```\n\n<!-- numbers vary -->\n```text\none\n```\n", "one"),
