@@ -48,7 +48,7 @@ class Budget:
 
 #: An update per environment step, as in zoo_configs; the smoke test makes one per eight.
 BUDGETS = {
-    "smoke": Budget(5_000, 1, 4_000, 2, 2_000, 5_000, 400, 1),
+    "smoke": Budget(5_000, 1, 4_000, 1, 2_000, 5_000, 400, 1),
     "cpu": Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS),
     "gpu": Budget(400_000, 5, 10_000, 20, 100_000, 100_000, 2_000, N_ENVS, device="cuda"),
     # Of `atari.py pong`, which ends a run before that. Pong needs less exploration than a suite of games.
