@@ -12,6 +12,7 @@ import stable_baselines3
 import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
 from stable_baselines3.common.policies import ActorCriticPolicy, BaseModel, BasePolicy
 from torch import nn
@@ -25,6 +26,7 @@ from tests.helpers import TinyGame, fill, make_model
 IMPORT_WITHOUT_PRIVATE_PARTS = """
 import torch, torch.cpu, torch.nn.utils
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import EvalCallback
 from stable_baselines3.common.policies import BaseModel, BasePolicy
 
@@ -211,7 +213,7 @@ def test_replay_arrays_are_those_of_sb3_with_more_rows(optimize_memory_usage):
     model = make_model()
     spaces = (model.observation_space, model.action_space)
     ours = FrameReplayBuffer(21, *spaces, "cpu", n_envs=2, **kwargs)
-    sb3s = FrameReplayBuffer.__mro__[2](21, *spaces, "cpu", n_envs=2, **kwargs)
+    sb3s = ReplayBuffer(21, *spaces, "cpu", n_envs=2, **kwargs)
     assert ours.buffer_size == sb3s.buffer_size == 10
     arrays = {name: value for name, value in vars(sb3s).items() if isinstance(value, np.ndarray)}
     assert {"actions", "rewards", "dones", "timeouts", "observations"} <= {*arrays}

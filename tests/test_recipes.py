@@ -22,7 +22,7 @@ from sb3_resnet.callbacks._evaluations import walk
 from tests.helpers import Rewards, TinyGame, fill, make_model
 
 ROOT = Path(__file__).parent.parent
-CONFIG, README = ROOT / "zoo_configs" / "dqn_fine_tuning.yml", ROOT / "README.md"
+CONFIG, GUIDE = ROOT / "zoo_configs" / "dqn_fine_tuning.yml", ROOT / "docs" / "guides" / "phases.md"
 
 
 def settings(callback):
@@ -49,10 +49,10 @@ def test_the_recipe_runs_its_phases_and_keeps_the_best(tmp_path):
     assert {"best.zip", "best_frozen.zip", "best_layer4.zip", "best_layer3.zip"} <= {p.name for p in tmp_path.iterdir()}
 
 
-@pytest.mark.parametrize("written", ["README", "docstring"])
+@pytest.mark.parametrize("written", ["guide", "docstring"])
 def test_the_documented_call_runs(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    text = README.read_text() if written == "README" else fine_tuning_callbacks.__doc__
+    text = GUIDE.read_text() if written == "guide" else fine_tuning_callbacks.__doc__
     call = re.search(r"^ *recipe = .*\n *model\.learn\(.*", text, re.MULTILINE).group()
     names = {"sb3_resnet": sb3_resnet, "EvalCallback": EvalCallback, "eval_env": TinyGame(), "model": make_model()}
     exec("\n".join(map(str.strip, call.replace("1_000_000", "20").splitlines())), names)
@@ -74,7 +74,8 @@ def test_rl_zoo_can_call_the_recipe_too():
     assert isinstance(callback.callbacks[-1], BestCheckpointCallback)
 
 
-SHIPPED = sorted((ROOT / "zoo_configs").glob("*.yml"))
+# The demo is a run of some minutes, without schedule and monitor, as it was measured.
+SHIPPED = sorted(path for path in (ROOT / "zoo_configs").glob("*.yml") if path.stem != "demo")
 
 
 @pytest.mark.parametrize("path", [None, *SHIPPED], ids=lambda path: "recipe" if path is None else path.stem)
@@ -87,7 +88,8 @@ def test_each_recipe_and_shipped_section_warms_up_clips_and_logs(path):
         assert 500 <= flat[LRScheduleCallback].warmup_steps <= 2000
         assert flat[MonitorCallback].every == 100
         clip = flat.get(GradientClipCallback)
-        assert 1 <= (section["max_grad_norm"] if clip is None else clip.max_norm) <= 5
+        smallest = 0.5 if path is not None and path.stem == "ppo" else 1  # PPO's own default in SB3
+        assert smallest <= (section["max_grad_norm"] if clip is None else clip.max_norm) <= 5
 
 
 def test_the_recipe_logs_what_a_run_needs(tmp_path):

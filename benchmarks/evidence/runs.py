@@ -16,7 +16,7 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.vec_env import VecEnv
 
 import sb3_resnet
-from sb3_resnet.common.checkpoints import add_to_checkpoint
+from sb3_resnet.common.checkpoints import write_checkpoint
 from sb3_resnet.common.files import remove_left_overs, written_whole
 from sb3_resnet.common.seeding import random_states
 
@@ -154,8 +154,7 @@ def _save(run: Run, model: DQN, folder: Path, log: Log, actions: np.ndarray) -> 
     goes_on = log.steps < run.steps
     names = [f"model-{log.steps}.zip", *([f"buffer-{log.steps}.pkl", f"actions-{log.steps}.npy"] if goes_on else [])]
     with written_whole(*(folder / name for name in (*names, "log.json"))) as (model_file, *others, log_file):
-        model.save(model_file)
-        add_to_checkpoint(model_file, run.name, random_states(model))
+        write_checkpoint(model, model_file, run.name, random_states(model), save_replay_buffer=False)
         if goes_on:
             model.save_replay_buffer(others[0])
             with others[1].open("wb") as file:

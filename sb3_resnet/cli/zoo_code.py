@@ -18,7 +18,7 @@ from sb3_resnet.common.arguments import shown
 _TRUST = "write --trust if you know who wrote the configuration"
 # RL-Zoo gives these to eval() where they are texts.
 _EVALUATED = ("policy_kwargs", "replay_buffer_class", "replay_buffer_kwargs", "monitor_kwargs", "normalize")
-_KNOWN = ("gymnasium", "rl_zoo3", "sb3_contrib", "sb3_resnet", "stable_baselines3")
+_KNOWN = ("gymnasium", "minigrid", "rl_zoo3", "sb3_contrib", "sb3_resnet", "stable_baselines3")
 # How a class outside of RL-Zoo's own names is written as a text.
 _IMPORTED = re.compile(r"importlib\.import_module\(['\"]([\w.]+)['\"]\)\.(\w+)")
 # RL-Zoo imports and calls what these name.
@@ -28,14 +28,19 @@ _CALLED: dict[str, tuple[type, ...]] = {
     "vec_env_wrapper": (VecEnvWrapper,),
     "callback": (BaseCallback,),
 }
-_FUNCTIONS = {"sb3_resnet.fine_tuning_callbacks", "sb3_resnet.callbacks.recipes.fine_tuning_callbacks"}
+_FUNCTIONS = {
+    "sb3_resnet.callbacks.recipes.fine_tuning_callbacks",
+    "sb3_resnet.envs.to_atari_vec_env",
+    "sb3_resnet.envs.zoo.to_atari_vec_env",
+    "sb3_resnet.fine_tuning_callbacks",
+}
 
 
 def refuse_code(hyperparams: Mapping[str, Any], source: object) -> None:
     """
     Refuse a section of RL-Zoo's YAML whose reading would run code that it holds or names.
 
-    Classes of SB3, sb3-contrib, RL-Zoo, gymnasium and this package may be named, and nothing else may be called.
+    Only classes of SB3, sb3-contrib, RL-Zoo, gymnasium, minigrid and this package may be named and called.
 
     :param hyperparams: the section
     :param source: the file, for the error
