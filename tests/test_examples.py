@@ -42,7 +42,7 @@ def run(*command, folder, **environment):
 
 def test_every_example_is_run_and_listed():
     files = {path.name for path in EXAMPLES.iterdir() if path.suffix in (".py", ".yml", ".ipynb", ".sh")}
-    assert {f"{name}.py" for name in RUNS} | {"resume.py", "rl_zoo.yml", "watch.ipynb"} <= files
+    assert {f"{name}.py" for name in RUNS} | {"resume.py", "rl_zoo.yml", "two_ranks.py", "watch.ipynb"} <= files
     listed = {*re.findall(r"^\| \[([\w.]+)\]\(\1\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)}
     assert listed == files
 
@@ -52,6 +52,13 @@ def test_an_example_runs_and_says_what_it_did(name, tmp_path):
     steps, printed = RUNS[name]
     text = run(EXAMPLES / f"{name}.py", steps, folder=tmp_path)
     assert re.search(printed, text), text
+
+
+def test_two_ranks_train_one_model(tmp_path):
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    text = run(*launch, EXAMPLES / "two_ranks.py", 240, folder=tmp_path)
+    assert text.splitlines()[-1] == "2 ranks, 240 steps together"
+    assert (tmp_path / "two_ranks.zip").is_file()
 
 
 def test_a_killed_run_goes_on(tmp_path):
