@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -211,11 +212,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transitions", type=int, default=100_000, help="in the buffers whose memory is measured")
     parser.add_argument("-o", "--output", type=Path, default=RESULTS / "throughput.json")
+    parser.add_argument(
+        "--steps-only", type=int, nargs="+", metavar="N", help="NatureCNN, lean and limit at N environments"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rates: dict[str, dict[str, Any]] = {"one update per 4 steps": {}, "one update per step": {}}
     result: dict[str, Any] = {
-        "command": "python benchmarks/throughput.py",
+        "command": " ".join(["python benchmarks/throughput.py", *sys.argv[1:]]),
         "machine": machine(),
         "rounds": arguments.rounds,
         "environment steps per second": rates,
@@ -225,10 +229,17 @@ def main() -> None:
         print(name, value, flush=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
+    few = ["nature", "lean", "lean C++", "limit"]
+    if arguments.steps_only:
+        for ratio, label in ((0.25, "one update per 4 steps"), (1.0, "one update per step")):
+            for n in arguments.steps_only:
+                found = phase_a(n, ratio, few, arguments.rounds)
+                rates[label][str(n)] = {"median": medians(found), "ratios": ratios(found, RATE_PAIRS)}
+                write(f"{label}, {n} environments", rates[label][str(n)])
+        return
     times = updates(arguments.rounds)
     result["update, milliseconds"] = {"median": medians(times), "ratios": ratios(times, TIME_PAIRS)}
     write("updates", result["update, milliseconds"])
-    few = ["nature", "lean", "lean C++", "limit"]
     for ratio, label, names in ((0.25, "one update per 4 steps", [*STEPS]), (1.0, "one update per step", few)):
         for n in (1, 8, 32):
             found = phase_a(n, ratio, names, arguments.rounds)
