@@ -394,6 +394,34 @@ def test_a_signal_to_all_processes_of_a_job_saves_it_and_the_same_command_goes_o
     assert (tmp_path / "end.zip").exists()
 
 
+LEAVING = """
+import time
+from sb3_resnet.common.signals import SignalNotes, signals_of
+import torch  # Python takes a while to end with it
+
+notes = SignalNotes(signals_of(["SIGTERM"]))
+print("ready", flush=True)
+while notes.received is None:
+    time.sleep(0.001)
+notes.ignore_at_exit()
+print("leaving", flush=True)
+raise SystemExit(75)
+"""
+
+
+@pytest.mark.slow
+def test_signals_while_python_ends_change_no_exit_code():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    job = subprocess.Popen([sys.executable, "-c", LEAVING], env=environment, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "ready\n"
+    job.send_signal(signal.SIGTERM)
+    assert job.stdout.readline() == "leaving\n"
+    while job.poll() is None:
+        job.send_signal(signal.SIGTERM)
+        time.sleep(0.002)
+    assert job.returncode == 75
+
+
 @pytest.mark.slow
 def test_processes_of_environments_end_with_a_program_that_fails(tmp_path):
     """They ignore the signal by which Python ends them, so it must not wait for that."""

@@ -87,7 +87,8 @@ def test_the_trial_of_a_dead_worker_is_run_again_with_its_values_and_once(storag
     assert retry.system_attrs["retry_history"] == [dead.number]
     assert (retry.params, retry.state) == ({"x": x}, TrialState.COMPLETE)
     assert objective.tried.count(x) == 1
-    assert len(objective.tried) == len({*objective.tried}) == states(trials).count("COMPLETE") == 6
+    assert len(objective.tried) == len({*objective.tried}) == states(trials).count("COMPLETE")
+    assert len(objective.tried) in (6, 7)  # one more where a worker begins while the dead one's values are queued
     assert "RUNNING" not in states(trials)
     assert "WAITING" not in states(trials)
 

@@ -103,7 +103,8 @@ class PreemptionCallback(BaseCallback):
             close(env)
         if former is not None:  # its turn was delayed, and it may have to tell somebody
             former(self._notes.received or 0, None)
-        raise SystemExit(self.exit_code)  # signals stay noted until Python has ended: the exit code is what counts
+        self._notes.ignore_at_exit()
+        raise SystemExit(self.exit_code)  # signals stay noted until then: the exit code is what counts
 
     def _on_step(self) -> bool:
         self._is_alive()

@@ -76,6 +76,11 @@ class SignalNotes:
             if signal.getsignal(number) == self._note:
                 signal.signal(number, signal.SIG_DFL if former is None else former)
 
+    def ignore_at_exit(self) -> None:
+        """Let no signal change the exit code: as Python ends, it puts default handlers in the place of its own."""
+        for number in self._former:
+            atexit.register(signal.signal, number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: Any) -> None:
         now = time.monotonic()
         if self.received is None:
