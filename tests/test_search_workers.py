@@ -17,7 +17,7 @@ from sb3_resnet.optim.search.workers import SurplusTrialError, Worker
 from tests.helpers import run_command
 
 BEAT = 0.05  # seconds between signs of life, where no other worker is alive
-SAFE = 0.4  # where one is, which may be held up
+SAFE = 1.0  # where one is, which may be held up
 UNFREEZE = "sb3_resnet.callbacks.UnfreezeCallback"
 SECTION = {
     "policy": "ResNetCnnPolicy",
@@ -77,7 +77,9 @@ def test_workers_run_so_many_trials_in_all(storage):
 
 
 @pytest.mark.slow
-def test_the_trial_of_a_dead_worker_is_run_again_with_its_values_and_once(storage):
+def test_the_trial_of_a_dead_worker_is_run_again_with_its_values_and_once(storage, request):
+    if "sqlite" in request.node.name:
+        pytest.skip("SQLite holds up several writers for seconds; test_search_killed.py does this with PostgreSQL")
     dead = study_in(storage).ask()
     x = dead.suggest_float("x", 0, 1)
     objective = Objective()
