@@ -14,7 +14,9 @@ from sb3_resnet.cache.table import EntryTable
 from sb3_resnet.nn.encoder import FrozenEncoder, frozen_tensors
 from sb3_resnet.nn.trunk import Trunk
 
-_ENCODE_BATCH = 64  # images encoded at once; more gains nothing on a CPU
+# Images encoded at once: in bfloat16 64 of one frame up to layer2 take longer than twice 32, and elsewhere as long
+# (benchmarks/results/packing.json).
+_ENCODE_BATCH = 32
 _TOGETHER = 16  # one by one they take twice as long (benchmarks/results/choices.json)
 
 
