@@ -76,10 +76,10 @@ def test_workers_run_so_many_trials_in_all(storage):
     assert {*states(trials)} <= {"COMPLETE", "FAIL"}  # FAIL: others had begun the last one
 
 
+# SQLite holds up several writers for seconds; test_search_killed.py does this with PostgreSQL.
 @pytest.mark.slow
-def test_the_trial_of_a_dead_worker_is_run_again_with_its_values_and_once(storage, request):
-    if "sqlite" in request.node.name:
-        pytest.skip("SQLite holds up several writers for seconds; test_search_killed.py does this with PostgreSQL")
+@pytest.mark.parametrize("storage", ["journal"], indirect=True)
+def test_the_trial_of_a_dead_worker_is_run_again_with_its_values_and_once(storage):
     dead = study_in(storage).ask()
     x = dead.suggest_float("x", 0, 1)
     objective = Objective()
