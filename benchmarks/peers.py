@@ -15,6 +15,7 @@ import psutil
 import stable_baselines3
 import torch as th
 from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecEnvWrapper, VecFrameStack, VecTransposeImage
 from synthetic import Recipe, fill
@@ -78,14 +79,19 @@ def filled(model: DQN, transitions: int = 500) -> DQN:
 def encoded(model: DQN) -> FeatureCacheCallback:
     """The callback at work on a buffer of which all is encoded."""
     callback = FeatureCacheCallback()
-    callback.init_callback(model)
-    callback.on_training_start({}, {})
+    at_work(callback, model)
     buffer = model.replay_buffer
     rows = np.arange(buffer.buffer_size if buffer.full else buffer.pos)
     for env in range(model.n_envs):
         for column in (buffer.observations, buffer.next_observations):
             column[rows, np.full(len(rows), env)]
     return callback
+
+
+def at_work(callback: BaseCallback, model: DQN) -> None:
+    """As in ``learn()``, before its first step; without it ``model.train()`` can be timed alone."""
+    callback.init_callback(model)
+    callback.on_training_start({}, {})
 
 
 def head_alone(model: DQN) -> Callable[[], None]:

@@ -34,12 +34,13 @@ from typing import Any
 import numpy as np
 import psutil
 import torch as th
-from peers import LEAN, FeatureWrapper, dqn, encoded, filled, head_alone, machine, pong, timed
+from peers import LEAN, FeatureWrapper, at_work, dqn, encoded, filled, head_alone, machine, pong, timed
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from synthetic import Recipe
 
 from sb3_resnet.buffers import FrameReplayBuffer
+from sb3_resnet.callbacks import AMPCallback
 
 RESULTS = Path(__file__).parent / "results"
 FILLED = 4_000  # transitions in our buffer before the clock starts, all encoded, as after some time of training
@@ -112,7 +113,7 @@ def repeated(work: Callable[[], Any]) -> Callable[[int], Any]:
 
 
 def updates(rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of one update: NatureCNN, the recipe, and ours at four boundaries; and the head's arithmetic."""
+    """Milliseconds of one update: NatureCNN, the recipe, and ours at some boundaries; and the head's arithmetic."""
     arms: dict[str, tuple[Callable[[int], Any], int]] = {}
 
     def train(model: DQN) -> Callable[[int], Any]:
@@ -126,12 +127,16 @@ def updates(rounds: int) -> dict[str, list[float]]:
         ("ours, head", None, 200, {}),
         ("lean, head", None, 200, LEAN),
         ("ours, layer4", "layer4", 8, {}),
+        ("ours, layer4, bfloat16", "layer4", 8, {}),
         ("ours, everything", "all", 4, {}),
+        ("ours, everything, bfloat16", "all", 4, {}),
     ):
         model = filled(dqn("ResNetCnnPolicy", pong(1), features_extractor_kwargs=options))
         model.policy.set_freeze_boundary(stage)
         if stage != "all":
             encoded(model)
+        if name.endswith("bfloat16"):
+            at_work(AMPCallback("bfloat16"), model)
         arms[name] = train(model), count
         if name == "lean, head":
             arms["lean, head's arithmetic"] = repeated(head_alone(model)), 200
@@ -183,6 +188,7 @@ RATE_PAIRS = [
 ]  # fmt: skip
 TIME_PAIRS = [
     ("naive, frozen", "ours, head"), ("naive, everything", "ours, layer4"), ("naive, everything", "ours, everything"),
+    ("naive, everything", "ours, layer4, bfloat16"), ("naive, everything", "ours, everything, bfloat16"),
     ("nature", "lean, head"), ("lean, head", "lean, head's arithmetic"),
 ]  # fmt: skip
 
