@@ -4,8 +4,9 @@ Environment steps per second of one rank on one core, and of two ranks on two co
 python benchmarks/data_parallel.py    # about five minutes; writes benchmarks/results/data_parallel.json
 
 Each rank trains ResNet-18 on Pong with environments, replay memory and batches of its own, so two ranks should make
-twice the steps. Ranks are bound to a core each. The network between them is this machine's own. In turns, so that a
-busy machine disturbs both alike; of each the median counts.
+twice the steps. Ranks are bound to a core each. The network between them is this machine's own. Two runs at the same
+time that know nothing of each other show what the machine itself allows: its cores may share caches, memory, or more.
+In turns, so that a busy machine disturbs all alike; of each the median counts.
 """
 
 from __future__ import annotations
@@ -18,18 +19,21 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results" / "data_parallel.json"
 #: Freeze boundary of each measured phase.
 PHASES = {"A": None, "B": "layer4"}
+#: Shares of the steps that are timed in it.
+SHARES = {"A": 1.0, "B": 0.25}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1200, help="environment steps of a rank that are timed")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind")
+    parser.add_argument("--rounds", type=int, default=5, help="runs of each kind")
     parser.add_argument("--batch", type=int, default=32, help="batch of a rank")
     parser.add_argument("--envs", type=int, default=4, help="environments of a rank")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -44,25 +48,34 @@ def main() -> None:
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
         raise SystemExit("two cores are needed")
-    found: dict[str, dict[int, list[dict[str, float]]]] = {}
+    found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for _ in range(arguments.rounds):
         for phase in PHASES:
-            for size in (1, 2):
-                runs = found.setdefault(phase, {1: [], 2: []})[size]
-                runs.append(measure(arguments, phase, cores[:size]))
-                print(phase, size, runs[-1], flush=True)
-    results = {
-        phase: {
-            "one_rank": summary(runs[1]),
-            "two_ranks": summary(runs[2]),
-            "speed_up": summary(runs[2])["steps_per_second"] / summary(runs[1])["steps_per_second"],
-        }
-        for phase, runs in found.items()
-    }
+            runs = found.setdefault(phase, {"one_rank": [], "two_ranks": [], "two_runs_apart": []})
+            runs["one_rank"].append(measure(arguments, phase, cores[:1]))
+            runs["two_ranks"].append(measure(arguments, phase, cores[:2]))
+            runs["two_runs_apart"].append(apart(arguments, phase, cores[:2]))
+            print(phase, {name: round(of[-1]["steps_per_second"]) for name, of in runs.items()}, flush=True)
+    results = {phase: compared(runs) for phase, runs in found.items()}
     settings = {"batch": arguments.batch, "envs": arguments.envs, "steps": arguments.steps, "rounds": arguments.rounds}
     link = launch(cores[:2], ["--link"])
     RESULTS.write_text(json.dumps({"settings": settings, "link": link, "phases": results}, indent=1) + "\n")
-    print({phase: round(values["speed_up"], 2) for phase, values in results.items()})
+    print({phase: {name: values[name] for name in values if "speed_up" in name} for phase, values in results.items()})
+
+
+def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    """:return: medians, and the medians of the rounds' own ratios"""
+
+    def ratio(one: str, other: str) -> float:
+        pairs = zip(runs[one], runs[other], strict=True)
+        return round(statistics.median(a["steps_per_second"] / b["steps_per_second"] for a, b in pairs), 2)
+
+    return {
+        **{name: summary(of) for name, of in runs.items()},
+        "speed_up": ratio("two_ranks", "one_rank"),
+        "speed_up_of_two_runs_apart": ratio("two_runs_apart", "one_rank"),
+        "two_ranks_to_two_runs_apart": ratio("two_ranks", "two_runs_apart"),
+    }
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, float]:
@@ -70,8 +83,16 @@ def summary(runs: list[dict[str, float]]) -> dict[str, float]:
 
 
 def measure(arguments: Any, phase: str, cores: list[int]) -> dict[str, float]:
-    options = {"--worker": phase, "--steps": arguments.steps, "--batch": arguments.batch, "--envs": arguments.envs}
+    steps = round(arguments.steps * SHARES[phase])
+    options = {"--worker": phase, "--steps": steps, "--batch": arguments.batch, "--envs": arguments.envs}
     return launch(cores, [str(part) for option in options.items() for part in option])
+
+
+def apart(arguments: Any, phase: str, cores: list[int]) -> dict[str, float]:
+    """:return: steps per second of runs at the same time, each a rank alone, added up"""
+    with ThreadPoolExecutor(len(cores)) as pool:
+        found = [*pool.map(lambda core: measure(arguments, phase, [core]), cores)]
+    return {"steps_per_second": sum(one["steps_per_second"] for one in found)}
 
 
 def launch(cores: list[int], options: list[str]) -> dict[str, float]:

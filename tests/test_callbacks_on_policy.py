@@ -240,6 +240,7 @@ def test_the_doctor_may_stop_ppo():
 
 
 @algorithms
+@pytest.mark.slow
 def test_the_recipe_runs(tmp_path, algorithm):
     model = make_actor_critic(algorithm)
     recipe = fine_tuning_callbacks(

@@ -743,9 +743,9 @@ def test_deep_files_are_named(tmp_path):
     model, file = tmp_path / "model.zip", tmp_path / "zoo.yml"
     model.write_bytes(_zip_of(data=DEEP, policy_pth="x"))
     assert f"{model} is no model of Stable-Baselines3" in error_of("groups", model)
-    file.write_text("[" * 5000)
+    file.write_text("[" * 1500)
     assert f"{file} cannot be read as YAML" in error_of("check", "--env", TINY, "--conf-file", file)
-    assert "--param 'a=[[" in error_of("check", *HEALTHY, "--param", "a=" + "[" * 5000)
+    assert "--param 'a=[[" in error_of("check", *HEALTHY, "--param", "a=" + "[" * 1500)
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_random_observations_fill_the_space():
     assert (noise.min(), noise.max()) == (0, 255)
 
 
+@pytest.mark.slow
 def test_the_difference_from_a_model_in_reduced_precision_is_said(tmp_path):
     model = make_model(extractor={"frozen_dtype": "bfloat16"})
     done = exporting.export(model, tmp_path / "model.onnx", exporting.random_observations(model, 4))

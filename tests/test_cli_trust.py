@@ -170,6 +170,7 @@ def test_an_environment_that_a_model_names_is_not_imported(plain, tmp_path, monk
     assert (tmp_path / "ran").exists()  # the trap is a working one
 
 
+@pytest.mark.slow
 def test_ordinary_models_load_as_sb3_loads_them(tmp_path):
     models = {
         "dqn": make_model().learn(20),

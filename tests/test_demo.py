@@ -42,6 +42,7 @@ def test_the_report_says_what_the_run_showed(rises, said, tmp_path):
     assert go_on[go_on.index("--log-folder") + 1] == str(tmp_path)
 
 
+@pytest.mark.slow
 def test_random_play_gets_the_scores_of_the_game_itself(monkeypatch):
     monkeypatch.setattr(demo, "GAMES", 8)
     found = demo.scores(None, 1, 60)

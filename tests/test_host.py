@@ -52,6 +52,7 @@ class Idle(BaseCallback):
         return True
 
 
+@pytest.mark.slow
 def test_importing_needs_none_of_them():
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_WITHOUT_PRIVATE_PARTS], capture_output=True, text=True, env={**os.environ}

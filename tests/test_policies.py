@@ -93,6 +93,7 @@ def test_rates_of_its_own_load_with_a_learning_rate_of_0(tmp_path, algorithm):
         make_model(algorithm, policy_kwargs=dict(rates), learning_rate=0.0)
 
 
+@pytest.mark.slow
 def test_several_environments_in_processes(tmp_path):
     env = make_vec_env(TinyGame, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"})
     model = make_model(env=env)

@@ -339,6 +339,7 @@ def test_invariant_7_golden_resume_in_a_new_process(tmp_path, algorithm):
 
 
 @algorithms
+@pytest.mark.slow
 def test_invariant_8_loading_needs_neither_network_nor_weights_file(tmp_path, hub_weights, monkeypatch, algorithm):
     reads, original = [], weight_files.read_file
     monkeypatch.setattr(weight_files, "read_file", lambda path: reads.append(path) or original(path))
@@ -409,6 +410,7 @@ def test_a_copy_learns_and_leaves_the_original_alone(algorithm, use_sde):
     assert groups["backbone"] == pytest.approx(groups["head"] / 10)
 
 
+@pytest.mark.slow
 def test_several_environments_in_processes(tmp_path):
     env = make_vec_env(TinyGame, n_envs=2, vec_env_cls=SubprocVecEnv, vec_env_kwargs={"start_method": "forkserver"})
     model = build(env=env)

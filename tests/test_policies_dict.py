@@ -298,6 +298,7 @@ def test_invariant_7_golden_resume_in_a_new_process(tmp_path, algorithm):
 
 
 @algorithms
+@pytest.mark.slow
 def test_invariant_8_loading_needs_neither_network_nor_weights_file(tmp_path, hub_weights, monkeypatch, algorithm):
     reads, original = [], weight_files.read_file
     monkeypatch.setattr(weight_files, "read_file", lambda path: reads.append(path) or original(path))
@@ -463,6 +464,7 @@ def test_her_with_pictures_as_goals_may_share_one_resnet():
 
 
 @algorithms
+@pytest.mark.slow
 def test_all_callbacks_work_together(tmp_path, algorithm):
     phases = [
         {"at_timestep": 16, "unfreeze_from": "layer4", "ramp": 2},

@@ -262,6 +262,7 @@ def test_the_next_learn_takes_the_handlers_of_an_interrupted_one(tmp_path):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+@pytest.mark.slow
 def test_a_crash_is_resumed_from_the_checkpoints_of_the_callback_beside_it(tmp_path, recwarn):
     class Fail(BaseCallback):
         def _on_step(self):

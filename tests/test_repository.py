@@ -54,6 +54,7 @@ print(type(model.policy).__name__)
 """
 
 
+@pytest.mark.slow
 def test_importing_the_package_imports_no_extra_but_sb3_contrib():
     # Counted from SB3's own imports on: it takes OpenCV along where that is installed.
     imported = python(TO_SB3_ALONE).split()
@@ -61,6 +62,7 @@ def test_importing_the_package_imports_no_extra_but_sb3_contrib():
     assert {*imported} & {*OPTIONAL} <= {"sb3_contrib"}
 
 
+@pytest.mark.slow
 def test_the_command_starts_without_the_libraries_of_single_subcommands():
     imported = python("import sys, sb3_resnet.cli.app; print(*sys.modules)").split()
     assert "sb3_resnet.cli.explain" in imported

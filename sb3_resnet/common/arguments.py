@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 _LONGEST = 300  # characters of a value in an error
-_SHORT = reprlib.Repr()
+
+
+class _Short(reprlib.Repr):
+    """As ``reprlib``'s, which shows subclasses of ``dict`` whole: a state dict is one, and takes seconds."""
+
+    repr_OrderedDict = repr_defaultdict = reprlib.Repr.repr_dict  # noqa: N815  # reprlib looks them up by type
+
+
+_SHORT = _Short()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = _LONGEST
 _SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 6
 
