@@ -82,9 +82,11 @@ def encoded(model: DQN) -> FeatureCacheCallback:
     at_work(callback, model)
     buffer = model.replay_buffer
     rows = np.arange(buffer.buffer_size if buffer.full else buffer.pos)
-    for env in range(model.n_envs):
-        for column in (buffer.observations, buffer.next_observations):
-            column[rows, np.full(len(rows), env)]
+    # In small pieces, as training does: what is made at once is memory that the process keeps.
+    for part in np.array_split(rows, max(1, len(rows) // 64)):
+        for env in range(model.n_envs):
+            for column in (buffer.observations, buffer.next_observations):
+                column[part, np.full(len(part), env)]
     return callback
 
 

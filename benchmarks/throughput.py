@@ -152,7 +152,7 @@ def memory(arm: str, transitions: int) -> float:
     """Resident bytes per transition of a buffer with real transitions; ours with all of them encoded."""
     env = pong(8)
     model = dqn("ResNetCnnPolicy", env, features_extractor_kwargs=LEAN)
-    model.predict(env.reset())  # what the first pass allocates belongs to the network
+    model.predict(np.concatenate([env.reset()] * 4))  # what the first pass allocates belongs to the network
     cls = ReplayBuffer if arm == "stock" else FrameReplayBuffer
     model.replay_buffer = cls(8, env.observation_space, env.action_space, "cpu", n_envs=8)
     before = psutil.Process().memory_info().rss

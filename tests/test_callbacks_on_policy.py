@@ -19,9 +19,10 @@ from sb3_resnet.callbacks import (
     UnfreezeCallback,
 )
 from sb3_resnet.callbacks._updates import extractors_of
-from tests.helpers import ON_POLICY, Rewards, TinyGame, assert_same, make_actor_critic, snapshot
+from tests.helpers import Rewards, TinyGame, assert_same, make_actor_critic, snapshot
 
-algorithms = pytest.mark.parametrize("algorithm", ON_POLICY)
+# A2C has PPO's policy and buffer.
+algorithms = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
 UPDATES = {"ppo": 4, "a2c": 1}  # in each train(), after 8 steps
 
 

@@ -107,7 +107,7 @@ def test_unknown_observations_are_zeros():
 STARTS = st.sampled_from(["step"] * 4 + ["again", "restart", "back", "shift"])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(
     bits=st.lists(st.tuples(STARTS, st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=30),
     depth=st.integers(1, 4),

@@ -120,6 +120,12 @@ def test_rewards_that_are_not_finite_are_named_without_any_callback_by_our_buffe
     assert all(map(th.equal, before, model.policy.parameters()))
 
 
+def test_rewards_whose_sum_alone_overflows_are_trained_on():
+    model = fill(make_model(replay_buffer_class=FrameReplayBuffer))
+    model.replay_buffer.rewards[:] = 3e38
+    assert model.replay_buffer.sample(8).rewards.sum().item() == float("inf")
+
+
 def test_an_older_pytorch_checks_in_the_same_way(monkeypatch):
     monkeypatch.delattr(th.nn.utils, "get_total_norm", raising=False)
     assert any_non_finite([th.zeros(3), th.tensor([float("nan")])])

@@ -42,9 +42,9 @@ from tests.helpers import PONG, SHORT_RUN, TinyGame, zoo
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
-STEPS = 40
+STEPS = 24
 #: Arguments of algorithms, and the most that a test lets them be.
-MOST = {"buffer_size": 200, "learning_starts": 8, "batch_size": 16, "n_epochs": 1}
+MOST = {"buffer_size": 200, "learning_starts": 8, "batch_size": 8, "n_epochs": 1}
 #: Why a block is not run: `<!-- not run: REASON -->` takes one of these.
 NOT_RUN = {
     "it needs several machines",

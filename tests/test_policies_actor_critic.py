@@ -36,7 +36,8 @@ from tests.helpers import (
     snapshot,
 )
 
-algorithms = pytest.mark.parametrize("algorithm", ON_POLICY)
+# A2C has PPO's policy and buffer.
+algorithms = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
 sharing = pytest.mark.parametrize("shared", [True, False], ids=["one ResNet", "two ResNets"])
 
 

@@ -52,8 +52,10 @@ from tests.helpers import (
 )
 
 HOSTS = {"dqn": DQN, "ppo": PPO, "a2c": A2C}
-# A2C has PPO's policy.
-algorithms = pytest.mark.parametrize("algorithm", ["dqn", "ppo", pytest.param("a2c", marks=pytest.mark.slow)])
+# What PPO does with one image is in test_policies_actor_critic.py, and A2C has PPO's policy.
+algorithms = pytest.mark.parametrize(
+    "algorithm", ["dqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "a2c"))]
+)
 GREY = spaces.Box(0, 255, (1, 32, 32), np.uint8)
 SPEED = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 

@@ -20,7 +20,6 @@ from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, MonitorCallback, UnfreezeCallback
 from sb3_resnet.extractor import ResNetExtractor, extractors_in
 from tests.helpers import (
-    ON_POLICY,
     CutError,
     TinyGame,
     assert_same,
@@ -30,7 +29,8 @@ from tests.helpers import (
     snapshot,
 )
 
-algorithms = pytest.mark.parametrize("algorithm", ON_POLICY)
+# A2C has PPO's policy and buffer.
+algorithms = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
 SGD = {"optimizer_class": "SGD"}
 ALL = [{"at_timestep": 32, "unfreeze_from": "all"}]
 MOVES = [{"at_timestep": 48, "unfreeze_from": "layer4"}, {"at_timestep": 96, "unfreeze_from": "layer3"}]

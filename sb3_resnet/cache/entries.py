@@ -133,6 +133,8 @@ class EntryCache:
             return
         for image_id in image_ids.tolist():
             self._waiting.pop(image_id, None)
+        if not self._waiting:
+            self._waiting.clear()  # an emptied dict keeps the memory of all that it ever held
         self._reach(int(image_ids.max(initial=-1)))
         slots = self._free_slots(len(image_ids), entries)
         # Where memory is limited to less than these, the first of them find none.
