@@ -17,7 +17,7 @@ from sb3_resnet.cli import setups, trial
 from sb3_resnet.cli.doctor import examine
 from sb3_resnet.cli.envs import env_for
 from sb3_resnet.cli.explain import default_layer, heat_maps, image_key, play_greedily
-from sb3_resnet.cli.loading import extractors_of
+from sb3_resnet.cli.loading import extractors_of, load_model
 from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.observed import by_key, described, flat
 from tests.helpers import DictGame, GoalGame, dict_observations, make_dict_model, make_model, run_command, scores
@@ -270,6 +270,16 @@ def test_explain_writes_sheet_and_episode(algorithm, dict_id, tmp_path, monkeypa
     heights = [Image.open(f"{folder}/sheet.png").size for folder in ("explain", "depth")]
     assert heights == [(260, 22 + 278), (256, 22 + 274)]
     assert (tmp_path / "depth" / "episode.gif").exists()
+
+
+@pytest.mark.parametrize("trust", [False, True])
+def test_a_model_of_her_is_loaded_without_its_environment(trust, tmp_path):
+    her = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
+    model = make_dict_model(env=GoalGame(), **her)
+    model.save(tmp_path / "model.zip")
+    loaded = load_model(tmp_path / "model.zip", trust=trust, takes_dict=True)
+    observations = dict_observations(model)
+    assert th.equal(scores(loaded, observations), scores(model, observations))
 
 
 def test_explain_refuses_an_image_that_is_not_there(dict_id, tiny_id, tmp_path, monkeypatch):
