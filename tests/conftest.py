@@ -55,6 +55,15 @@ def tiny_id():
 
 
 @pytest.fixture
+def dict_id():
+    """The game with a Dict in gymnasium's registry."""
+    registry = gym.envs.registration.registry
+    gym.register("Dict-v0", "tests.helpers:DictGame")
+    yield "Dict-v0"
+    del registry["Dict-v0"]
+
+
+@pytest.fixture
 def hub(tmp_path, monkeypatch):
     """The Hugging Face Hub as a folder; what SB3's integration calls of its client is replaced, and nothing else."""
     import huggingface_hub

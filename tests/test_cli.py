@@ -21,7 +21,7 @@ from sb3_resnet.cli import setups, trial
 from sb3_resnet.cli.app import app
 from sb3_resnet.cli.envs import register_atari
 from sb3_resnet.cli.extras import import_extra, missing_extra
-from sb3_resnet.cli.loading import load_model
+from sb3_resnet.cli.loading import extractors_of, load_model
 from tests.helpers import TinyGame, assert_same, fill, make_actor_critic, make_model, run_command, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
@@ -595,7 +595,7 @@ def test_missing_extras_are_told_by_the_error():
 def test_updates_for_each_step(options, updates):
     model = make_model(**options)
     played, env_step = trial.play(model, 4)
-    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    speed = trial.measure(model, extractors_of(model), played, env_step)
     assert speed.updates == updates
     assert model._n_updates > 0
     if updates is None:
@@ -607,7 +607,7 @@ def test_updates_for_each_step(options, updates):
 def test_refused_caches_are_left_out():
     model = make_model(extractor={"norm": "batch"})
     played, env_step = trial.play(model, 4)
-    speed = trial.measure(model, model.policy.online.features_extractor, played, env_step)
+    speed = trial.measure(model, extractors_of(model), played, env_step)
     assert speed.cached_update is None
     assert speed.cache_refusal.startswith("norm='batch' makes an entry depend on the batch")
 

@@ -16,7 +16,7 @@ from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
 from sb3_resnet.diagnosis import setup_rules as diagnosis
 from sb3_resnet.diagnosis.setup_rules import has_random_weights
 from sb3_resnet.diagnosis.setup_rules import static_findings as static
-from tests.helpers import TinyGame, fill, make_model, start, trained
+from tests.helpers import TinyGame, fill, make_dict_model, make_model, start, trained
 
 
 def codes(findings):
@@ -267,6 +267,10 @@ def test_a_buffer_that_does_not_fit_names_the_size_that_does(monkeypatch):
     monkeypatch.setattr(diagnosis, "available_bytes", lambda: 1000)
     (found,) = static(trained(make_model(replay_buffer_class=FrameReplayBuffer)))
     assert "FrameReplayBuffer" not in found.change
+    model = make_dict_model(extractor={"freeze_backbone": False})
+    monkeypatch.setattr(diagnosis, "available_bytes", lambda: growth_bytes(model) // 2)
+    (found,) = static(model)
+    assert (found.code, found.change) == ("buffer_memory", "Write buffer_size=27.")
 
 
 def flat(value, n=30):

@@ -8,38 +8,31 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import torch as th
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from sb3_resnet.cache import sizes
-from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
-from sb3_resnet.cli import envs, setups, trial
+from sb3_resnet.cli import check_parts, envs, setups, trial
 from sb3_resnet.cli.check_rules import gradient_findings, memory_findings, settings_findings
 from sb3_resnet.cli.extras import import_extra, missing_extra
-from sb3_resnet.cli.loading import extractor_of
-from sb3_resnet.cli.network import ScoreNetwork
+from sb3_resnet.cli.loading import extractors_of
 from sb3_resnet.cli.options import Device, EnvId, Packages, Strict, Trust, Wrapper
 from sb3_resnet.cli.show import gigabytes, pairs_table, show_findings, show_groups
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import integer, number, shown
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.diagnosis import Finding
-from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.optim.summary import param_group_summary
 
 Param = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the algorithm; repeat")]
 PolicyKwarg = Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the policy; repeat")]
 ExtractorKwarg = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of ResNetExtractor; repeat")
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="argument of the features extractor; repeat")
 ]
 ConfFile = Annotated[
     Path | None, typer.Option(metavar="FILE", help="RL-Zoo's YAML; without one, the options below and defaults")
 ]
-_COMPARED = 64  # observations on which precisions are compared
 _PLAYED = 200  # random steps: enough to see how frames are stacked, and done within a second
 _TWO_COLUMNS = 100  # characters
 
@@ -119,7 +112,7 @@ def check(build: Callable[[], setups.Setup], available: int | None = None) -> Re
     report = Report()
     try:
         setup = build()
-        extractor_of(setup.model)
+        extractors_of(setup.model)
     except Exception as error:  # any error of environment, RL-Zoo, policy or algorithm would stop the run
         report.findings.append(Finding("setup", one_line(error), "", missing_extra(error), "error"))
         return report
@@ -175,114 +168,21 @@ def _pairs(option: str, texts: list[str] | None) -> dict[str, Any]:
 
 def _inspect(report: Report, setup: setups.Setup, available: int | None) -> None:
     model = setup.model
-    extractor = extractor_of(model)
-    report.model = _describe(setup, extractor)
+    extractors = extractors_of(model)
+    report.model = check_parts.model_rows(setup, extractors)
     report.groups = param_group_summary(model, show=False)
     report.findings += settings_findings(setup)
     played, env_step = trial.play(model, max(2, _PLAYED // model.n_envs))
-    if setup.buffer_size is not None:
-        report.memory = _memory(setup, extractor, played, available)
-        report.findings += memory_findings(setup, dict(report.memory))
-    report.shapes = _shapes(model, extractor, played)
-    report.model += _precision(model, extractor, played)
+    report.memory = check_parts.memory_rows(setup, extractors, played, available)
+    report.findings += memory_findings(setup, dict(report.memory))
+    report.shapes = check_parts.shape_rows(model, extractors, played)
+    report.model += check_parts.precision_rows(model, extractors, played)
     cache = setup.callback(FeatureCacheCallback)
-    speed = trial.measure(model, extractor, played, env_step, cache)
+    speed = trial.measure(model, extractors, played, env_step, cache)
     if cache is not None and speed.cache_refusal is not None:
         seen = f"FeatureCacheCallback: {speed.cache_refusal}."
         report.findings.append(Finding("feature_cache", seen, "Training would end at its start.", "", "error"))
     report.findings += gradient_findings(model)
-    report.speed = _speed(speed, setup.total_timesteps)
+    report.speed = check_parts.speed_rows(speed, setup.total_timesteps)
     told = "frozen with random weights"  # there is a finding about it already
     report.findings += [Finding("warned", text, "", "") for text in setup.warnings if told not in text]
-
-
-def _describe(setup: setups.Setup, extractor: Any) -> list[tuple[str, str]]:
-    model = setup.model
-    boundary = extractor.freeze_boundary
-    trains = "nothing of it trains" if boundary is None else f"trains from {boundary} up"
-    backbone = (model.policy_kwargs.get("features_extractor_kwargs") or {}).get("backbone", "resnet18")
-    lines = [
-        ("algorithm", f"{type(model).__name__} with {type(model.policy).__name__}"),
-        ("observations", f"{model.n_envs} x {model.observation_space.dtype} {model.observation_space.shape}"),
-        ("actions", str(model.action_space)),
-        ("device", str(model.device)),
-        ("backbone", f"{backbone}: {trains}"),
-        ("batch size", str(trial.batch_size_of(model))),
-        ("steps of the run", f"{setup.total_timesteps:,}"),
-    ]
-    names = sorted({type(callback).__name__ for callback in setup.all_callbacks})
-    return [*lines, ("callbacks", ", ".join(names))] if names else lines
-
-
-def _memory(setup: setups.Setup, extractor: Any, played: Array, available: int | None) -> list[tuple[str, int]]:
-    model, size = setup.model, setup.buffer_size
-    assert size is not None
-    flat = played.reshape(-1, *played.shape[2:])
-    rows = [
-        ("ReplayBuffer", sizes.stock_buffer_bytes(model, size)),
-        ("FrameReplayBuffer", sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat))),
-    ]
-    cache = setup.callback(FeatureCacheCallback)
-    copies = None if cache is None else cache.augment_copies
-    entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractor, copies)
-    if entries:
-        rows.append(("feature cache", entries))
-    return rows if available is None else [*rows, ("available", available)]
-
-
-def _precision(model: Any, extractor: Any, played: Array) -> list[tuple[str, str]]:
-    """The precision of the frozen stages, and by how much it blurs what distinguishes observations."""
-    if not extractor.encoder.can_gain:
-        return []
-    observations = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_COMPARED], device=model.device)
-    share = rounding_error(extractor.encoder, observations)
-    text = f"{extractor.frozen_dtype}, off by {share:.2%} of the spread over {len(observations)} observations"
-    return [("frozen stages", text)]
-
-
-def _shapes(model: Any, extractor: Any, played: Array) -> list[tuple[str, tuple[int, ...]]]:
-    """Shapes of a random batch as it passes the network."""
-    size = trial.batch_size_of(model)
-    observations = played.reshape(-1, *played.shape[2:])
-    batch = th.as_tensor(np.random.default_rng(0).choice(observations, size), device=model.device)
-    rows = [("observations", tuple(batch.shape))]
-    with th.no_grad():
-        x = extractor.preprocess(extractor.scale_raw(batch))
-        rows.append(("preprocessed", tuple(x.shape)))
-        for stage in extractor.stages:
-            x = extractor.run_stages(x, [stage])
-            rows.append((stage, tuple(x.shape)))
-        pooled = extractor.trunk.pool(x, size)
-        rows.append((f"pooled ({extractor.pooling})", tuple(pooled.shape)))
-        rows.append(("scores of actions", tuple(ScoreNetwork(model)(batch).shape)))
-    return rows
-
-
-def _speed(speed: trial.Speed, total_timesteps: int) -> list[tuple[str, str]]:
-    rows = [
-        ("environment step", _milliseconds(speed.env_step)),
-        ("choosing actions", _milliseconds(speed.act)),
-        ("gradient update", _milliseconds(speed.update)),
-    ]
-    if speed.cached_update is not None:
-        rows.append(("gradient update, cached", _milliseconds(speed.cached_update)))
-    if speed.encode is not None:
-        rows.append(("frozen stages, fast encoder", f"{_three_digits(1 / speed.encode)} images/s"))
-    for name, update in (("whole run", speed.update), ("whole run, cached", speed.cached_update)):
-        rate = speed.steps_per_second(update)
-        if rate is not None:
-            rows.append((name, f"{_three_digits(rate)} steps/s, {_duration(total_timesteps / rate)}"))
-    return rows
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _milliseconds(seconds: float) -> str:
-    return f"{_three_digits(1000 * seconds)} ms"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.0f} h"

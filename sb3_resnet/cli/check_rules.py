@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from gymnasium import spaces
+
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
 from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.cli.setups import Setup
@@ -39,13 +41,14 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     cached = setup.callback(FeatureCacheCallback) is not None
     # FeatureCacheCallback replaces SB3's buffer by one of these.
     ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
-    available, frames = needed["available"], needed["FrameReplayBuffer"]
-    buffer, cache = frames if ours else needed["ReplayBuffer"], needed.get("feature cache", 0)
+    available, frames = needed["available"], needed.get("FrameReplayBuffer")
+    buffer = frames if ours and frames is not None else needed[stock_name(setup.model)]
+    cache = needed.get("feature cache", 0)
     why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
     if buffer > available:
         seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
         change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
-        if not ours and frames < available:
+        if not ours and frames is not None and frames < available:
             arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
             change += f", or {arguments}, which takes about {gigabytes(frames)}"
         return [Finding("buffer_memory", seen, why, f"{change}.", "error")]
@@ -54,6 +57,15 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
         change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
         return [Finding("cache_memory", seen, why, change)]
     return []
+
+
+def stock_name(model: Any) -> str:
+    """
+    :param model: an off-policy model
+    :return: name of the replay buffer that it has without this package
+    """
+    is_dict = isinstance(model.observation_space, spaces.Dict)
+    return str(model.replay_buffer_class.__name__) if is_dict else "ReplayBuffer"
 
 
 def gradient_findings(model: Any) -> list[Finding]:

@@ -70,7 +70,9 @@ def examine(folder: str | Path, trust: bool = False) -> Examination:
         known = {"buffer_memory", *(finding.code for finding in findings)}
         try:
             findings += [
-                found for found in static_findings(load_model(run.model, trust=trust)) if found.code not in known
+                found
+                for found in static_findings(load_model(run.model, trust=trust, takes_dict=True))
+                if found.code not in known
             ]
             facts.append(("model", str(run.model)))
         except (ValueError, ImportError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import gymnasium as gym
@@ -14,6 +14,7 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_resnet.cli.extras import missing_extra
+from sb3_resnet.cli.observed import described
 from sb3_resnet.cli.texts import one_line
 
 ATARI_STACK = 4
@@ -53,7 +54,7 @@ def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) 
     """
     Make one environment that fits a model; frames are stacked until the shapes agree.
 
-    :param model: an SB3 model of images
+    :param model: an SB3 model of images, or of a Dict
     :param env_id: id of gymnasium's registry
     :param seed: seed of the environment
     :param wrapper: dotted path of a further wrapper class
@@ -61,9 +62,9 @@ def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) 
     :raises ValueError: if its observations or actions differ from the model's
     """
     env = make_env(env_id, 1, seed, 1, wrapper)
-    wanted, given = model.observation_space.shape, env.observation_space.shape
-    if given is not None and len(given) == 3 and given[1:] == wanted[1:] and wanted[0] % given[0] == 0:
-        env = _stacked(env, wanted[0] // given[0])
+    frames = _frames_of(model.observation_space, env.observation_space)
+    if frames > 1:
+        env = _stacked(env, frames)
     if env.observation_space != model.observation_space or env.action_space != model.action_space:
         env.close()
         raise ValueError(
@@ -119,10 +120,25 @@ def _stacked(env: VecEnv, frames: int) -> VecEnv:
         env = env.venv
     if frames > 1:
         env = VecFrameStack(env, frames)
-    space = env.observation_space
-    if is_image_space(space) and not is_image_space_channels_first(space):  # type: ignore[arg-type]  # an image space is a Box
+    space: Any = env.observation_space
+    parts: Iterable[Any] = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
+    # As SB3 does: if the images of a Dict differ in their layout, VecTransposeImage says so.
+    if any(is_image_space(part) and not is_image_space_channels_first(part) for part in parts):
         env = VecTransposeImage(env)
     return env
+
+
+def _frames_of(wanted: Any, given: Any) -> int:
+    """:return: how many observations of one space make one of the other; 1 where stacking does not make it fit"""
+    if isinstance(wanted, spaces.Dict) and isinstance(given, spaces.Dict) and wanted.keys() == given.keys():
+        counts = {_frames_of(wanted[key], given[key]) for key in given}
+        return counts.pop() if len(counts) == 1 else 1
+    old, new = getattr(given, "shape", None) or (), getattr(wanted, "shape", None) or ()
+    # VecFrameStack puts images of uint8 together by channel, and all others by the last axis.
+    axis = 0 if len(old) == 3 else len(old) - 1
+    if len(old) != len(new) or not old or old[:axis] + old[axis + 1 :] != new[:axis] + new[axis + 1 :]:
+        return 1
+    return new[axis] // old[axis] if new[axis] % old[axis] == 0 else 1
 
 
 def class_of(option: str, path: str) -> Any:
@@ -142,5 +158,5 @@ def class_of(option: str, path: str) -> Any:
 def _brief(owner: Any) -> str:
     space = owner.observation_space
     if isinstance(space, spaces.Dict):
-        return f"a Dict of {', '.join(space.spaces)} and {owner.action_space}"
+        return f"a Dict of {described(space)} and {owner.action_space}"
     return f"{space.dtype} observations {space.shape} and {owner.action_space}"

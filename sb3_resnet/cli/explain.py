@@ -10,13 +10,15 @@ from typing import Annotated, Any
 import numpy as np
 import torch as th
 import typer
+from stable_baselines3.common.utils import obs_as_tensor
 from torch.nn import functional as F
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.loading import extractor_of, load_model
+from sb3_resnet.cli.loading import extractors_of, load_model
 from sb3_resnet.cli.network import ScoreNetwork
+from sb3_resnet.cli.observed import by_key, label
 from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
 from sb3_resnet.cli.pictures import Episode
 from sb3_resnet.common.arguments import choice, integer
@@ -39,6 +41,7 @@ def command(
     method: Annotated[
         str, typer.Option(metavar="NAME", help="gradcam: places that raise the score; saliency: pixels that change it")
     ] = "gradcam",
+    key: Annotated[str | None, typer.Option(metavar="NAME", help="which image of a Dict; default: the first")] = None,
     layer: Annotated[
         str | None,
         typer.Option(metavar="STAGE", help="of Grad-CAM; default: the highest whose map has 5 pixels a side"),
@@ -60,57 +63,83 @@ def command(
         choice("--layer", layer, STAGES)
     pictures.refuse_unwritable(output)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model, device, trust)
-    layer = layer or default_layer(agent)
+    agent = load_model(model, device, trust, takes_dict=True)
+    image = image_key(agent, key)
+    layer = layer or default_layer(agent, image)
     with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
-        episode = play_greedily(agent, game, steps)
-    heat = heat_maps(agent, episode.observations, episode.actions, method, layer)
+        episode = play_greedily(agent, game, steps, image)
+    heat = heat_maps(agent, episode.observations, episode.actions, method, layer, image, episode.features)
     output.mkdir(parents=True, exist_ok=True)
     how = f"Grad-CAM at {layer}" if method == "gradcam" else "saliency"
-    picture = pictures.sheet(episode, heat, frames, f"{env}: {how} of the greedy action's score")
+    title = label(image, f"{how} of the greedy action's score")
+    picture = pictures.sheet(episode, heat, frames, f"{env}: {title}")
     picture.save(output / "sheet.png", optimize=True)
     video = output / f"episode.{'gif' if gif else 'mp4'}"
     pictures.write_video(video, episode, heat)
-    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps{_said_of_precision(agent, episode)}"
+    returned = f"return {episode.rewards.sum():g} in {len(heat)} steps{_said_of_precision(agent, episode, image)}"
     context.obj.print(f"{output / 'sheet.png'} and {video}: {returned}", highlight=False, soft_wrap=True)
 
 
-def _said_of_precision(model: Any, episode: Episode) -> str:
-    frozen_dtype = extractor_of(model).frozen_dtype
+def image_key(model: Any, given: str | None = None) -> str:
+    """
+    :param model: an SB3 model with a ResNet
+    :param given: what the user wrote
+    :return: the key of an image that it sees, the first by default; ``""`` if it sees one image and no Dict
+    :raises ValueError: if it sees no such image
+    """
+    keys = [*extractors_of(model)]
+    if given is None:
+        return keys[0]
+    if keys == [""]:
+        raise ValueError(f"--key {given}: the model sees one image, and no Dict: leave --key out")
+    return choice("--key", given, keys)
+
+
+def _said_of_precision(model: Any, episode: Episode, key: str) -> str:
+    network = ScoreNetwork(model, key).eval()
+    frozen_dtype = network.extractor.frozen_dtype
     if frozen_dtype == "float32":
         return ""
-    difference = ScoreNetwork(model).eval().difference(episode.observations)
+    difference = network.difference(episode.observations, episode.features)
     return f"; explained in float32, whose scores differ from the model's in {frozen_dtype} by at most {difference:.1e}"
 
 
-def play_greedily(model: Any, env: Any, steps: int) -> Episode:
+def play_greedily(model: Any, env: Any, steps: int, key: str = "") -> Episode:
     """
     Play one episode with the greedy actions.
 
     :param model: an SB3 model with a ResNet and discrete actions
     :param env: one environment that fits the model
     :param steps: largest number of steps
+    :param key: the image of a Dict that is kept; ``""`` for a model of one image
     :return: the episode
     """
-    network = ScoreNetwork(model).eval()
+    network = ScoreNetwork(model, key).eval()
     observation = env.reset()
-    seen, scores, rewards = [], [], []
+    seen, features, scores, rewards = [], [], [], []
     for _ in range(steps):
-        score = network.of_policy(th.as_tensor(observation, device=model.device)).cpu().numpy()
-        seen.append(observation[0])
+        found = network.features(obs_as_tensor(observation, model.device))
+        with th.no_grad():
+            score = network.scores(found).cpu().numpy()
+        seen.append(by_key(observation)[key][0])
+        features.append(found[0].cpu().numpy())
         scores.append(score[0])
         observation, reward, done, _ = env.step(score.argmax(axis=1))
         rewards.append(float(reward[0]))
         if done[0]:
             break
-    table = np.stack(scores)
-    return Episode(
-        np.stack(seen), table, table.argmax(axis=1), np.array(rewards), _action_names(env, network.n_actions)
-    )
+    table, names = np.stack(scores), _action_names(env, network.n_actions)
+    return Episode(np.stack(seen), table, table.argmax(axis=1), np.array(rewards), names, np.stack(features))
 
 
 def heat_maps(
-    model: Any, observations: Array, actions: Array, method: str = "gradcam", layer: str | None = None
+    model: Any,
+    observations: Array,
+    actions: Array,
+    method: str = "gradcam",
+    layer: str | None = None,
+    key: str = "",
+    features: Array | None = None,
 ) -> Array:
     """
     Compute where a change of the image would change the score of an action.
@@ -119,34 +148,42 @@ def heat_maps(
     Saliency (arXiv 1312.6034) is the absolute gradient of each pixel, the largest over its channels.
 
     :param model: an SB3 model with a ResNet and discrete actions
-    :param observations: ``(n, C, H, W)``
+    :param observations: the image, ``(n, C, H, W)``
     :param actions: the action to explain for each observation, ``(n,)``
     :param method: one of :data:`METHODS`
     :param layer: the stage that Grad-CAM looks at; ``None``: see :func:`default_layer`
+    :param key: which image of a Dict this is; ``""`` for a model of one image
+    :param features: those of the whole Dict, ``(n, m)``, as in :class:`~sb3_resnet.cli.pictures.Episode`; ``None`` for
+        a model of one image
     :return: ``(n, H, W)``, each map scaled to 0..1; all zero where nothing raises the score
     """
     choice("method", method, METHODS)
-    network = ScoreNetwork(model).eval()
-    layer = layer or default_layer(model)
+    network = ScoreNetwork(model, key).eval()
+    layer = layer or default_layer(model, key)
     choice("layer", layer, network.extractor.stages)
     maps = []
     for start in range(0, len(observations), _BATCH):
         part = slice(start, start + _BATCH)
         images = th.as_tensor(observations[part], device=model.device).float().requires_grad_()
         targets = th.as_tensor(actions[part], device=model.device)
-        hot = _saliency(network, images, targets) if method == "saliency" else gradcam(network, images, targets, layer)
+        beside = None if features is None else th.as_tensor(features[part], device=model.device)
+        if method == "saliency":
+            hot = _saliency(network, images, targets, beside)
+        else:
+            hot = gradcam(network, images, targets, layer, beside=beside)
         maps.append(hot.detach().cpu().numpy())
     heat: Array = np.concatenate(maps).clip(min=0.0)
     highest = heat.max(axis=(1, 2), keepdims=True)
     return heat / np.where(highest > 0, highest, 1.0)
 
 
-def default_layer(model: Any) -> str:
+def default_layer(model: Any, key: str = "") -> str:
     """
     :param model: an SB3 model with a ResNet
+    :param key: which image of a Dict; ``""`` for a model of one image
     :return: the highest stage whose map is at least :data:`SMALLEST_MAP` pixels high and wide, else the lowest stage
     """
-    extractor = extractor_of(model)
+    extractor = extractors_of(model)[key]
     stages = [stage for stage in extractor.stages if stage in STAGES]
     # The map is halved twice by the stem, and once by each layer after layer1.
     side = min(extractor.preprocessing.size)
@@ -155,27 +192,36 @@ def default_layer(model: Any) -> str:
     return large[-1] if large else stages[0]
 
 
-def gradcam(network: ScoreNetwork, images: th.Tensor, targets: th.Tensor, layer: str, relu: bool = True) -> th.Tensor:
+def gradcam(
+    network: ScoreNetwork,
+    images: th.Tensor,
+    targets: th.Tensor,
+    layer: str,
+    relu: bool = True,
+    beside: th.Tensor | None = None,
+) -> th.Tensor:
     """
     :param network: network of the model
     :param images: float images that require a gradient, ``(n, C, H, W)``
     :param targets: the action to explain for each image, ``(n,)``
     :param layer: a stage of the trunk
     :param relu: whether to show only what raises the score
+    :param beside: the features of the whole Dict, ``(n, m)``; ``None`` for a model of one image
     :return: unscaled maps, ``(n, H, W)``; with ``adapter="per_frame"`` those of the newest frame
     """
     captum = import_extra("captum.attr")
     module = network.extractor.stage_modules(layer)[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captum warns about its own hooks
-        maps = captum.LayerGradCam(network, module).attribute(images, target=targets, relu_attributions=relu)
+        method = captum.LayerGradCam(network, module)
+        maps = method.attribute(images, targets, additional_forward_args=beside, relu_attributions=relu)
     newest = maps.reshape(len(images), -1, *maps.shape[-2:])[:, -1:]
     return F.interpolate(newest, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
 
-def _saliency(network: ScoreNetwork, images: th.Tensor, targets: th.Tensor) -> th.Tensor:
+def _saliency(network: ScoreNetwork, images: th.Tensor, targets: th.Tensor, beside: th.Tensor | None) -> th.Tensor:
     captum = import_extra("captum.attr")
-    gradient: th.Tensor = captum.Saliency(network).attribute(images, target=targets, abs=True)
+    gradient: th.Tensor = captum.Saliency(network).attribute(images, targets, additional_forward_args=beside)
     return gradient.amax(dim=1)
 
 

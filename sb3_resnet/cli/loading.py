@@ -11,6 +11,7 @@ from typing import Any
 
 import torch as th
 from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3.common.buffers import DictReplayBuffer
 
 from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.cli.pickles import unpickled_data
@@ -25,7 +26,7 @@ _MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip
 _SMALL: dict[str, Any] = {"buffer_size": 1, "n_envs": 1, "tensorboard_log": None, "verbose": 0}
 
 
-def load_model(path: str | Path, device: str = "cpu", trust: bool = False) -> Any:
+def load_model(path: str | Path, device: str = "cpu", trust: bool = False, takes_dict: bool = False) -> Any:
     """
     Load a model that Stable-Baselines3 saved, without a replay buffer of its size and without its environment.
 
@@ -35,6 +36,7 @@ def load_model(path: str | Path, device: str = "cpu", trust: bool = False) -> An
     :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C
     :param device: device of the model: ``"auto"``, ``"cpu"`` or ``"cuda"``
     :param trust: also run code that the file holds, such as a learning rate that is a function
+    :param takes_dict: whether a model that sees a Dict will do
     :return: the model
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not such a model, has no ResNet, or names other code than ``trust`` allows
@@ -44,13 +46,20 @@ def load_model(path: str | Path, device: str = "cpu", trust: bool = False) -> An
     algorithm = algorithm_class(algorithm_name(path))
     content = path.read_bytes()  # once: what is looked at is what is loaded
     parts = None if trust else unpickled_data(content, path)
+
+    def load(**others: Any) -> Any:
+        return algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **_SMALL, **others)
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as those about attributes that this version of SB3 does not have
-            model = algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **_SMALL)
+            try:
+                model = load()
+            except AssertionError:  # HerReplayBuffer wants an environment, and nothing is sampled here
+                model = load(replay_buffer_class=DictReplayBuffer, replay_buffer_kwargs={})
     except Exception as error:  # damaged archives and foreign pickles raise almost anything
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
-    extractor_of(model, str(path))
+    (extractors_of if takes_dict else extractor_of)(model, str(path))
     return model
 
 
@@ -72,28 +81,46 @@ def read_device(name: str) -> str:
     return name
 
 
-def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
+def eyes_of(model: Any) -> Any:
+    """
+    :param model: an SB3 model
+    :return: the features extractor of the network that acts, of whatever class; ``None`` if it has none
+    """
+    return getattr(getattr(model.policy, "online", model.policy), "features_extractor", None)
+
+
+def extractors_of(model: Any, name: str = "The model") -> dict[str, ResNetExtractor]:
     """
     :param model: an SB3 model
     :param name: name of the model in the error
-    :return: the features extractor of the network that acts
-    :raises ValueError: if it is no ``ResNetExtractor``
+    :return: the ResNet of each image in the network that acts, by its key in the Dict; ``""`` for a single image
+    :raises ValueError: if it has no ResNet
     """
-    policy = model.policy
-    owner = getattr(policy, "online", policy)
-    extractor = getattr(owner, "features_extractor", None)
-    if isinstance(extractor, ResNetCombinedExtractor):
-        raise ValueError(
-            f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
-            "ResNetCnnPolicy (sb3-resnet groups, doctor and plot work with a Dict)"
-        )
-    if not isinstance(extractor, ResNetExtractor):
-        other = getattr(policy, "features_extractor_class", type(extractor)).__name__
+    eyes = eyes_of(model)
+    if isinstance(eyes, ResNetCombinedExtractor):
+        return eyes.resnets
+    if not isinstance(eyes, ResNetExtractor):
+        other = getattr(model.policy, "features_extractor_class", type(eyes)).__name__
         raise ValueError(
             f"{name} sees with {other}, not with ResNetExtractor: give a model trained with "
             "ResNetCnnPolicy, or with features_extractor_class=ResNetExtractor"
         )
-    return extractor
+    return {"": eyes}
+
+
+def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
+    """
+    :param model: an SB3 model
+    :param name: name of the model in the error
+    :return: the ResNet of its one image, in the network that acts
+    :raises ValueError: if it has no ResNet, or sees a Dict
+    """
+    if isinstance(eyes_of(model), ResNetCombinedExtractor):
+        raise ValueError(
+            f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
+            "ResNetCnnPolicy (sb3-resnet groups, doctor, plot, check and explain work with a Dict)"
+        )
+    return extractors_of(model, name)[""]
 
 
 def model_file(path: str | Path) -> Path:

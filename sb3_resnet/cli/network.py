@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import preprocess_obs
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.cli.loading import extractor_of
+from sb3_resnet.cli.loading import extractor_of, extractors_of, eyes_of
 
 _BATCH = 32
 
@@ -23,57 +25,87 @@ class ScoreNetwork(nn.Module):
     the highest score. Unlike in the policy's own forward pass, gradients flow through frozen stages, and these
     compute in float32 whatever the model's ``frozen_dtype`` is.
 
+    Of a Dict it is a function of one image; the features of all other inputs are given.
+
     :param model: an SB3 model with a ResNet
-    :raises ValueError: if its actions are not discrete
+    :param key: key of the image in the Dict; ``""`` for a model of one image
+    :raises ValueError: if its actions are not discrete, or if it sees a Dict and has no such image
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, key: str = "") -> None:
         super().__init__()
         if not isinstance(model.action_space, spaces.Discrete):
             raise ValueError(f"This needs one score per action, so discrete actions, not {model.action_space}")
-        self.extractor = extractor_of(model)
+        extractors = extractors_of(model)
+        self.extractor = extractors[key] if key in extractors else extractor_of(model)
+        # The features of images come first, in the order of their keys.
+        self._start = sum(extractors[name].features_dim for name in takewhile(lambda name: name != key, extractors))
+        self._space = model.observation_space
+        self._eyes = [eyes_of(model)]  # in a list, so that nothing is a part of this module twice
         self.n_actions = int(model.action_space.n)
         model.policy.set_training_mode(False)
         self.head = _head_of(model.policy)
-        self.resize = _Resize(model.observation_space.shape[1:], self.extractor.image_size)
+        self.resize = _Resize(self.extractor.preprocessing.observed_size, self.extractor.image_size)
         self.to(model.device)
 
-    def forward(self, observations: th.Tensor) -> th.Tensor:
+    def forward(self, observations: th.Tensor, features: th.Tensor | None = None) -> th.Tensor:
         """
-        :param observations: ``(batch, C, H, W)``, raw values of the space; floats may require a gradient
+        :param observations: the image, ``(batch, C, H, W)``, raw values of the space; floats may require a gradient
+        :param features: those of the whole Dict, of :meth:`features`, whose part of this image is replaced; ``None``
+            for a model of one image
         :return: scores ``(batch, actions)``
         """
         extractor = self.extractor
         x = extractor.preprocess(self.resize(extractor.scale_raw(observations)))
         pooled = extractor.trunk.pool(extractor.run_stages(x, extractor.stages), observations.shape[0])
-        return self._scores(extractor.projection(pooled))
+        own = extractor.projection(pooled)
+        if features is not None:
+            own = th.cat([features[:, : self._start], own, features[:, self._start + own.shape[1] :]], dim=1)
+        return self.scores(own)
 
-    def of_policy(self, observations: th.Tensor) -> th.Tensor:
+    def features(self, observations: Any) -> th.Tensor:
         """
-        Compute the scores that the policy itself acts by: its frozen stages compute in the model's ``frozen_dtype``.
+        Compute what the head of the policy itself gets: frozen stages compute in the model's ``frozen_dtype``.
 
-        :param observations: as for :meth:`forward`
-        :return: scores ``(batch, actions)``
+        :param observations: of the whole space, raw values: ``(batch, C, H, W)``, or tensors by key
+        :return: features ``(batch, n)``
+        """
+        seen = preprocess_obs(observations, self._space)
+        with th.no_grad():
+            features: th.Tensor = self._eyes[0](seen)
+        return features
+
+    def of_policy(self, observations: Any) -> th.Tensor:
+        """
+        :param observations: as for :meth:`features`
+        :return: the scores that the policy itself acts by, ``(batch, actions)``
         """
         with th.no_grad():
-            return self._scores(self.extractor(self.extractor.scale_raw(observations)))
+            return self.scores(self.features(observations))
 
-    def difference(self, observations: Array) -> float:
+    def difference(self, observations: Array, features: Array | None = None) -> float:
         """
-        :param observations: raw values of the space, ``(n, C, H, W)``
+        :param observations: the image, raw values of its space, ``(n, C, H, W)``
+        :param features: those of the whole Dict that the policy acted by, ``(n, m)``; ``None`` for a model of one image
         :return: largest difference between the scores of this network and those that the policy acts by
         """
-        found = []
+        device, found = self.extractor.input_mean.device, []
         for start in range(0, len(observations), _BATCH):
-            part = th.as_tensor(observations[start : start + _BATCH], device=self.extractor.input_mean.device)
+            part = slice(start, start + _BATCH)
+            images = th.as_tensor(observations[part], device=device)
+            acted_by = self.features(images) if features is None else th.as_tensor(features[part], device=device)
             with th.no_grad():
-                found.append(float((self(part) - self.of_policy(part)).abs().max()))
+                found.append(float((self(images, acted_by) - self.scores(acted_by)).abs().max()))
         return max(found)
 
-    def _scores(self, features: th.Tensor) -> th.Tensor:
+    def scores(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: what the head gets, ``(batch, n)``
+        :return: scores ``(batch, actions)``
+        """
         # QR-DQN's outputs are (quantiles, actions); all others' have a single row.
-        scores: th.Tensor = self.head(features).reshape(features.shape[0], -1, self.n_actions).mean(dim=1)
-        return scores
+        found: th.Tensor = self.head(features).reshape(features.shape[0], -1, self.n_actions).mean(dim=1)
+        return found
 
 
 class _Resize(nn.Module):

@@ -26,11 +26,12 @@ class Episode:
     """
     What the agent saw and did.
 
-    :param observations: observations, ``(steps, C, H, W)``
+    :param observations: observations, of a Dict those of one image, ``(steps, C, H, W)``
     :param scores: score of each action, ``(steps, actions)``: Q-values, or logits for PPO and A2C
     :param actions: the greedy actions, which were taken, ``(steps,)``
     :param rewards: the rewards, ``(steps,)``
     :param names: names of the actions
+    :param features: what the head of the network got of each whole observation, ``(steps, n)``
     """
 
     observations: Array
@@ -38,6 +39,7 @@ class Episode:
     actions: Array
     rewards: Array
     names: list[str]
+    features: Array
 
 
 def refuse_unwritable(path: Path) -> None:

@@ -29,6 +29,7 @@ ALGORITHMS = ("dqn", "qrdqn", "ppo", "a2c")
 Callback = TypeVar("Callback")
 _TIMESTEPS = 1_000_000
 _ROWS = 8  # rows of the small replay buffer, per environment
+_HER_ROWS = 256  # HerReplayBuffer samples whole episodes: all rows are kept that are played in a trial
 
 
 @dataclass(frozen=True)
@@ -228,7 +229,9 @@ def _small_buffer(algorithm: type, hyperparams: Mapping[str, Any], n_envs: int) 
     parameter = inspect.signature(algorithm).parameters.get("buffer_size")
     if parameter is None:
         return {}, None
-    return {"buffer_size": _ROWS * n_envs}, hyperparams.get("buffer_size", parameter.default)
+    samples_episodes = "HerReplayBuffer" in str(hyperparams.get("replay_buffer_class"))  # a class, or a text of YAML
+    rows = max(_HER_ROWS if samples_episodes else 0, _ROWS * n_envs)
+    return {"buffer_size": rows}, hyperparams.get("buffer_size", parameter.default)
 
 
 @contextlib.contextmanager

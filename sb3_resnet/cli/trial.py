@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3 import HerReplayBuffer
 from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import TrainFrequencyUnit
+from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.cli.observed import by_key, each, flat, stacked
 from sb3_resnet.cli.texts import one_line
+from sb3_resnet.extractor import ResNetExtractor
 
 _REPEATS = 3
 _LONG = 3.0  # seconds; what takes longer is timed once
@@ -33,8 +38,8 @@ class Speed:
     :param update: seconds per gradient update
     :param cached_update: the same with :class:`FeatureCacheCallback`; ``None`` if the callback refuses the model
     :param cache_refusal: why it refuses; ``None`` if it does not
-    :param encode: seconds per image (with ``adapter="per_frame"`` per frame) in the frozen stages; ``None`` if no stage
-        is frozen
+    :param encode: seconds per image (with ``adapter="per_frame"`` per frame) in the frozen stages, by the key of the
+        image; without those of which no stage is frozen
     :param updates: gradient updates per step of all environments; ``None`` if it depends on the episodes
     :param n_envs: number of environments
     """
@@ -44,7 +49,7 @@ class Speed:
     update: float
     cached_update: float | None
     cache_refusal: str | None
-    encode: float | None
+    encode: Mapping[str, float]
     updates: float | None
     n_envs: int
 
@@ -58,13 +63,13 @@ class Speed:
         return self.n_envs / (self.env_step + self.act + self.updates * update)
 
 
-def play(model: Any, steps: int) -> tuple[Array, float]:
+def play(model: Any, steps: int) -> tuple[Any, float]:
     """
     Act at random, and add the transitions to the model's replay buffer, if it has one.
 
     :param model: a model with environments
     :param steps: number of steps of all environments
-    :return: observations ``(steps + 1, envs, C, H, W)``, and seconds per step
+    :return: observations ``(steps + 1, envs, C, H, W)``, of a Dict such by key, and seconds per step
     """
     env, buffer = model.get_env(), getattr(model, "replay_buffer", None)
     observation, seconds = env.reset(), 0.0
@@ -78,7 +83,11 @@ def play(model: Any, steps: int) -> tuple[Array, float]:
             buffer.add(observation, following, actions, rewards, dones, infos)
         seen.append(following)
         observation = following
-    return np.stack(seen), seconds / steps
+    if isinstance(buffer, HerReplayBuffer):  # it samples from whole episodes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            buffer.truncate_last_trajectory()
+    return stacked(seen), seconds / steps
 
 
 def random_play(env: Any, count: int) -> Array:
@@ -94,35 +103,49 @@ def random_play(env: Any, count: int) -> Array:
 
 
 def measure(
-    model: Any, extractor: Any, played: Array, env_step: float, callback: FeatureCacheCallback | None = None
+    model: Any,
+    extractors: Mapping[str, ResNetExtractor],
+    played: Any,
+    env_step: float,
+    callback: FeatureCacheCallback | None = None,
 ) -> Speed:
     """
     Make real updates, which change the model, and measure them.
 
     :param model: a model whose replay buffer is not empty
-    :param extractor: its ``ResNetExtractor``
+    :param extractors: the ResNet of each image, by its key; ``""`` for a single image
     :param played: observations of :func:`play`
     :param env_step: seconds per step, of :func:`play`
     :param callback: the feature cache of the run, if it has one
     :return: how long each part takes
     """
     update = _update_of(model, played)
-    cached = refusal = encode = None
-    act = _timed(model, lambda: model.predict(played[0], deterministic=True))
+    cached = refusal = None
+    first = each(lambda part: part[0], played)
+    act = _timed(model, lambda: model.predict(first, deterministic=True))
     plain = _timed(model, update)
-    if extractor.encoder.can_gain:
-        flat = th.as_tensor(played.reshape(-1, *played.shape[2:])[:_ENCODED], device=model.device)
-        images = extractor.preprocessing.as_images(flat)[:_ENCODED]
-        encode = _timed(model, lambda: extractor.encoder(images)) / len(images)
+    images = by_key(flat(played))
+    encode = {
+        key: _encode(model, extractor, images[key])
+        for key, extractor in extractors.items()
+        if extractor.encoder.can_gain
+    }
     callback = callback or FeatureCacheCallback()
     try:
         callback.init_callback(model)
         callback.on_training_start({}, {})
-        cached = _timed(model, _update_of(model, played, extractor))
+        cached = _timed(model, _update_of(model, played, extractors[""]))
         callback.on_training_end()
-    except ValueError as error:  # entries would not be exact, or there is no buffer
+    except ValueError as error:  # entries would not be exact, there is no buffer, or it is a Dict
         refusal = one_line(error)
     return Speed(env_step, act, plain, cached, refusal, encode, _updates_of(model), model.n_envs)
+
+
+def _encode(model: Any, extractor: ResNetExtractor, observations: Array) -> float:
+    """:return: seconds per image"""
+    seen = th.as_tensor(observations[:_ENCODED], device=model.device)
+    images = extractor.preprocessing.as_images(seen)[:_ENCODED]
+    return _timed(model, lambda: extractor.encoder(images)) / len(images)
 
 
 def batch_size_of(model: Any) -> int:
@@ -133,7 +156,7 @@ def batch_size_of(model: Any) -> int:
     return int(getattr(model, "batch_size", 0) or model.n_steps * model.n_envs)
 
 
-def _update_of(model: Any, played: Array, encodes: Any = None) -> Callable[[], Any]:
+def _update_of(model: Any, played: Any, encodes: Any = None) -> Callable[[], Any]:
     """
     A function that makes one gradient update: the algorithm's own if it is off-policy, else one of similar cost.
 
@@ -142,11 +165,12 @@ def _update_of(model: Any, played: Array, encodes: Any = None) -> Callable[[], A
     model.set_logger(Logger(None, []))
     if isinstance(model, OffPolicyAlgorithm):
         return lambda: model.train(gradient_steps=1, batch_size=model.batch_size)
-    observations = played.reshape(-1, *played.shape[2:])
-    pixels = th.as_tensor(observations[np.arange(batch_size_of(model)) % len(observations)], device=model.device)
-    can_encode = encodes is not None and encodes.encoder.can_gain
-    batch: Any = EncodedBatch(encodes.encode(encodes.scale_raw(pixels))) if can_encode else pixels
-    actions = th.as_tensor(np.array([model.action_space.sample() for _ in range(len(pixels))]), device=model.device)
+    size = batch_size_of(model)
+    chosen = each(lambda part: part[np.arange(size) % len(part)], flat(played))
+    batch: Any = obs_as_tensor(chosen, model.device)
+    if encodes is not None and encodes.encoder.can_gain:
+        batch = EncodedBatch(encodes.encode(encodes.scale_raw(batch)))
+    actions = th.as_tensor(np.array([model.action_space.sample() for _ in range(size)]), device=model.device)
 
     def update() -> None:
         model.policy.set_training_mode(True)

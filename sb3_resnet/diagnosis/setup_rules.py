@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import takewhile
 from typing import Any
 
+from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from torch import nn
 
@@ -198,8 +199,9 @@ def _buffer(model: Any) -> Finding | None:
     if needed <= limit:
         return None
     size = int(model.buffer_size * limit / needed * 0.9)
-    ours = hasattr(model.replay_buffer, "shared")
-    smaller = "" if ours else f", or {frame_buffer_arguments(model.replay_buffer)}, which keeps each frame once"
+    # Ours keep one image, and one of them may be at work already.
+    no_other = hasattr(model.replay_buffer, "shared") or isinstance(model.observation_space, spaces.Dict)
+    smaller = "" if no_other else f", or {frame_buffer_arguments(model.replay_buffer)}, which keeps each frame once"
     return Finding(
         "buffer_memory",
         f"The replay buffer will take {needed / 1e9:.1f} GB more, and {room / 1e9:.1f} GB are left.",
