@@ -164,6 +164,15 @@ def memory(arm: str, transitions: int) -> float:
     return (psutil.Process().memory_info().rss - before) / transitions
 
 
+def memories(transitions: int) -> dict[str, int]:
+    """Of ours and of SB3's, each in a process of its own."""
+    return {
+        "transitions": transitions,
+        "lean, pixels and entries": round(in_fresh_process(memory, "ours", transitions)),
+        "stock, pixels": round(in_fresh_process(memory, "stock", transitions // 5)),
+    }
+
+
 def in_fresh_process(function: Callable[..., float], *arguments: Any) -> float:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -221,6 +230,9 @@ def main() -> None:
     parser.add_argument(
         "--steps-only", type=int, nargs="+", metavar="N", help="NatureCNN, lean and limit at N environments"
     )
+    parser.add_argument(
+        "--memory-only", action="store_true", help="memory of a transition, which takes no quiet machine"
+    )
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     rates: dict[str, dict[str, Any]] = {"one update per 4 steps": {}, "one update per step": {}}
@@ -243,6 +255,11 @@ def main() -> None:
                 rates[label][str(n)] = {"median": medians(found), "ratios": ratios(found, RATE_PAIRS)}
                 write(f"{label}, {n} environments", rates[label][str(n)])
         return
+    if arguments.memory_only:
+        result = {name: result[name] for name in ("command", "machine")}
+        result["resident bytes per transition"] = memories(arguments.transitions)
+        write("memory", result["resident bytes per transition"])
+        return
     times = updates(arguments.rounds)
     result["update, milliseconds"] = {"median": medians(times), "ratios": ratios(times, TIME_PAIRS)}
     write("updates", result["update, milliseconds"])
@@ -251,11 +268,7 @@ def main() -> None:
             found = phase_a(n, ratio, names, arguments.rounds)
             rates[label][str(n)] = {"median": medians(found), "ratios": ratios(found, RATE_PAIRS)}
             write(f"{label}, {n} environments", rates[label][str(n)])
-    result["resident bytes per transition"] = {
-        "transitions": arguments.transitions,
-        "lean, pixels and entries": round(in_fresh_process(memory, "ours", arguments.transitions)),
-        "stock, pixels": round(in_fresh_process(memory, "stock", arguments.transitions // 5)),
-    }
+    result["resident bytes per transition"] = memories(arguments.transitions)
     write("memory", result["resident bytes per transition"])
     draw(result)
 

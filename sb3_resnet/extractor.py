@@ -16,7 +16,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.common.lending import mode_was_set
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import ADAPTERS, information_keeping_adapter
+from sb3_resnet.nn.adapters import ADAPTERS, make_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
 from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
@@ -139,8 +139,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images.trunk_channels)
         self.register_buffer("input_mean", images.per_channel(mean or (0.0,) * 3))
         self.register_buffer("input_std", images.per_channel(std or (1.0,) * 3))
-        channels = (images.channels, images.frame_channels)
-        self.adapter = information_keeping_adapter(*channels) if images.has_adapter else None
+        self.adapter = make_adapter(images.channels, images.frame_channels) if images.has_adapter else None
         # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)

@@ -57,7 +57,7 @@ def check_adapter(adapter: str, channels: int, frame_channels: int) -> None:
         )
 
 
-def information_keeping_adapter(channels: int, frame_channels: int) -> nn.Conv2d:
+def make_adapter(channels: int, frame_channels: int) -> nn.Conv2d:
     """
     A 1x1 convolution to R, G and B: the newest frame, the mean of those between, and the oldest.
 

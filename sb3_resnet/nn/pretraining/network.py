@@ -8,7 +8,7 @@ import torch as th
 from torch import nn
 
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import information_keeping_adapter
+from sb3_resnet.nn.adapters import make_adapter
 from sb3_resnet.nn.pooling import Pooling
 from sb3_resnet.nn.preprocessing import Preprocessing
 
@@ -46,7 +46,7 @@ class PretrainedTrunk(nn.Module):
                 layer.live = True
         self.adapter: nn.Module = nn.Identity()
         if images.has_adapter:
-            self.adapter = information_keeping_adapter(images.channels, images.frame_channels).requires_grad_(False)
+            self.adapter = make_adapter(images.channels, images.frame_channels).requires_grad_(False)
         self.register_buffer("input_mean", images.per_channel(mean or (0.0,) * 3))
         self.register_buffer("input_std", images.per_channel(std or (1.0,) * 3))
         self.to(memory_format=th.channels_last)  # twice as fast on a CPU
