@@ -543,6 +543,7 @@ def test_memory_advice_keeps_n_step_returns():
     assert change(callbacks=[FeatureCacheCallback()], n_steps=3) == []  # it replaces the buffer
 
 
+@pytest.mark.slow
 def test_the_advised_buffer_is_built_by_rl_zoo_and_by_check(tmp_path):
     file = tmp_path / "zoo.yml"
     many = YAML.replace("buffer_size: 1000000", "buffer_size: 1000000\n  n_steps: 3")
@@ -739,6 +740,7 @@ def test_logs_that_cannot_be_read_are_named(case, tmp_path):
     assert says in line
 
 
+@pytest.mark.slow
 def test_deep_files_are_named(tmp_path):
     model, file = tmp_path / "model.zip", tmp_path / "zoo.yml"
     model.write_bytes(_zip_of(data=DEEP, policy_pth="x"))

@@ -256,6 +256,7 @@ def test_the_image_is_the_first_or_the_one_that_is_named():
 
 
 @pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+@pytest.mark.slow
 def test_explain_writes_sheet_and_episode(algorithm, dict_id, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     make_dict_model(algorithm, extractor={"frozen_dtype": "bfloat16"}).save("model.zip")

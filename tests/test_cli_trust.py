@@ -190,6 +190,7 @@ def test_ordinary_models_load_as_sb3_loads_them(tmp_path):
         assert loaded.policy_kwargs == model.policy_kwargs
 
 
+@pytest.mark.slow
 def test_groups_from_tensors_are_those_of_the_model(tmp_path):
     models = {
         "frozen": make_model(),

@@ -70,6 +70,7 @@ def settings(tmp_path_factory):
     return found
 
 
+@pytest.mark.slow
 def test_reported_arms_differ_in_the_trunk_alone(settings):
     assert {*settings} == {*games.SUITES["atari"].arms}
     ours = settings["nature_head"]
@@ -192,6 +193,7 @@ def fill(folder, share, seeds=3, spread=0.02, some_games=("Boxing", "Krull")):
 
 
 @pytest.mark.usefixtures("_rliable")
+@pytest.mark.slow
 def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
     fill(tmp_path, {"nature": 0.1, "nature_head": 0.11, "random_frozen": 0.5})
     page = tmp_path / "page.md"

@@ -318,6 +318,7 @@ def golden_run(folder, algorithm, shared=True):
 
 @algorithms
 @sharing
+@pytest.mark.slow
 def test_invariant_7_golden_resume(tmp_path, algorithm, shared):
     whole = golden_run(tmp_path, algorithm, shared)
     for point in SAVES.values():

@@ -47,12 +47,19 @@ def flat(played: Any) -> Any:
 
 
 def label(key: str, text: str) -> str:
-    """:return: a text about an image, with its key before it where there is one"""
+    """
+    :param key: of an image; ``""`` for the only one
+    :param text: about it
+    :return: the text, with the key before it where there is one
+    """
     return f"{key}: {text}" if key else text
 
 
 def described(space: Any) -> str:
-    """:return: type and shape of an observation, of each part of a Dict"""
+    """
+    :param space: of observations
+    :return: type and shape of an observation, of each part of a Dict
+    """
     if isinstance(space, spaces.Dict):
         return ", ".join(f"{key} {described(part)}" for key, part in space.spaces.items())
     return f"{space.dtype} {space.shape}" if isinstance(space, spaces.Box) else str(space)
