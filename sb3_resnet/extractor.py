@@ -16,7 +16,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.common.lending import mode_was_set
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import ADAPTERS, make_adapter
+from sb3_resnet.nn.adapters import make_adapter
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
 from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
@@ -45,8 +45,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param weights: other weights: a member of torchvision's enum or its name, or the path of a ``.pth``, ``.pt`` or
         ``.safetensors`` file or of a model that SB3 saved with this extractor; goes before ``pretrained``
     :param weights_prefix: which ResNet of that file, where it holds several, such as ``"module.encoder_q."``
-    :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` moves the boundary later, and so does
-        an ``UnfreezeCallback`` with ``ResNetCnnPolicy``
+    :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` or an ``UnfreezeCallback`` thaws them
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
         begins as the newest frame, the mean of those between, and the oldest. All channels have a weight above zero.
         ``"per_frame"``: each frame alone, features concatenated. ``"inflate"``: ``conv1`` of the trunk takes all
@@ -72,13 +71,14 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
     :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
         is that of the whole batch, activations are kept for one slice and computed again for the others
-    :param augment: change sampled images at random in training, never those acted upon: a list of names as
-        :func:`~sb3_resnet.nn.augment.read_augment` explains, or a callable of ``(batch, frames, channels, H, W)`` in
-        0..1
+    :param augment: change images at random in training, never those acted upon: a list of names as in
+        :func:`~sb3_resnet.nn.augment.read_augment`, or a callable of ``(batch, frames, channels, H, W)`` in 0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
     :param frame_channels: channels of one frame: 3 (RGB) or 1 (grey, or no frames); ``None``: 3 where ``C`` is a
         multiple of three. Write 1 for three stacked grey frames. With ``adapter="inflate"``, 3 lets each channel begin
         with the weights of its own colour
+    :param normalized_image: take values of any bounds as they are, as SB3's NatureCNN with this argument;
+        ``normalize_images=False`` of ``ResNetCnnPolicy`` writes it
     :raises ValueError: for values that cannot work, with what to write instead
     :raises TypeError: for wrong types
     :raises FileNotFoundError: if the weights are not there
@@ -114,11 +114,12 @@ class ResNetExtractor(BaseFeaturesExtractor):
         augment: Sequence[Any] | Callable[[th.Tensor], th.Tensor] | None = None,
         train_adapter: bool = False,
         frame_channels: int | None = None,
+        normalized_image: bool = False,
     ) -> None:
-        images = Preprocessing(observation_space, choice("adapter", adapter, ADAPTERS), image_size, frame_channels)
+        images = Preprocessing(observation_space, adapter, image_size, frame_channels, normalized_image)
         pool = Pooling(choice("pooling", pooling, POOLINGS), integer("grid_size", grid_size, 1))
         has_weights = check_weights(flag("pretrained", pretrained), weights, weights_prefix)
-        check_combination(has_weights, norm, flag("train_adapter", train_adapter), images)
+        check_combination(has_weights, norm, flag("train_adapter", train_adapter), augment, images)
         check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
         trunk = backbones.build(backbone, norm, last_stage, images.trunk_channels, images.keeps_colours)
         pooled = images.n_frames * pool.dim(trunk.out_channels, backbones.map_size(*images.size, last_stage))
@@ -131,12 +132,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.augments = False
         loads = checkpoint_follows()
         self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet=loads)
-        self.preprocessing = images
-        self.image_size, self.pooling = images.image_size, pooling
+        self.preprocessing, self.trains_adapter = images, train_adapter
+        self.image_size, self.pooling, self.norm_name = images.image_size, pooling, norm
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
-        self.norm_name, self.trains_adapter = norm, train_adapter
-        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images.trunk_channels)
+        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images)
         self.register_buffer("input_mean", images.per_channel(mean or (0.0,) * 3))
         self.register_buffer("input_std", images.per_channel(std or (1.0,) * 3))
         self.adapter = make_adapter(images.channels, images.frame_channels) if images.has_adapter else None

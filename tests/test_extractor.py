@@ -153,6 +153,36 @@ def test_other_bounds_are_refused_by_name(space):
     assert f"got {space.dtype} {space.low.min():g}..{space.high.max():g}." in str(caught.value)
 
 
+@pytest.mark.parametrize("adapter", ["conv1x1", "per_frame", "inflate"])
+@pytest.mark.parametrize("kind", [np.float32, np.uint8])
+def test_values_of_other_bounds_are_taken_as_they_are_where_that_is_said(adapter, kind):
+    space = box(4, 36, 36, low=0 if kind == np.uint8 else -10, high=10, dtype=kind)
+    extractor = ResNetExtractor(space, backbone="resnet_tiny", adapter=adapter, normalized_image=True)
+    values = th.as_tensor(np.stack([space.sample() for _ in range(3)])).float()
+    images = extractor.preprocess(values)
+    assert th.equal(images[:, :1].reshape(values.shape) if adapter == "per_frame" else images, values)
+    th.testing.assert_close(extractor(values), extractor.plain_features(values))
+    assert extractor(20 * values).isfinite().all()  # VecNormalize may clip elsewhere than the space says
+    with pytest.raises(ValueError, match="The observations hold NaN or inf"):
+        extractor(values.index_fill(0, th.tensor([1]), float("nan")))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_images_are_not_taken_as_they_are(dtype):
+    says = "normalized_image=True would leave images at 0..255, and their space says .* 0..255: leave it out"
+    with pytest.raises(ValueError, match=says):
+        ResNetExtractor(box(3, 32, 32, dtype=dtype), normalized_image=True)
+
+
+def test_what_is_made_for_images_does_not_meet_other_values(hub_weights):
+    space = box(3, 36, 36, low=-1, high=1, dtype=np.float32)
+    with pytest.raises(ValueError, match=r"augment changes images in 0\.\.1, and normalized_image=True takes other"):
+        ResNetExtractor(space, normalized_image=True, augment=["random_shift"])
+    assert ResNetExtractor(space, normalized_image=True, pretrained=True).input_std.unique().tolist() == [1.0]
+    stated = ResNetExtractor(space, normalized_image=True, pretrained=True, use_imagenet_norm=True)
+    assert len(stated.input_std.unique()) == 3
+
+
 @pytest.mark.parametrize(
     "space",
     [

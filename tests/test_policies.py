@@ -12,7 +12,7 @@ from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import NatureCNN
-from stable_baselines3.common.vec_env import SubprocVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNormalize
 from torch import nn
 
 import sb3_resnet
@@ -239,6 +239,20 @@ def test_invariant_14_spaces_that_are_no_images_fail_at_construction(space):
     game.observation_space = space
     with pytest.raises(ValueError, match=r"bounds.*normalize_images|needs images"):
         make_model(env=game)
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_without_image_scaling_observations_of_vec_normalize_are_taken_as_sb3_takes_them(algorithm, tmp_path):
+    """As SB3 with NatureCNN: an ``AssertionError``, unless ``normalize_images=False`` says that these are no images."""
+    env = VecNormalize(DummyVecEnv([TinyGame]))
+    with pytest.raises(AssertionError, match="These are the bounds of VecNormalize"):
+        make_model(algorithm, env=env)
+    model = make_model(algorithm, env=env, policy_kwargs={"normalize_images": False})
+    model.learn(40)
+    obs = env.normalize_obs(env.get_original_obs())
+    model.save(tmp_path / "model")
+    loaded = ALGORITHMS[algorithm].load(tmp_path / "model", device="cpu")
+    assert th.equal(q_values(loaded, th.as_tensor(obs)), q_values(model, th.as_tensor(obs)))
 
 
 def test_head_options_reach_the_network():

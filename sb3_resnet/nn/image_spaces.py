@@ -12,15 +12,25 @@ from sb3_resnet.common.vec_normalize import INSTEAD
 from sb3_resnet.nn.backbones import smallest_size
 
 _MIN_SIZE = smallest_size("layer4", needs_map=False)  # pixels
+_AS_THEY_ARE = (
+    "If they are no images, but something like them, write normalize_images=False in policy_kwargs (or "
+    "normalized_image=True for the extractor): values are taken as they are then."
+)
 
 
-def scale_of(space: Any) -> float:
+class ImageBoundsError(ValueError, AssertionError):
+    """Bounds that are not those of images; where SB3's NatureCNN meets such, it raises an ``AssertionError``."""
+
+
+def scale_of(space: Any, normalized: bool = False) -> float:
     """
     The factor that brings what SB3 hands over to 0..1, decided by the space alone.
 
     :param space: observation space
-    :return: 1 for uint8 0..255, which SB3 scales, and for float 0..1; 1/255 for float 0..255
-    :raises ValueError: for anything else
+    :param normalized: whether values of other bounds are to be taken as they are
+    :return: 1 for uint8 0..255, which SB3 scales, for float 0..1, and for values that are taken as they are; 1/255 for
+        float 0..255
+    :raises ValueError: for anything else, and for images of 0..255 that are to be taken as they are
     """
     if not isinstance(space, spaces.Box) or len(space.shape) != 3:
         raise ValueError(
@@ -28,21 +38,33 @@ def scale_of(space: Any) -> float:
             "For vectors use MlpPolicy, and for a Dict ResNetCombinedExtractor."
         )
     low, high, uniform = _bounds(space)
+    if normalized:
+        return _of_normalized(space)
     if uniform and np.issubdtype(space.dtype, np.floating) and -low == high and 1.0 < high < np.inf:
-        raise ValueError(
+        raise ImageBoundsError(
             f"Image bounds must be uint8 or float 0..255, or float 0..1; got {space.dtype} {low:g}..{high:g}. These "
-            f"are the bounds of VecNormalize: {INSTEAD}. normalize_images cannot repair other bounds."
+            f"are the bounds of VecNormalize: {INSTEAD}. {_AS_THEY_ARE}"
         )
     _refuse_channels_last(space.shape)
     scale = _known_scale(space)
     if scale is not None:
         return scale
     same, by_channel = ("", "") if uniform else (", the same in all channels", _bounds_of_channels(space))
-    raise ValueError(
+    raise ImageBoundsError(
         f"Image bounds must be uint8 or float 0..255, or float 0..1{same}; got {space.dtype} {low:g}..{high:g}. "
-        f"{by_channel}Declare the bounds of the space, or rescale the observation in a wrapper; normalize_images "
-        "cannot repair other bounds."
+        f"{by_channel}Declare the bounds of the space, or rescale the observation in a wrapper. {_AS_THEY_ARE}"
     )
+
+
+def _of_normalized(space: Any) -> float:
+    _refuse_channels_last(space.shape)
+    scale, of_uint8 = _known_scale(space), space.dtype == np.uint8
+    if scale is not None and (of_uint8 or scale != 1.0):
+        raise ValueError(
+            f"normalized_image=True would leave images at 0..255, and their space says {space.dtype} 0..255: leave it "
+            "out (and normalize_images=False too), so that they are scaled"
+        )
+    return 1.0
 
 
 def policy_for(space: Any) -> str:

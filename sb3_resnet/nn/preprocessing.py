@@ -10,10 +10,10 @@ import numpy as np
 import torch as th
 from torch.nn import functional as F
 
-from sb3_resnet.common.arguments import flag, integer, number, shown
+from sb3_resnet.common.arguments import choice, flag, integer, number, shown
 from sb3_resnet.common.nonfinite import check_observations
 from sb3_resnet.common.vec_normalize import INSTEAD
-from sb3_resnet.nn.adapters import check_adapter, inflated_statistics, read_frame_channels
+from sb3_resnet.nn.adapters import ADAPTERS, check_adapter, inflated_statistics, read_frame_channels
 from sb3_resnet.nn.augment import Transform
 from sb3_resnet.nn.backbones import FROM_SCRATCH, smallest_size
 from sb3_resnet.nn.image_spaces import scale_of
@@ -35,12 +35,16 @@ class Preprocessing:
     :param adapter: one of :data:`~sb3_resnet.nn.adapters.ADAPTERS`
     :param image_size: height and width to resize to, or one number for both; ``None``: as they are
     :param frame_channels: channels of one frame, 1 or 3; ``None``: 3 where the channels are a multiple of three
+    :param normalized: whether values of any bounds are taken as they are
     :raises ValueError: if these are no images, and for an adapter that changes nothing
     """
 
-    def __init__(self, space: Any, adapter: str, image_size: Any, frame_channels: Any = None) -> None:
-        #: Factor that brings what SB3 hands over to 0..1.
-        self.scale = scale_of(space)
+    def __init__(
+        self, space: Any, adapter: str, image_size: Any, frame_channels: Any = None, normalized: Any = False
+    ) -> None:
+        self.normalized = flag("normalized_image", normalized)
+        #: Factor that brings what SB3 hands over to 0..1; 1 for values that are taken as they are.
+        self.scale = scale_of(space, self.normalized)
         #: Channels of an observation.
         self.channels = int(space.shape[0])
         #: Height and width of an observation.
@@ -49,10 +53,10 @@ class Preprocessing:
         #: Height and width of the images.
         self.size = self.image_size or self.observed_size
         self.resizes = self.size != self.observed_size
-        self.is_uint8 = space.dtype == np.uint8
+        self.is_uint8 = space.dtype == np.uint8 and not self.normalized
         #: Channels of one frame.
         self.frame_channels = read_frame_channels(frame_channels, self.channels)
-        check_adapter(adapter, self.channels, self.frame_channels)
+        check_adapter(choice("adapter", adapter, ADAPTERS), self.channels, self.frame_channels)
         #: Whether each frame passes the trunk alone.
         self.per_frame = adapter == "per_frame"
         #: Channels that the trunk takes.
@@ -154,6 +158,8 @@ class Preprocessing:
         """
         if self.is_uint8 or not observations.numel() or th.compiler.is_compiling():
             return
+        if self.normalized:
+            return check_observations(observations)
         # One pass and one wait for the device finds NaN too, which would be looked for in any case.
         low, high = th.stack(observations.detach().aminmax()).tolist()
         top = 1.0 / self.scale
@@ -203,16 +209,19 @@ def read_image_size(value: Any) -> tuple[int, int] | None:
     return integer("image_size", sides[0], 1), integer("image_size", sides[1], 1)
 
 
-def check_combination(has_weights: bool, norm: str, train_adapter: bool, images: Preprocessing) -> None:
+def check_combination(has_weights: bool, norm: str, train_adapter: bool, augment: Any, images: Preprocessing) -> None:
     """
     :param has_weights: whether the trunk is pretrained
     :param norm: its norm layers
     :param train_adapter: whether the adapter is to train
+    :param augment: how images are to be changed at random
     :param images: how observations become images
     :raises ValueError: for what cannot go together
     """
     if norm in FROM_SCRATCH and has_weights:
         raise ValueError(f"norm={norm!r} has no pretrained weights: write norm='frozen', or pretrained=False")
+    if augment and images.normalized:
+        raise ValueError("augment changes images in 0..1, and normalized_image=True takes other values: write one")
     if train_adapter and not images.has_adapter:
         raise ValueError("train_adapter=True needs an adapter: adapter='conv1x1' and other than three channels")
 
@@ -238,7 +247,7 @@ def check_size(size: tuple[int, int], pooling: str, last_stage: str = "layer4") 
 
 
 def statistics(
-    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any, channels: int = 3
+    has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any, images: Preprocessing
 ) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
     """
     Mean and standard deviation by which images are normalised, three numbers each, or ``None``.
@@ -247,13 +256,14 @@ def statistics(
     :param use_imagenet_norm: the ImageNet statistics; ``None``: if it is pretrained
     :param mean: own statistics, on the scale of 0..1
     :param std: likewise
-    :param channels: that the trunk takes; own statistics may also be one number for each
+    :param images: how observations become images; own statistics may also be one number for each channel of the trunk
     :raises ValueError: if they are not so many numbers, cannot be on that scale, or come beside those of ImageNet
     """
     if use_imagenet_norm is not None:
         flag("use_imagenet_norm", use_imagenet_norm)
     if (mean is None) != (std is None):
         raise ValueError("input_mean and input_std go together: write both, each with three numbers")
+    channels = images.trunk_channels
     if mean is not None:
         if use_imagenet_norm:
             raise ValueError(
@@ -263,7 +273,7 @@ def statistics(
             _on_scale("input_mean", mean, channels, -_MAX_MEAN, _MAX_MEAN),
             _on_scale("input_std", std, channels, _MIN_STD, _MAX_STD),
         )
-    wanted = has_weights if use_imagenet_norm is None else use_imagenet_norm
+    wanted = has_weights and not images.normalized if use_imagenet_norm is None else use_imagenet_norm
     return (IMAGENET_MEAN, IMAGENET_STD) if wanted else (None, None)
 
 

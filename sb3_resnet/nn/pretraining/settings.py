@@ -156,7 +156,7 @@ class Settings:
 
     def normalisation(self, images: Preprocessing) -> tuple[Any, Any]:
         """:return: mean and standard deviation of the trunk's input, or ``None``, as ``weights=`` takes them"""
-        return statistics(True, self.use_imagenet_norm, self.input_mean, self.input_std, images.trunk_channels)
+        return statistics(True, self.use_imagenet_norm, self.input_mean, self.input_std, images)
 
     def pool(self) -> Pooling:
         """:return: the pooling of the last map"""
