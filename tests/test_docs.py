@@ -424,3 +424,9 @@ def test_tables_of_figures_are_told_from_others():
     assert tables_of_figures("| a | b |\n|---|---|\n| x | 1.5 |\n" + f"| y | **{_MINUS}3 %** |\n")
     assert tables_of_figures("| a | b |\n|---|---|\n| x | [1.5](f.json) |\n| y | 0.3 [0.2, 0.4] |\n")
     assert not tables_of_figures("| exit | meaning |\n|---|---|\n| 0 | fine |\n| 1 | wrong |\n")
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/get_started.md"])
+def test_the_quickstart_shows_what_it_printed(page):
+    measured = json.loads((ROOT / "benchmarks" / "results" / "quickstart.json").read_text())
+    assert f"```text\n{measured['prints']}\n```" in (ROOT / page).read_text()
