@@ -46,7 +46,7 @@ def test_two_workers_of_a_local_ray_train_one_model(tmp_path):
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     line = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(tmp_path)]
     environment = {**os.environ, **settings, "PYTHONPATH": path}
-    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     first, second = ((tmp_path / f"rank{rank}").read_text() for rank in (0, 1))
     assert first == second
