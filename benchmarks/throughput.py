@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--steps-only", type=int, nargs="+", metavar="N", help="NatureCNN, lean and limit at N environments"
     )
+    parser.add_argument("--updates-only", action="store_true", help="milliseconds of an update")
     parser.add_argument(
         "--memory-only", action="store_true", help="memory of a transition, which takes no quiet machine"
     )
@@ -263,6 +264,8 @@ def main() -> None:
     times = updates(arguments.rounds)
     result["update, milliseconds"] = {"median": medians(times), "ratios": ratios(times, TIME_PAIRS)}
     write("updates", result["update, milliseconds"])
+    if arguments.updates_only:
+        return
     for ratio, label, names in ((0.25, "one update per 4 steps", [*STEPS]), (1.0, "one update per step", few)):
         for n in (1, 8, 32):
             found = phase_a(n, ratio, names, arguments.rounds)
