@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="runs of each kind")
     parser.add_argument("--batch", type=int, default=32, help="batch of a rank")
     parser.add_argument("--envs", type=int, default=4, help="environments of a rank")
+    parser.add_argument("--phases", nargs="+", choices=[*PHASES], default=[*PHASES], help="others stay in the file")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--link", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -50,31 +51,33 @@ def main() -> None:
         raise SystemExit("two cores are needed")
     found: dict[str, dict[str, list[dict[str, float]]]] = {}
     for _ in range(arguments.rounds):
-        for phase in PHASES:
+        for phase in arguments.phases:
             runs = found.setdefault(phase, {"one_rank": [], "two_ranks": [], "two_runs_apart": []})
             runs["one_rank"].append(measure(arguments, phase, cores[:1]))
             runs["two_ranks"].append(measure(arguments, phase, cores[:2]))
             runs["two_runs_apart"].append(apart(arguments, phase, cores[:2]))
             print(phase, {name: round(of[-1]["steps_per_second"]) for name, of in runs.items()}, flush=True)
-    results = {phase: compared(runs) for phase, runs in found.items()}
-    settings = {"batch": arguments.batch, "envs": arguments.envs, "steps": arguments.steps, "rounds": arguments.rounds}
-    link = launch(cores[:2], ["--link"])
-    RESULTS.write_text(json.dumps({"settings": settings, "link": link, "phases": results}, indent=1) + "\n")
+    settings = {name: getattr(arguments, name) for name in ("batch", "envs", "steps", "rounds")}
+    results = {phase: {"settings": settings, **compared(runs)} for phase, runs in found.items()}
+    before = json.loads(RESULTS.read_text())["phases"] if RESULTS.exists() else {}
+    measured = {"link": launch(cores[:2], ["--link"]), "phases": {**before, **results}}
+    RESULTS.write_text(json.dumps(measured, indent=1) + "\n")
     print({phase: {name: values[name] for name in values if "speed_up" in name} for phase, values in results.items()})
 
 
 def compared(runs: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
     """:return: medians, and the medians of the rounds' own ratios"""
 
-    def ratio(one: str, other: str) -> float:
+    def ratios(one: str, other: str) -> list[float]:
         pairs = zip(runs[one], runs[other], strict=True)
-        return round(statistics.median(a["steps_per_second"] / b["steps_per_second"] for a, b in pairs), 2)
+        return [round(a["steps_per_second"] / b["steps_per_second"], 2) for a, b in pairs]
 
     return {
         **{name: summary(of) for name, of in runs.items()},
-        "speed_up": ratio("two_ranks", "one_rank"),
-        "speed_up_of_two_runs_apart": ratio("two_runs_apart", "one_rank"),
-        "two_ranks_to_two_runs_apart": ratio("two_ranks", "two_runs_apart"),
+        "speed_up": statistics.median(ratios("two_ranks", "one_rank")),
+        "speed_up_of_each_round": ratios("two_ranks", "one_rank"),
+        "speed_up_of_two_runs_apart": statistics.median(ratios("two_runs_apart", "one_rank")),
+        "two_ranks_to_two_runs_apart": statistics.median(ratios("two_ranks", "two_runs_apart")),
     }
 
 

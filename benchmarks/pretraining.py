@@ -33,6 +33,7 @@ RUNS = Path("runs") / "pretraining"
 UNSEEN = 2_000_003  # added to the seed: episodes of the last probe
 CHOSEN = (
     "objective", "last_stage", "batch_size", "warmup", "learning_rate", "frames", "held_out", "probe_every", "seed",
+    "neighbours", "shift_probability",
 )  # fmt: skip
 POOLINGS = ("spatial_softmax", "grid", "avg")
 
@@ -132,6 +133,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--neighbours", type=int, default=1)
+    parser.add_argument("--shift-probability", type=float, default=0.1)
     parser.add_argument("--frames", type=int, default=50_000)
     parser.add_argument("--held-out", type=int, default=2_400)
     parser.add_argument("--probe-every", type=int, default=200)

@@ -57,7 +57,7 @@ def test_the_configuration_of_the_demo_needs_no_network():
     extractor = settings["policy_kwargs"]["features_extractor_kwargs"]
     assert extractor["pretrained"] is False
     assert "weights" not in extractor
-    assert settings["n_timesteps"] == 40_000
+    assert settings["n_timesteps"] == 32_000
 
 
 @pytest.mark.slow

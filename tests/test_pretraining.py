@@ -252,9 +252,25 @@ def test_the_learning_rate_warms_up_and_gradients_are_clipped():
     assert float(th.cat([gradient.flatten() for gradient in gradients]).norm()) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize(("batch_size", "neighbours"), [(16, 1), (16, 8), (15, 8), (16, 10_000)])
+def test_a_batch_is_made_of_stretches_of_neighbouring_pairs(batch_size, neighbours):
+    trainer = make_trainer(batch_size=batch_size, neighbours=neighbours)
+    length = min(neighbours, len(trainer._starts))
+    places = set()
+    for _ in range(50):
+        chosen = trainer._chosen()
+        assert len(chosen) == batch_size
+        assert 0 <= int(chosen.min()) <= int(chosen.max()) < len(trainer._starts)
+        for stretch in chosen.split(length):
+            assert stretch.tolist() == [*range(int(stretch[0]), int(stretch[0]) + len(stretch))]
+            places.add(int(stretch[0]))
+    assert len(places) > 1 or length == len(trainer._starts)
+
+
 def test_defaults_are_those_of_the_papers():
     chosen = Settings()
     assert (chosen.batch_size, chosen.learning_rate, chosen.warmup, chosen.max_grad_norm) == (512, 1e-3, 1000, 10.0)
+    assert (chosen.shift_probability, chosen.neighbours) == (0.1, 1)
     assert (chosen.objective, chosen.minutes, chosen.updates) == ("atc", 30.0, None)
     assert Settings(updates=5).minutes is None
 

@@ -162,11 +162,24 @@ def test_buffers_of_other_observations_and_empty_ones_are_refused():
 def test_shifts_are_crops_of_images_with_repeated_edges():
     generator = th.Generator().manual_seed(0)
     images = th.randint(0, 256, (40, 2, 6, 7), dtype=th.uint8, generator=generator)
-    moved = shifted(images, 2, generator)
+    moved = shifted(images, 2, 1.0, generator)
     padded = th.nn.functional.pad(images.float(), (2, 2, 2, 2), mode="replicate").to(th.uint8)
     crops = padded.unfold(2, 6, 1).unfold(3, 7, 1)  # (40, 2, 5, 5, 6, 7)
     same = (crops == moved[:, :, None, None]).all(dim=(1, 4, 5))
     assert same.any(dim=(1, 2)).all()
     assert len({tuple(one.nonzero()[0].tolist()) for one in same}) > 15  # of 25
-    again = shifted(images, 2, th.Generator().manual_seed(1))
-    assert th.equal(again, shifted(images, 2, th.Generator().manual_seed(1)))
+    again = shifted(images, 2, 1.0, th.Generator().manual_seed(1))
+    assert th.equal(again, shifted(images, 2, 1.0, th.Generator().manual_seed(1)))
+
+
+def test_as_many_images_are_shifted_as_the_probability_says():
+    images = th.randint(0, 256, (2000, 1, 6, 6), dtype=th.uint8, generator=th.Generator().manual_seed(0))
+
+    def stay(probability):
+        moved = shifted(images, 4, probability, th.Generator().manual_seed(2))
+        return float((moved == images).all(dim=(1, 2, 3)).float().mean())
+
+    assert stay(0.0) == 1.0
+    # Of 81 shifts one is none.
+    assert stay(0.1) == pytest.approx(1.0 - 0.1 * 80 / 81, abs=0.02)
+    assert stay(1.0) == pytest.approx(1 / 81, abs=0.01)

@@ -51,6 +51,15 @@ def test_a_readout_finds_what_is_there_and_nothing_else(width):
     assert wide["perfect"].value > (0.999 if width < ROWS else 0.2)  # a random direction among too many
 
 
+def test_a_few_images_unlike_all_others_do_not_decide_the_score():
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(ROWS, 8)).astype(np.float32)
+    labels = {"number": features[:, 0] + 0.1 * features[:, 1]}
+    parts = splits()
+    features[np.flatnonzero(parts[2])[:3], 1] = 1e5
+    assert read_out(features, labels, parts)["number"].value > 0.9
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_episode_is_in_two_splits_and_none_is_empty(seed):
     episodes = np.repeat(np.arange(9), [5, 80, 3, 40, 40, 7, 90, 10, 10])

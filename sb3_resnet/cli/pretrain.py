@@ -56,6 +56,8 @@ def command(
     epsilon: Annotated[float, typer.Option(metavar="SHARE", help="random actions beside the model's")] = 0.1,
     replay_buffer: ReplayBuffer = None,
     batch_size: Annotated[int, typer.Option(metavar="N", help="pairs per update; write 128 on a CPU")] = 512,
+    neighbours: Annotated[int, typer.Option(metavar="N", help="pairs of a batch that follow each other in time")] = 1,
+    shift_probability: Annotated[float, typer.Option(metavar="SHARE", help="of images shifted at random")] = 0.1,
     learning_rate: Annotated[float, typer.Option(metavar="RATE", help="of Adam")] = 1e-3,
     warmup: Annotated[int, typer.Option(metavar="N", help="updates in which the rate rises; 100 on a CPU")] = 1000,
     probe_every: Annotated[int, typer.Option(metavar="N", help="updates between two probes")] = 100,

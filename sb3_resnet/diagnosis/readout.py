@@ -13,6 +13,9 @@ Array = NDArray[Any]
 
 #: Penalties of the ridge regression that are tried, relative to the number of training rows.
 PENALTIES = np.logspace(-5, 3, 17)
+#: Largest magnitude of a standardised feature, as in ``FeatureStandardizer``. Without it a few images unlike all others
+#: would decide over R².
+CLIP = 10.0
 #: Shares of the rows in the three splits: to fit, to choose the penalty, to score.
 SHARES = (0.6, 0.2, 0.2)
 
@@ -77,7 +80,7 @@ def read_out(features: Array, labels: Mapping[str, Array], splits: tuple[Array, 
     fit, choose, score = splits
     mean, spread = features[fit].mean(axis=0), features[fit].std(axis=0)
     varies = spread > 1e-6 * max(float(spread.max(initial=0.0)), 1e-12)
-    scaled = ((features[:, varies] - mean[varies]) / spread[varies]).astype(np.float32)
+    scaled = ((features[:, varies] - mean[varies]) / spread[varies]).clip(-CLIP, CLIP).astype(np.float32)
     solver = _Ridge(scaled[fit], (scaled[choose], scaled[score]))
     return {name: _score(solver, values, splits) for name, values in labels.items()}
 

@@ -133,17 +133,19 @@ class FrameWriter:
         return self.used - 1
 
 
-def shifted(images: th.Tensor, padding: int, generator: th.Generator) -> th.Tensor:
+def shifted(images: th.Tensor, padding: int, probability: float, generator: th.Generator) -> th.Tensor:
     """
-    Shift each image at random, its edges repeated, as the augmentation ``random_shift`` does.
+    Shift images at random, their edges repeated, as the augmentation ``random_shift`` does.
 
     :param images: ``(n, c, H, W)``
     :param padding: largest shift in pixels, up and down, left and right
+    :param probability: that an image is shifted; the others stay where they are
     :param generator: of the shifts
     :return: images of the same shape
     """
     count, _, height, width = images.shape
     shifts = th.randint(-padding, padding + 1, (2, count, 1), generator=generator)
+    shifts *= th.rand(count, 1, generator=generator) < probability
     rows = (th.arange(height) + shifts[0]).clamp(0, height - 1)
     columns = (th.arange(width) + shifts[1]).clamp(0, width - 1)
     which = th.arange(count)[:, None, None]

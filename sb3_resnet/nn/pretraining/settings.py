@@ -46,6 +46,10 @@ class Settings:
     :param held_out: observations of other episodes, on which the features are probed
     :param epsilon: share of random actions beside those of a model
     :param batch_size: pairs of observations per update (the paper's; on a CPU write 128, and ``warmup=100``)
+    :param neighbours: how many pairs of a batch follow each other in time. 1: all are from places of their own. More:
+        they differ in little but what moves, so that this must be told apart
+    :param shift_probability: that an image is shifted by up to 4 pixels. The default is that of the code of arXiv
+        2009.08319; with 1, features need not tell where a small object is
     :param learning_rate: of Adam
     :param warmup: updates in which the learning rate rises to it
     :param max_grad_norm: gradients are clipped at this norm
@@ -72,6 +76,8 @@ class Settings:
     held_out: int = 2_400
     epsilon: float = 0.1
     batch_size: int = 512
+    neighbours: int = 1
+    shift_probability: float = 0.1
     learning_rate: float = 1e-3
     warmup: int = 1_000
     max_grad_norm: float = 10.0
@@ -83,11 +89,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         smallest = {"seed": 0, "warmup": 0, "batch_size": 2}
-        for name in ("frames", "held_out", "batch_size", "warmup", "probe_every", "patience", "seed"):
+        for name in ("frames", "held_out", "batch_size", "neighbours", "warmup", "probe_every", "patience", "seed"):
             self._set(name, integer(name, getattr(self, name), smallest.get(name, 1)))
         for name in ("learning_rate", "max_grad_norm"):
             self._set(name, number(name, getattr(self, name), above=True))
-        self._set("epsilon", number("epsilon", self.epsilon, 0.0, 1.0))
+        for name in ("epsilon", "shift_probability"):
+            self._set(name, number(name, getattr(self, name), 0.0, 1.0))
         if self.updates is not None:
             self._set("updates", integer("updates", self.updates, 1))
         if self.minutes is not None or self.updates is None:

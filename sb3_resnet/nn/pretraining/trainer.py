@@ -109,13 +109,23 @@ class Trainer:
         self.update = int(state["update"])
 
     def _draw(self) -> Pairs:
-        chosen = th.randint(len(self._starts), (self.settings.batch_size,), generator=self._generator)
-        rows = self._starts[chosen]
+        rows = self._starts[self._chosen()]
         first, second = (
-            shifted(self.frames.images(one, self.images.per_frame), _SHIFT, self._generator).to(self.settings.device)
+            shifted(
+                self.frames.images(one, self.images.per_frame),
+                _SHIFT,
+                self.settings.shift_probability,
+                self._generator,
+            ).to(self.settings.device)
             for one in (rows, rows + self.objective.gap)
         )
         return Pairs(first, second, self.frames.actions[rows].to(self.settings.device))
+
+    def _chosen(self) -> th.Tensor:
+        """Which pairs: stretches of neighbouring ones, each from a random place."""
+        batch, length = self.settings.batch_size, min(self.settings.neighbours, len(self._starts))
+        places = th.randint(len(self._starts) - length + 1, (-(-batch // length), 1), generator=self._generator)
+        return (places + th.arange(length)).flatten()[:batch]
 
     def _precision(self) -> AbstractContextManager[Any]:
         device = th.device(self.settings.device)
