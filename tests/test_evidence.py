@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -154,6 +155,39 @@ def test_an_evaluation_encodes_each_frame_once_and_acts_as_the_network_does():
         with th.no_grad():
             expected = extractor(extractor.scale_raw(th.as_tensor(stacks)))
         assert th.allclose(entries, expected, atol=1e-5)
+
+
+def test_an_evaluation_counts_whole_games_and_serves_after_each_lost_life(monkeypatch):
+    class Idle:
+        """Never presses FIRE, without which a lost ball is not replaced."""
+
+        def predict(self, observation, *args, **kwargs):
+            return np.full(len(observation), 2), None
+
+    lives, whole = [], []
+    make = evaluation.make_env
+
+    def watched(*args, **kwargs):
+        env = make(*args, **kwargs)
+        step = env.step_wait
+
+        def note():
+            found = step()
+            ended = [info for info, done in zip(found[3], found[2], strict=True) if done]
+            lives.extend(info["lives"] for info in ended)
+            whole.extend(info["episode"]["r"] for info in ended if "episode" in info)
+            return found
+
+        env.step_wait = note
+        return env
+
+    monkeypatch.setattr(evaluation, "make_env", watched)
+    monkeypatch.setattr(evaluation, "EpsilonGreedy", lambda model, seed: Idle())
+    returns = evaluation.evaluate(SimpleNamespace(policy=None), "atari", "Breakout", "nature", 2, 0)
+    assert len(returns) == 2
+    assert [*map(float, whole[:2])] == returns
+    assert lives.count(0) >= 2
+    assert len(lives) > 2 * lives.count(0)  # those lost before the last of a game
 
 
 def test_random_actions_of_an_evaluation_are_its_own():

@@ -76,8 +76,9 @@ class Suite:
 
 
 def _atari(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
-    whole = {"terminal_on_life_loss": False, "clip_reward": False} if evaluates else {}
-    return make_atari_vec_env(env_id, n_envs, seed, n_threads=threads, **whole)
+    # As in RL-Zoo's evaluations a lost life is followed by FIRE where the game waits for it: the agent was not taught that.
+    # Monitor counts whole games.
+    return make_atari_vec_env(env_id, n_envs, seed, n_threads=threads, clip_reward=not evaluates)
 
 
 def _minigrid(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
@@ -115,8 +116,8 @@ SUITES = {
         make=_atari,
         normalised=_human_normalised,
         unit="human-normalised score (0: a random player, 1: a human)",
-        description="84x84 grey frames in stacks of four, actions repeated for four frames; in training a lost life "
-        "ends an episode and rewards are clipped to their sign",
+        description="84x84 grey frames in stacks of four, actions repeated for four frames; a lost life ends an "
+        "episode; in training rewards are clipped to their sign",
     ),
     "minigrid": Suite(
         # Those whose goal is in the picture: the text of the mission is not seen.
