@@ -204,11 +204,6 @@ class ObservationStore:
         return int(self._stacks.references.size)
 
     @property
-    def frame_capacity(self) -> int:
-        """Ids of frames are below it; it grows."""
-        return int(self._frames.references.size)
-
-    @property
     def n_planes(self) -> int:
         """Planes (channels of frames) in memory."""
         return len(self._frames) * self.frame_channels

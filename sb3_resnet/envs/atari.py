@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from sb3_resnet.envs.rules import Rules, atari_spec, game_arguments
 from sb3_resnet.envs.vec_env import AtariVecEnv
-
-if TYPE_CHECKING:
-    pass
 
 
 def make_atari_vec_env(
