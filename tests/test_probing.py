@@ -168,10 +168,19 @@ def test_the_command_prints_a_table_and_writes_all_scores(tiny_id, tmp_path):
     file = tmp_path / "scores" / "probe.csv"
     arguments = ["--env", tiny_id, "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_tiny"]
     arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 200, "--n-envs", 4, "-o", file]
-    status, text, _ = run_command("probe", *arguments, width=200)
+    status, text, _ = run_command("probe", *arguments, "--plot", tmp_path / "probe.png", width=200)
     assert status == 0
+    assert (tmp_path / "probe.png").read_bytes().startswith(b"\x89PNG")
     assert "per_frame" in text
     assert "conv1x1" in text
     rows = [*csv.DictReader(file.open())]
     assert {row["adapter"] for row in rows} == {"per_frame", "conv1x1"}
     assert all(float(row["column R2"]) <= 1 for row in rows)
+
+
+def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_played(tiny_id, tmp_path, monkeypatch):
+    monkeypatch.setattr("sb3_resnet.cli.probe.record", None)
+    for plot, said in ((tmp_path / "none" / "probe.png", "make it first"), (tmp_path / "probe.csv", "names no format")):
+        status, _, error = run_command("probe", "--env", tiny_id, "--plot", plot, width=300)
+        assert status == 1
+        assert said in error

@@ -76,8 +76,8 @@ class Suite:
 
 
 def _atari(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
-    # As in RL-Zoo's evaluations a lost life is followed by FIRE where the game waits for it: the agent was not taught that.
-    # Monitor counts whole games.
+    # As in RL-Zoo's evaluations, a lost life is followed by FIRE where the game waits for it: the agent has not learned
+    # that. Monitor counts whole games.
     return make_atari_vec_env(env_id, n_envs, seed, n_threads=threads, clip_reward=not evaluates)
 
 

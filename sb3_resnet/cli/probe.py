@@ -17,6 +17,8 @@ from rich.text import Text
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
 from sb3_resnet.cli.options import Device, EnvId, Packages, Trust, Wrapper
+from sb3_resnet.cli.plot import refuse_bad_picture
+from sb3_resnet.cli.probe_plot import draw
 from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.probing import Row, probe, record
@@ -48,6 +50,7 @@ def command(
     ] = None,
     info_key: Annotated[list[str] | None, typer.Option(metavar="KEY", help="of info, as a label; repeat")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.csv", help="all scores")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="picture of all scores: .png, .svg or .pdf")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="of environment, actions, weights and splits")] = 0,
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
@@ -63,6 +66,8 @@ def command(
     epsilon = number("--epsilon", epsilon, 0.0, 1.0)
     if output is not None and output.suffix != ".csv":
         raise ValueError(f"-o {output}: the name must end with .csv")
+    if plot is not None:
+        refuse_bad_picture(plot)
     envs.import_packages(gym_packages or [])
     agent = None if model is None else load_model(model, device, trust)
     reads = ram_labels if labels is None else envs.class_of("--labels", labels)
@@ -83,6 +88,8 @@ def command(
     show(context, rows)
     if output is not None:
         write(output, rows)
+    if plot is not None:
+        draw(plot, rows)
 
 
 def show(context: typer.Context, rows: Sequence[Row]) -> None:
