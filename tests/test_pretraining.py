@@ -541,7 +541,8 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     status, text, error = run_command("pretrain", "--env", tiny_id, "-o", path, *options)
     assert status == 0, error
     assert "160 frames of 32x32 and 120 held-out observations take at most 0.7 MB" in text
-    assert f"Use: features_extractor_kwargs=dict(weights='{path}', backbone='resnet_mini', last_stage='layer1'" in text
+    used = f"weights='{path}', backbone='resnet_mini', last_stage='layer1', adapter='per_frame'"
+    assert f"Use: features_extractor_kwargs=dict({used}, pooling='spatial_softmax')" in " ".join(text.split())
     assert "random weights had" in text
     csv_file = tmp_path / "probe.csv"
     arguments = ["--env", tiny_id, "--labels", "tests.test_pretraining.column", "--steps", 120, "--n-envs", 4]

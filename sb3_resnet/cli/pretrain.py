@@ -126,6 +126,7 @@ def show(context: typer.Context, result: Result) -> None:
         if result.score <= result.random_score:
             told += ". They show less than random weights do: train longer, or on other frames"
     arguments = {"weights": str(result.path), **extractor_arguments(result.card)}
+    arguments["pooling"] = result.card["arguments"]["pooling"]  # what objective and score stood on
     used = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     context.obj.print(f"{told}.\nUse: features_extractor_kwargs=dict({used})", highlight=False)
 
