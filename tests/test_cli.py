@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import PPO
+from stable_baselines3 import DQN, PPO
 from stable_baselines3.common.buffers import RolloutBuffer
 from typer.main import get_command
 
@@ -157,8 +157,6 @@ def test_wrong_paths_name_the_models_nearby(tmp_path, dqn_zip):
 
 
 def test_a_model_without_a_resnet_is_refused(tmp_path):
-    from stable_baselines3 import DQN
-
     DQN("CnnPolicy", TinyGame((4, 36, 36)), buffer_size=10, device="cpu").save(tmp_path / "nature.zip")
     assert "sees with NatureCNN" in error_of("groups", tmp_path / "nature.zip")
 
@@ -482,6 +480,18 @@ def test_check_of_ppo():
     (finding,) = checking.check(lambda: build({}), 10**9).findings
     assert (finding.code, finding.severity) == ("setup", "error")
     assert "sees with FlattenExtractor" in finding.seen
+
+
+def test_a_stock_dqn_policy_with_this_extractor_is_checked_and_loaded(tmp_path):
+    policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+    options = {"buffer_size": 100, "learning_starts": 8, "batch_size": 4, "device": "cpu", "policy_kwargs": policy}
+    model = DQN("CnnPolicy", TinyGame((4, 36, 36)), **options)
+    report = checking.check(lambda: setups.Setup(model, 1000, None), 10**9)
+    assert [finding.code for finding in report.findings if finding.severity == "error"] == []
+    assert "frozen_random_backbone" in [finding.code for finding in report.findings]
+    assert dict(report.shapes)["scores of actions"] == (4, 3)
+    model.save(tmp_path / "model.zip")
+    assert_same(snapshot(load_model(tmp_path / "model.zip").policy), snapshot(model.policy))
 
 
 def test_check_times_an_update_of_ppo_on_entries():

@@ -4,11 +4,15 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import A2C, PPO
+from sb3_contrib import QRDQN
+from stable_baselines3 import A2C, DQN, PPO
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.cli.export import random_observations
+from sb3_resnet.cli.loading import extractors_of
 from sb3_resnet.cli.network import ScoreNetwork
+from sb3_resnet.diagnosis import static_findings
+from sb3_resnet.extractor import extractors_in
 from tests.helpers import TinyGame, fill, make_model, q_values
 
 VARIANTS = {
@@ -58,6 +62,18 @@ def test_scores_of_actor_critics_are_logits_of_float_images(algorithm, high):
     assert obs.max() > 0.9 * high
     logits = model.policy.get_distribution(obs).distribution.logits
     assert th.allclose(ScoreNetwork(model)(obs).log_softmax(dim=1), logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("algorithm", [DQN, QRDQN])
+def test_stock_policies_of_q_learning_are_taken_too(algorithm):
+    policy = {"features_extractor_class": ResNetExtractor, "features_extractor_kwargs": {"backbone": "resnet_tiny"}}
+    model = algorithm("CnnPolicy", TinyGame((4, 36, 36)), buffer_size=10, policy_kwargs=policy, device="cpu", seed=0)
+    assert [finding.code for finding in static_findings(model)] == ["frozen_random_backbone"]
+    assert extractors_of(model) == {"": extractors_in(model.policy)[0]}
+    obs = th.as_tensor(random_observations(model, 5))
+    network = model.q_net if algorithm is DQN else model.quantile_net
+    expected = network(obs).reshape(5, -1, 3).mean(dim=1)
+    assert th.allclose(ScoreNetwork(model)(obs), expected, rtol=0, atol=1e-5)
 
 
 def test_gradients_cross_the_frozen_trunk():

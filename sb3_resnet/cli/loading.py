@@ -17,6 +17,7 @@ from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.cli.pickles import unpickled_data
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import shown
+from sb3_resnet.diagnosis.setup_rules import eyes_of
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor
 
@@ -79,14 +80,6 @@ def read_device(name: str) -> str:
         found = f"{th.cuda.device_count()} GPUs" if th.cuda.device_count() else "no GPU"
         raise ValueError(f"--device {name}, but PyTorch finds {found}: write --device auto or cpu")
     return name
-
-
-def eyes_of(model: Any) -> Any:
-    """
-    :param model: an SB3 model
-    :return: the features extractor of the network that acts, of whatever class; ``None`` if it has none
-    """
-    return getattr(getattr(model.policy, "online", model.policy), "features_extractor", None)
 
 
 def extractors_of(model: Any, name: str = "The model") -> dict[str, ResNetExtractor]:

@@ -12,7 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet.cache.frames import Array
-from sb3_resnet.cli.loading import extractor_of, extractors_of, eyes_of
+from sb3_resnet.cli.loading import extractor_of, extractors_of
+from sb3_resnet.diagnosis.setup_rules import eyes_of, value_network_of
 
 _BATCH = 32
 
@@ -132,7 +133,8 @@ class _Resize(nn.Module):
 
 
 def _head_of(policy: Any) -> nn.Module:
-    if hasattr(policy, "online"):
-        head: nn.Module = policy.online.head
+    name = value_network_of(policy)
+    if name is not None:  # SB3 and sb3-contrib call the head within the network as they call the network
+        head: nn.Module = getattr(getattr(policy, name), name)
         return head
     return nn.Sequential(policy.mlp_extractor.policy_net, policy.action_net)

@@ -26,8 +26,7 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
     :param unfreezer: the ``UnfreezeCallback`` of the run, if it has one
     :return: the findings
     """
-    network = getattr(model.policy, "online", model.policy)
-    sees = getattr(network, "features_extractor", None)
+    sees = eyes_of(model)
     extractors = extractors_in(sees) if isinstance(sees, nn.Module) else []
     optimizer = getattr(model.policy, "optimizer", None)  # SAC has several, and none here
     reached = [] if unfreezer is None else unfreezer.reached_by(total_timesteps)
@@ -42,6 +41,24 @@ def static_findings(model: Any, total_timesteps: int | None = None, unfreezer: A
         _first(_micro_batch(model, one) for one in extractors),
     ]
     return [finding for finding in found if finding is not None]
+
+
+def eyes_of(model: Any) -> Any:
+    """
+    :param model: an SB3 model
+    :return: the features extractor of the network that acts, of whatever class; ``None`` if it has none
+    """
+    name = value_network_of(model.policy)
+    network = model.policy if name is None else getattr(model.policy, name)
+    return getattr(network, "features_extractor", None)
+
+
+def value_network_of(policy: Any) -> str | None:
+    """
+    :param policy: of an SB3 model
+    :return: name of the network of Q-values that acts, in this package's policies and in SB3's; ``None`` for others
+    """
+    return next((name for name in ("q_net", "quantile_net") if hasattr(policy, name)), None)
 
 
 def has_random_weights(extractor: Any, stages: Sequence[str]) -> bool:
