@@ -24,6 +24,7 @@ CARD = {
     "observed_size": [32, 32],
     **IMAGENET,
 }
+COLOURS = {"adapter": "inflate", "channels": 6, "frame_channels": 3}
 FITS = {"backbone": "resnet_mini", "adapter": "per_frame", "last_stage": "layer2"}
 
 
@@ -89,6 +90,27 @@ def test_other_numbers_of_frames_matter_only_where_the_trunk_sees_them_together(
         ResNetExtractor(space(2), weights=stacked, **{**FITS, "adapter": "conv1x1"})
 
 
+@pytest.mark.parametrize(
+    ("kept", "words"), [(True, "of their own: write frame_channels=3"), (False, "of all: leave out frame_channels=3")]
+)
+def test_inflated_colours_are_normalised_as_in_the_pretraining(kept, words, tmp_path):
+    used = {**FITS, "adapter": "inflate"}
+    other, same = ({}, {"frame_channels": 3}) if kept else ({"frame_channels": 3}, {})
+    for number, card in enumerate(({"keeps_colours": kept}, {"arguments": {"frame_channels": 3 if kept else None}})):
+        path = write(tmp_path / f"{number}.safetensors", **COLOURS, **card)
+        assert len(ResNetExtractor(space(6), weights=path, **used, **same).input_mean) == 6
+        with pytest.raises(ValueError, match=f"normalised with statistics.*{words}"):
+            ResNetExtractor(space(6), weights=path, **used, **other)
+
+
+@pytest.mark.parametrize("mean", [None, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6]])
+def test_colours_of_one_normalisation_for_each_channel_or_none_are_not_compared(mean, tmp_path):
+    std = None if mean is None else [0.5] * 6
+    path = write(tmp_path / "w.safetensors", **COLOURS, keeps_colours=True, input_mean=mean, input_std=std)
+    norm = {"use_imagenet_norm": False} if mean is None else {"input_mean": mean, "input_std": std}
+    ResNetExtractor(space(6), weights=path, **{**FITS, "adapter": "inflate"}, **norm)
+
+
 def test_statistics_of_imagenet_may_be_written_out(tmp_path):
     path = write(tmp_path / "w.safetensors")
     ResNetExtractor(space(), weights=path, **FITS, **IMAGENET)
@@ -103,6 +125,10 @@ def test_statistics_of_imagenet_may_be_written_out(tmp_path):
         ({"channels": 3}, {**FITS, "frame_channels": 1}),
         ({"adapter": "none", "channels": 3, "frame_channels": 3}, {"backbone": "resnet_mini", "last_stage": "layer2"}),
         ({"adapter": "inflate"}, {**FITS, "adapter": "inflate"}),
+        ({**COLOURS, "keeps_colours": False}, {**FITS, "adapter": "inflate"}),
+        ({**COLOURS, "keeps_colours": True}, {**FITS, "adapter": "inflate", "frame_channels": 3}),
+        ({**COLOURS, "arguments": {"frame_channels": 3}}, {**FITS, "adapter": "inflate", "frame_channels": 3}),
+        ({**COLOURS, "adapter": "per_frame", "keeps_colours": True}, FITS),
         (
             {"input_mean": [0.1, 0.2, 0.3], "input_std": [1.0, 1.0, 0.9]},
             {**FITS, "input_mean": [0.1, 0.2, 0.3], "input_std": [1.0, 1.0, 0.9]},

@@ -54,6 +54,13 @@ class RGBGame(TinyGame):
         super().__init__((3, 32, 32))
 
 
+class TwoRGBGame(TinyGame):
+    """Its frames as two RGB images."""
+
+    def __init__(self):
+        super().__init__((6, 32, 32))
+
+
 class OneAxisGame(TinyGame):
     """Takes a number in the place of a choice."""
 
@@ -169,8 +176,10 @@ def extractor_in(model):
         (TinyGame, {"image_size": 24, "input_mean": [0.1, 0.2, 0.3], "input_std": [0.5, 0.5, 0.4]}),
         (RGBGame, {"pooling": "grid"}),
         (RGBGame, {"frame_channels": 1}),
+        (TwoRGBGame, {"adapter": "inflate", "frame_channels": 3}),
+        (TwoRGBGame, {"adapter": "inflate"}),
     ],
-    ids=["per_frame", "conv1x1", "inflate", "resized", "RGB", "three grey frames"],
+    ids=["per_frame", "conv1x1", "inflate", "resized", "RGB", "three grey frames", "colours", "mixed colours"],
 )
 def test_an_extractor_sees_what_the_trunk_was_trained_on(env, changes, tmp_path, monkeypatch):
     trainers = []

@@ -87,6 +87,9 @@ def check_card(card: Mapping[str, Any], source: str, backbone: str, seen: Mappin
             f"its observations had {card['channels']} channels, and these have {seen['channels']}: stack as many "
             "frames, or pretrain on these"
         )
+    elif _repeats_statistics(card) and _keeps_colours(card) not in (None, seen["keeps_colours"]):
+        had, instead = ("their own", "write") if _keeps_colours(card) else ("those of all", "leave out")
+        wrong.append(f"its colours were normalised with statistics of {had}: {instead} frame_channels=3")
     if [*card["image_size"]] != [*seen["image_size"]]:
         size, given = ("x".join(map(str, one["image_size"])) for one in (card, seen))
         wrong.append(f"it saw images of {size}, and these have {given}: write image_size={[*card['image_size']]}")
@@ -110,6 +113,8 @@ def extractor_arguments(card: Mapping[str, Any]) -> dict[str, Any]:
         arguments |= {"adapter": card["adapter"]}
     if card["frame_channels"] == 1 and card["channels"] % 3 == 0:
         arguments["frame_channels"] = 1
+    if card["adapter"] == "inflate" and _keeps_colours(card):
+        arguments["frame_channels"] = 3
     if [*card["image_size"]] != [*card["observed_size"]]:
         arguments["image_size"] = [*card["image_size"]]
     if card["input_mean"] is None:
@@ -123,6 +128,18 @@ def _other_adapter(card: Mapping[str, Any]) -> str:
     if card["adapter"] == "none":
         return "it takes RGB images of three channels, and no adapter: give it such images"
     return f"its frames came through another adapter: write adapter={card['adapter']!r}"
+
+
+def _repeats_statistics(card: Mapping[str, Any]) -> bool:
+    """Whether statistics of three channels became those of all; weights of all channels are in the file itself."""
+    return card["adapter"] == "inflate" and card["input_mean"] is not None and len(card["input_mean"]) == 3
+
+
+def _keeps_colours(card: Mapping[str, Any]) -> bool | None:
+    """Whether ``frame_channels=3`` was written out; in cards without this entry the arguments say it, if any do."""
+    if "keeps_colours" in card:
+        return bool(card["keeps_colours"])
+    return card["arguments"].get("frame_channels") == 3 if "arguments" in card else None
 
 
 def _normalisation(card: Mapping[str, Any]) -> str:

@@ -112,6 +112,7 @@ class Preprocessing:
             "image_size": [*self.size],
             "input_mean": None if mean is None else [*mean],
             "input_std": None if std is None else [*std],
+            "keeps_colours": self.keeps_colours,
             "last_stage": last_stage,
         }
 
