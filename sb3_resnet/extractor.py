@@ -226,7 +226,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         """
         self.encoder.refresh(by_value=True)
         raw = self.preprocessing.to_raw(observations, self.augmentation if self.augments else None)
-        return self.trunk.per_observation(in_slices(self.encoder, raw, self._images_at_once))
+        return self.trunk.per_observation(in_slices(self.encoder.encode_checked, raw, self._images_at_once))
 
     def plain_features(self, observations: th.Tensor) -> th.Tensor:
         """As ``forward`` with the plain float32 modules, so that gradients of the image cross frozen stages too."""

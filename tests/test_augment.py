@@ -265,3 +265,22 @@ def test_a_callable_must_keep_the_shape():
     augmentation, images = build(lambda images: images[..., 1:])
     with pytest.raises(ValueError, match=r"augment must keep the shape .* = \(6, 4, 1, 12, 16\), but returned"):
         augmentation(images)
+
+
+@pytest.mark.parametrize("high", [1.0, 255.0])
+def test_a_callable_may_leave_the_space_as_long_as_observations_do_not(high):
+    def brighter(images):
+        return images * 1.5 - 0.25
+
+    options = {"backbone": "resnet_mini", "pooling": "flatten"}
+    space = spaces.Box(0.0, high, (3, 32, 32), np.float32)
+    th.manual_seed(0)
+    frozen = ResNetExtractor(space, augment=brighter, **options)
+    live = ResNetExtractor(space, augment=brighter, **options)
+    live.load_state_dict(frozen.state_dict())
+    live.set_freeze_boundary("all")
+    observations = high * th.rand(3, 3, 32, 32)
+    th.testing.assert_close(frozen(observations), live(observations), rtol=1e-4, atol=1e-5)
+    for extractor in (frozen, live, frozen.eval()):
+        with pytest.raises(ValueError, match="Negative values are what VecNormalize makes"):
+            extractor(observations - 0.5 * high)

@@ -64,9 +64,17 @@ class FrozenEncoder:
             single frames ``(n, 1 or 3, H, W)`` with ``adapter="per_frame"``; resized here if they are not
         :return: entries: pooled features ``(n, dim)`` in float32, or the map that the lowest trainable stage takes,
             ``(n, c, h, w)`` in the model's ``frozen_dtype``
+        :raises ValueError: for NaN, infinity and values outside of the space
+        """
+        self.trunk.preprocessing.check_range(images)
+        return self.encode_checked(images)
+
+    def encode_checked(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: as for a call, but of any values: what changes images at random may leave the space
+        :return: entries, as of a call
         """
         self.refresh()
-        self.trunk.preprocessing.check_range(images)
         with th.no_grad(), th.autocast(images.device.type, enabled=False):
             resized = self.trunk.preprocessing.resize(images)
             entries = self._run(resized) if self.uses_graphs else self._run_stages(resized)

@@ -88,9 +88,12 @@ class Preprocessing:
         :param observations: as SB3 hands them over, ``(batch, C, H, W)``
         :param augmentation: changes the images, at the size of the observation
         :return: images for :class:`~sb3_resnet.nn.encoder.FrozenEncoder`, which resizes them
+        :raises ValueError: for NaN, infinity and values outside of the space, before images are changed
         """
         x = observations.float()
-        if augmentation is not None:
+        if augmentation is None:
+            self.check_range(x)
+        else:
             x = augmentation(self._to_unit(observations)) / self.scale
         return self.as_images(x * 255.0 if self.is_uint8 else x)
 
