@@ -481,6 +481,8 @@ def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_l
         ({"updates": 0}, ValueError, "updates must be finite and >= 1"),
         ({"minutes": 0}, ValueError, "minutes must be finite and > 0"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of"),
+        ({"device": "gpu"}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
+        ({"device": None}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got None"),
         ({"held_out": 2}, ValueError, "held_out=2 are too few steps to be probed"),
         ({"frames": 12}, ValueError, "No two observations of an episode are 3 steps apart: write more frames"),
         ({"frames": 10**13}, ValueError, "Frames take .* GB, and .* GB are left: write fewer frames"),
@@ -493,6 +495,17 @@ def test_what_cannot_work_is_refused_with_what_to_write(changes, error, words, t
     options = {"path": "w.safetensors", "env": TinyGame, **changes}
     with pytest.raises(error, match=words):
         small(tmp_path / options.pop("path"), options.pop("env"), **options)
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_the_device_is_decided_before_a_frame_is_played(gpus, monkeypatch):
+    monkeypatch.setattr(th.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(th.cuda, "is_available", lambda: gpus > 0)
+    assert Settings(device="auto").device == ("cuda" if gpus else "cpu")
+    assert Settings(device=th.device("cpu")).device == "cpu"
+    found = "no such GPU" if gpus else "no GPU"
+    with pytest.raises(ValueError, match=f"device='cuda:{gpus}', but PyTorch finds {found}: write device='auto' or"):
+        Settings(device=f"cuda:{gpus}")
 
 
 def test_a_model_plays_and_one_of_other_observations_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from sb3_resnet.cache.observations import Observations
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
 from sb3_resnet.callbacks._updates import LendingCallback, record
 from sb3_resnet.common import host
-from sb3_resnet.common.arguments import integer, shown
+from sb3_resnet.common.arguments import integer, read_device
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.common.vec_normalize import check_vec_normalize
 from sb3_resnet.extractor import ResNetExtractor, extractors_in
@@ -74,7 +74,7 @@ class FeatureCacheCallback(LendingCallback):
         augment_copies: int | None = None,
     ) -> None:
         super().__init__(verbose)
-        self.device = _read_device(device)
+        self.device = read_device(device)
         self.max_bytes = None if max_bytes is None else integer("max_bytes", max_bytes, 1)
         self.augment_copies = None if augment_copies is None else integer("augment_copies", augment_copies, 1)
         self._rewards = RewardCheck()
@@ -230,13 +230,3 @@ def _hooked(extractor: ResNetExtractor) -> list[str]:
     passed_over = {extractor, extractor.backbone, *(layer for module in frozen for layer in module.modules())}
     found = [name for name, module in extractor.named_modules() if module in passed_over]
     return [name or "the extractor" for name in found if host.has_forward_hooks(extractor.get_submodule(name))]
-
-
-def _read_device(device: Any) -> str:
-    try:
-        known = "auto" if device == "auto" else str(th.device(device))
-    except (RuntimeError, TypeError):
-        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(device)}") from None
-    if known.startswith("cuda") and not th.cuda.is_available():
-        raise ValueError(f"device={shown(device)}, but PyTorch finds no GPU: write device='auto' or 'cpu'")
-    return known

@@ -78,7 +78,7 @@ def command(
     Killed, it goes on where it was when it is started again with the same arguments.
     """
     given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
-    given |= {"device": _device(device), "use_imagenet_norm": None if imagenet_norm else False}
+    given |= {"device": read_device(device), "use_imagenet_norm": None if imagenet_norm else False}
     settings = Settings.read(given)
     n_envs = integer("--n-envs", n_envs, 1)
     envs.import_packages(gym_packages or [])
@@ -138,12 +138,3 @@ def _say_memory(context: typer.Context, settings: Settings, space: Any) -> None:
     told = f"{settings.frames:,} frames of {size} and {settings.held_out:,} held-out observations take at most"
     rest = "" if left is None else f" of {gigabytes(left)} that are left"
     context.obj.print(f"{told} {gigabytes(needed)}{rest}.", highlight=False)
-
-
-def _device(name: str) -> str:
-    name = read_device(name)
-    if name != "auto":
-        return name
-    import torch as th
-
-    return "cuda" if th.cuda.is_available() else "cpu"

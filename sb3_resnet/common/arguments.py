@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch as th
 
 _LONGEST = 300  # characters of a value in an error
 
@@ -166,6 +167,25 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> str:
             f"{name} must be one of {', '.join(map(repr, allowed))}, got {shown(value)}{nearest(value, allowed)}"
         )
     return str(value)
+
+
+def read_device(value: Any) -> str:
+    """
+    :param value: what the user passed as ``device``
+    :return: the same as text
+    :raises ValueError: if it is no device and not ``"auto"``, or a GPU that PyTorch does not find
+    """
+    try:
+        device = None if isinstance(value, str) and value == "auto" else th.device(value)
+    except (RuntimeError, TypeError):
+        raise ValueError(f"device must be 'auto', 'cpu' or 'cuda', got {shown(value)}") from None
+    if device is None:
+        return "auto"
+    count = th.cuda.device_count() if th.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        found = "no such GPU" if count else "no GPU"
+        raise ValueError(f"device={shown(value)}, but PyTorch finds {found}: write device='auto' or 'cpu'")
+    return str(device)
 
 
 def no_unknown(

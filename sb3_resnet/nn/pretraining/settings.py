@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
+import torch as th
 
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number, shown
+from sb3_resnet.common.arguments import choice, integer, no_unknown, number, read_device, shown
 from sb3_resnet.nn.adapters import ADAPTERS, read_frame_channels
 from sb3_resnet.nn.backbones import STAGES, available
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
@@ -56,7 +57,7 @@ class Settings:
     :param probe_every: updates between two probes
     :param patience: probes without a better score after which the run ends
     :param seed: of everything
-    :param device: where to train
+    :param device: where to train: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one
     :param dtype: of activations: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the hardware has it
     """
 
@@ -104,6 +105,8 @@ class Settings:
         choice("last_stage", self.last_stage, STAGES)
         choice("pooling", self.pooling, POOLINGS)
         choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        device = read_device(self.device)
+        self._set("device", ("cuda" if th.cuda.is_available() else "cpu") if device == "auto" else device)
         if self.adapter is not None:
             choice("adapter", self.adapter, ADAPTERS)
         self._set("image_size", read_image_size(self.image_size))
