@@ -101,7 +101,7 @@ def pretrain(
     chosen = Settings.read(settings)
     path = read_output(output)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
-    check_player(chosen, env, model)
+    check_player(chosen, env, model, replay_buffer)
     source = _source(env, model, replay_buffer, labels, info_keys)
     identity = {**source, **chosen.plain()}
     budget = {"updates": chosen.updates, "minutes": chosen.minutes}

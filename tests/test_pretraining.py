@@ -543,6 +543,34 @@ def test_a_replay_buffer_gives_the_frames(tmp_path):
     assert 60 <= result.card["frames"] <= 80
 
 
+@pytest.mark.parametrize("objective", ["atc", "barlow"])
+def test_a_replay_buffer_of_others_is_refused_before_the_environment_is_played(objective, tmp_path, monkeypatch):
+    def filled(space, actions):
+        buffer = ReplayBuffer(40, space, actions, device="cpu")
+        observation = np.zeros((1, *space.shape), np.uint8)
+        for _ in range(40):
+            buffer.add(observation, observation, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+        return buffer
+
+    class PlayedError(Exception):
+        pass
+
+    def play(*arguments):
+        raise PlayedError
+
+    monkeypatch.setattr(sb3_resnet.pretraining, "_held_out", play)
+    same = TinyGame().action_space
+    for other in (filled(RGBGame().observation_space, same), same):
+        with pytest.raises(ValueError, match=r"The replay buffer has .*, and the environment Box.*same wrappers"):
+            small(tmp_path / "w.safetensors", objective=objective, replay_buffer=other)
+    for actions in (spaces.Discrete(same.n + 1), spaces.Discrete(same.n, start=1)):
+        error = ValueError if objective == "barlow" else PlayedError
+        with pytest.raises(error, match="The replay buffer has the actions Discrete" if error is ValueError else None):
+            small(tmp_path / "w.safetensors", objective=objective, replay_buffer=filled(SPACE, actions))
+    with pytest.raises(PlayedError):
+        small(tmp_path / "w.safetensors", objective=objective, replay_buffer=filled(SPACE, same))
+
+
 def test_tensorboard_shows_loss_score_and_collapse(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

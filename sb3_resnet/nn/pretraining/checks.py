@@ -32,14 +32,17 @@ def read_output(output: Any) -> Path:
     return path
 
 
-def check_player(settings: Settings, env: VecEnv, model: Any) -> None:
+def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any) -> None:
     """
     :param settings: what was chosen
     :param env: environments
     :param model: an SB3 model that shall play there, or ``None``
-    :raises ValueError: for an objective that lacks actions, and a model of other observations
+    :param replay_buffer: of a run there, or ``None``
+    :raises ValueError: for an objective that lacks actions, a model or buffer of other observations, and a buffer of
+        other actions where the objective looks at them
     """
-    if OBJECTIVES[settings.objective].needs_actions and n_actions(env.action_space) is None:
+    needs_actions = OBJECTIVES[settings.objective].needs_actions
+    if needs_actions and n_actions(env.action_space) is None:
         raise ValueError(
             f"objective={settings.objective!r} asks which action was taken, and actions here are no choice among "
             "several: write objective='atc'"
@@ -48,6 +51,19 @@ def check_player(settings: Settings, env: VecEnv, model: Any) -> None:
         raise ValueError(
             f"The model plays {model.observation_space}, and the environment gives {env.observation_space}: give the "
             "environment of its training, with the same wrappers"
+        )
+    if replay_buffer is None:
+        return
+    if getattr(replay_buffer, "observation_space", None) != env.observation_space:
+        has = getattr(replay_buffer, "observation_space", type(replay_buffer).__name__)
+        raise ValueError(
+            f"The replay buffer has {has}, and the environment {env.observation_space}: give the environment of that "
+            "run, with the same wrappers"
+        )
+    if needs_actions and replay_buffer.action_space != env.action_space:
+        raise ValueError(
+            f"The replay buffer has the actions {replay_buffer.action_space}, and the environment {env.action_space}: "
+            "give the environment of that run, or write objective='atc'"
         )
 
 

@@ -55,20 +55,15 @@ def from_buffer(buffer: Any, capacity: int, frame_channels: int, space: Any, tol
     """
     Read a replay buffer, the newest transitions where not all fit.
 
-    :param buffer: SB3's ``ReplayBuffer`` or one derived from it, as ``save_replay_buffer`` wrote it
+    :param buffer: SB3's ``ReplayBuffer`` or one derived from it, as ``save_replay_buffer`` wrote it, of such
+        observations
     :param capacity: frames to keep
     :param frame_channels: channels of one frame
     :param space: observation space that the trunk is for
     :param told: called with the share that is done
     :return: the frames
-    :raises ValueError: for a buffer of other observations, and an empty one
+    :raises ValueError: for an empty buffer
     """
-    if getattr(buffer, "observation_space", None) != space:
-        has = getattr(buffer, "observation_space", type(buffer).__name__)
-        raise ValueError(
-            f"The replay buffer has {has}, and the environment {space}: give the environment of that run, with the "
-            "same wrappers"
-        )
     rows = _in_time(buffer)
     if len(rows) < 2:
         raise ValueError("The replay buffer is empty: give one that was saved with save_replay_buffer after training")
