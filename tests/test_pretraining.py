@@ -18,12 +18,13 @@ from stable_baselines3.common.env_util import make_vec_env
 import sb3_resnet.pretraining
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import UnfreezeCallback
-from sb3_resnet.nn.cards import extractor_arguments, read_card
+from sb3_resnet.nn.cards import extractor_arguments, read_card, save_with_card
 from sb3_resnet.nn.pretraining import settings as settings_of
 from sb3_resnet.nn.pretraining.barlow import barlow_loss
 from sb3_resnet.nn.pretraining.collapse import CollapseError, spread_and_rank
 from sb3_resnet.nn.pretraining.frames import Frames
 from sb3_resnet.nn.pretraining.objective import Objective
+from sb3_resnet.nn.pretraining.run import refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.trainer import Trainer
 from sb3_resnet.pretraining import pretrain
@@ -398,6 +399,21 @@ def test_the_same_call_again_returns_the_file_and_trains_nothing(pretrained, mon
         ValueError, match=r"other arguments \(updates=6 instead of 8\): write the same ones, or another"
     ):
         small(pretrained, updates=8)
+
+
+def test_a_file_without_the_names_of_newer_arguments_is_of_a_run_with_their_old_values(pretrained, tmp_path):
+    path = tmp_path / "w.safetensors"
+    card = read_card(pretrained)
+    card["arguments"] = {
+        name: value for name, value in card["arguments"].items() if name not in ("neighbours", "shift_probability")
+    }
+    save_with_card(path, load_file(pretrained), card)
+    with pytest.raises(ValueError, match=r"other arguments \(shift_probability=1.0 instead of 0.1\): write the same"):
+        small(path)
+    with pytest.raises(ValueError, match=r"other arguments \(neighbours=1 instead of 2\): write the same"):
+        small(path, shift_probability=1.0, neighbours=2)
+    assert small(path, shift_probability=1.0).card == card
+    refuse_other(path, {"frames": 160}, {"frames": 160})  # such as the arguments that collected frames depend on
 
 
 def test_a_folder_of_another_run_is_not_gone_on_from(tmp_path):
