@@ -149,10 +149,13 @@ def test_foreign_zips_end_in_one_line(kind, tmp_path):
     assert str(path) in line
 
 
-def test_wrong_paths_name_the_models_nearby(tmp_path, dqn_zip):
+def test_wrong_paths_name_the_models_nearby(tmp_path, dqn_zip, monkeypatch):
     assert "no file" in error_of("groups", tmp_path / "nothing" / "model.zip")
     assert str(dqn_zip) in error_of("groups", dqn_zip.with_name("other.zip"))
     assert "a folder, not a model" in error_of("groups", dqn_zip.parent)
+    assert error_of("groups", "/").startswith("Error: / is a folder, not a model")
+    monkeypatch.chdir(dqn_zip.parent)
+    assert error_of("groups", ".") == "Error: . is a folder, not a model; models there: dqn.zip"
     assert run_command("groups", dqn_zip.with_suffix(""))[0] == 0
 
 

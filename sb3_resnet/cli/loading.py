@@ -123,11 +123,10 @@ def model_file(path: str | Path) -> Path:
     :raises FileNotFoundError: with the models in the same folder
     """
     path = Path(path).expanduser()
-    with_suffix = path.with_name(f"{path.name}.zip")
-    if not path.is_file() and with_suffix.is_file():
-        return with_suffix
     if path.is_file():
         return path
+    if path.name and path.with_name(f"{path.name}.zip").is_file():  # "." and "/" have no name
+        return path.with_name(f"{path.name}.zip")
     folder = path if path.is_dir() else path.parent
     models = sorted(str(file) for file in folder.glob("*.zip")) if folder.is_dir() else []
     hint = f"; models there: {', '.join(models)}" if models else ""
