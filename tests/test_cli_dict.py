@@ -7,7 +7,8 @@ import pytest
 import torch as th
 from gymnasium import spaces
 from PIL import Image
-from stable_baselines3 import HerReplayBuffer
+from stable_baselines3 import DQN, HerReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack
 
@@ -281,6 +282,29 @@ def test_a_model_of_her_is_loaded_without_its_environment(trust, tmp_path):
     loaded = load_model(tmp_path / "model.zip", trust=trust, takes_dict=True)
     observations = dict_observations(model)
     assert th.equal(scores(loaded, observations), scores(model, observations))
+
+
+class OwnHer(HerReplayBuffer):
+    """What a user may have derived."""
+
+
+def test_only_a_buffer_of_her_is_replaced(tmp_path, monkeypatch):
+    her = {"replay_buffer_class": OwnHer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
+    make_dict_model(env=GoalGame(), **her).save(tmp_path / "own.zip")
+    assert type(load_model(tmp_path / "own.zip", trust=True, takes_dict=True).replay_buffer) is DictReplayBuffer
+    make_model().save(tmp_path / "model.zip")
+    given = []
+
+    def load(*arguments, **options):
+        given.append(options)
+        raise AssertionError("of something else")
+
+    monkeypatch.setattr(DQN, "load", load)
+    for trust in (False, True):
+        with pytest.raises(ValueError, match=r"cannot be loaded as a DQN model .*of something else"):
+            load_model(tmp_path / "model.zip", trust=trust)
+    assert len(given) == 2
+    assert not [options for options in given if "replay_buffer_class" in options]
 
 
 def test_explain_refuses_an_image_that_is_not_there(dict_id, tiny_id, tmp_path, monkeypatch):

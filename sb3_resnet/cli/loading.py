@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from stable_baselines3 import A2C, DQN, PPO
+from stable_baselines3 import A2C, DQN, PPO, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 
 from sb3_resnet.cli.extras import import_extra
-from sb3_resnet.cli.pickles import unpickled_data
+from sb3_resnet.cli.pickles import trusted_part, unpickled_data
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import shown
 from sb3_resnet.diagnosis.setup_rules import eyes_of
@@ -47,21 +47,24 @@ def load_model(path: str | Path, device: str = "cpu", trust: bool = False, takes
     algorithm = algorithm_class(algorithm_name(path))
     content = path.read_bytes()  # once: what is looked at is what is loaded
     parts = None if trust else unpickled_data(content, path)
-
-    def load(**others: Any) -> Any:
-        return algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **_SMALL, **others)
-
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as those about attributes that this version of SB3 does not have
-            try:
-                model = load()
-            except AssertionError:  # HerReplayBuffer wants an environment, and nothing is sampled here
-                model = load(replay_buffer_class=DictReplayBuffer, replay_buffer_kwargs={})
+            options = {**_SMALL, **_buffer_without_environment(content, path, parts)}
+            model = algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **options)
     except Exception as error:  # damaged archives and foreign pickles raise almost anything
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
     (extractors_of if takes_dict else extractor_of)(model, str(path))
     return model
+
+
+def _buffer_without_environment(content: bytes, path: Path, parts: dict[str, Any] | None) -> dict[str, Any]:
+    """What takes the place of HerReplayBuffer, which wants an environment; nothing is sampled here."""
+    name = "replay_buffer_class"
+    saved = trusted_part(content, path, name) if parts is None else parts.get(name)
+    if isinstance(saved, type) and issubclass(saved, HerReplayBuffer):
+        return {name: DictReplayBuffer, "replay_buffer_kwargs": {}}
+    return {}
 
 
 def read_device(name: str) -> str:

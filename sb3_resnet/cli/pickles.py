@@ -9,6 +9,7 @@ import io
 import json
 import pickle
 import zipfile
+from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -132,19 +133,34 @@ def unpickled_data(content: bytes, path: Path) -> dict[str, Any]:
     :raises UntrustedError: with the name of what a part wants to call
     :raises ValueError: if a part cannot be read
     """
+    parts = {name: loads(pickled, f"{path}: its {name}") for name, pickled in _pickled_parts(content, path)}
+    return {**parts, "env": None}
+
+
+def trusted_part(content: bytes, path: Path, name: str) -> Any:
+    """
+    One pickled part of a saved model, for those who trust the file: code that the part holds is run.
+
+    :param content: of the model's zip
+    :param path: its name, for the errors
+    :param name: of the part
+    :return: the part; ``None`` if there is none of this name, or none that is pickled
+    :raises ValueError: if a part cannot be read
+    """
+    pickled = dict(_pickled_parts(content, path)).get(name)
+    return None if pickled is None else pickle.loads(pickled)
+
+
+def _pickled_parts(content: bytes, path: Path) -> Iterator[tuple[str, bytes]]:
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         data = json.loads(archive.read("data"))
-    parts: dict[str, Any] = {"env": None}
     for name, value in data.items():
         if not (isinstance(value, dict) and SERIALIZED in value):
             continue
-        what = f"{path}: its {name}"
         try:
-            pickled = base64.b64decode(value[SERIALIZED])
+            yield name, base64.b64decode(value[SERIALIZED])
         except (binascii.Error, TypeError, ValueError) as error:
-            raise ValueError(f"{what} cannot be read ({one_line(error)})") from error
-        parts[name] = loads(pickled, what)
-    return {**parts, "env": None}
+            raise ValueError(f"{path}: its {name} cannot be read ({one_line(error)})") from error
 
 
 def class_in(packages: dict[str, tuple[type, ...]], module: str, name: str) -> type | None:
