@@ -16,9 +16,21 @@ from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecNorm
 from torch import nn
 
 import sb3_resnet
+from sb3_resnet import ResNetExtractor
+from sb3_resnet.extractor import extractors_in
 from sb3_resnet.nn import weights as weight_files
 from sb3_resnet.nn.preprocessing import IMAGENET_MEAN
-from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
+from tests.helpers import (
+    ALGORITHMS,
+    TinyGame,
+    assert_same,
+    fill,
+    make_actor_critic,
+    make_model,
+    observations,
+    q_values,
+    snapshot,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not th.cuda.is_available(), reason="needs a GPU"))]
 
@@ -253,6 +265,30 @@ def test_without_image_scaling_observations_of_vec_normalize_are_taken_as_sb3_ta
     model.save(tmp_path / "model")
     loaded = ALGORITHMS[algorithm].load(tmp_path / "model", device="cpu")
     assert th.equal(q_values(loaded, th.as_tensor(obs)), q_values(model, th.as_tensor(obs)))
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+def test_a_subclass_that_cannot_take_observations_as_they_are_is_told_how_it_could(algorithm):
+    class Closed(ResNetExtractor):
+        def __init__(self, observation_space, backbone="resnet_mini"):
+            super().__init__(observation_space, backbone=backbone)
+
+    class Open(ResNetExtractor):
+        def __init__(self, observation_space, **kwargs):
+            super().__init__(observation_space, **kwargs)
+
+    def build(extractor_class, env):
+        policy = {"normalize_images": False, "features_extractor_class": extractor_class}
+        make = make_model if algorithm == "dqn" else make_actor_critic
+        return make(algorithm, env=env, policy_kwargs=policy, extractor={"backbone": "resnet_mini"})
+
+    odd, known = TinyGame(), TinyGame()
+    odd.observation_space = spaces.Box(-1, 1, (4, 32, 32), np.float32)
+    known.observation_space = spaces.Box(0, 1, (4, 32, 32), np.float32)
+    assert extractors_in(build(Open, odd).policy)[0].preprocessing.normalized
+    assert not extractors_in(build(Closed, known).policy)[0].preprocessing.normalized
+    with pytest.raises(TypeError, match=r"normalized_image=True to Closed, .*: let its __init__ take \*\*kwargs"):
+        build(Closed, odd)
 
 
 def test_head_options_reach_the_network():

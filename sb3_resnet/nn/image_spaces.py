@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from typing import Any
 
@@ -70,6 +71,28 @@ def _of_normalized(space: Any) -> float:
 def policy_for(space: Any) -> str:
     """:return: name of the ResNet policy for an observation space, for errors"""
     return "ResNetMultiInputPolicy" if isinstance(space, spaces.Dict) else "ResNetCnnPolicy"
+
+
+def take_as_they_are(space: Any, extractor_class: Any, kwargs: dict[str, Any]) -> None:
+    """
+    For ``normalize_images=False``: let values of other bounds than those of images be, as SB3 does with NatureCNN.
+
+    :param space: observation space
+    :param extractor_class: class of the features extractor
+    :param kwargs: of the policy; its ``features_extractor_kwargs`` get ``normalized_image=True`` where it is needed
+    :raises TypeError: if the class does not take this argument
+    """
+    if has_image_bounds(space) or len(space.shape or ()) != 3:
+        return
+    parameters = inspect.signature(extractor_class).parameters
+    takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    if "normalized_image" not in parameters and not takes_all:
+        raise TypeError(
+            f"normalize_images=False passes normalized_image=True to {extractor_class.__name__}, which does not take "
+            "it: let its __init__ take **kwargs, and pass them to super().__init__"
+        )
+    given = kwargs.get("features_extractor_kwargs") or {}
+    kwargs["features_extractor_kwargs"] = {"normalized_image": True, **given}
 
 
 def has_image_bounds(space: Any) -> bool:

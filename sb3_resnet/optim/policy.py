@@ -18,7 +18,7 @@ from sb3_resnet.extractor import ResNetExtractor, extractors_in
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor, combined_arguments, images_in
 from sb3_resnet.nn.freezing import set_boundaries
 from sb3_resnet.nn.heads import FEATURE_NORMS, activation_of, widths_of
-from sb3_resnet.nn.image_spaces import has_image_bounds
+from sb3_resnet.nn.image_spaces import take_as_they_are
 from sb3_resnet.nn.weights import checkpoint_follows
 from sb3_resnet.optim import classes
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios
@@ -97,7 +97,8 @@ class ResNetPolicyMixin:
         self._check_names(extractor_class, kwargs)
         if not kwargs.get("normalize_images", True) and any(map(is_image_space, _parts(observation_space))):
             raise ValueError("normalize_images=False would leave uint8 images at 0..255: leave the argument out")
-        self._take_as_they_are(observation_space, kwargs)
+        if not kwargs.get("normalize_images", True):
+            take_as_they_are(observation_space, extractor_class, kwargs)
         classes.optimizer_arguments_of(kwargs.get("optimizer_kwargs"), "optimizer_kwargs")
         self.dropout = number("dropout", dropout, 0.0, 0.99)
         self.feature_norm = choice("feature_norm", feature_norm, FEATURE_NORMS)
@@ -186,16 +187,6 @@ class ResNetPolicyMixin:
             instead = f"policy={DICT_POLICY_NAME!r}" if images_in(space) else "policy='MultiInputPolicy' of SB3"
             what = "a Dict" if images_in(space) else "a Dict without an image"
             raise ValueError(f"{self._name} sees one image, and the observation space is {what}: write {instead}")
-
-    @staticmethod
-    def _take_as_they_are(space: Any, kwargs: dict[str, Any]) -> None:
-        """With ``normalize_images=False``, as SB3 does with NatureCNN: values of other bounds than those of images."""
-        if kwargs.get("normalize_images", True) or has_image_bounds(space) or len(space.shape or ()) != 3:
-            return
-        kwargs["features_extractor_kwargs"] = {
-            "normalized_image": True,
-            **(kwargs.get("features_extractor_kwargs") or {}),
-        }
 
     def _check_names(self, extractor_class: Any, kwargs: Mapping[str, Any]) -> None:
         """:raises TypeError: for another features extractor, and for arguments that nothing takes"""
