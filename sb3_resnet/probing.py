@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.common.playing import labels_from_info, next_actions
+from sb3_resnet.common.labels import ResetInfos, label_columns, labels_from_info
+from sb3_resnet.common.playing import next_actions
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
@@ -49,7 +50,7 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 where none of these rows did; 0 for numbers
+    :param actions: the action that led to the observation, ``(rows,)``; -1 in rows that are not scored; 0 for numbers
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -104,7 +105,8 @@ def record(
 
     Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
     every number among both, ``reward``, and ``action``. The first observation of an episode is left out of the rows
-    that are scored, since nothing led to it.
+    that are scored, since nothing led to it; and so is the second, where a reset does not tell a number of
+    ``info_keys``.
 
     :param env: environments of images, channels first; more of them give more episodes
     :param steps: observations in all
@@ -126,10 +128,11 @@ def record(
     env.seed(seed)
     env.action_space.seed(seed)
     observations: Any = env.reset()
+    resets = ResetInfos(env)
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
-    infos: Sequence[Mapping[str, Any]] = env.reset_infos
+    infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
     episodes = np.zeros(env.num_envs, int)
     each = -(-steps // env.num_envs)
     for step in range(each * spread):
@@ -138,7 +141,9 @@ def record(
             if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
                 continue
             first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
-            known = {**labels(inner), **labels_from_info(infos[index], info_keys, bool(starts[index]))}
+            # At a start the info of the step is that of the episode before.
+            info = resets.of(index) if starts[index] else infos[index]
+            known = {**labels(inner), **labels_from_info(info, info_keys, bool(starts[index]))}
             seen = {"observation": observations[index].copy(), "episode": int(episodes[index]), "first": first}
             then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
             tracks[index].append({**seen, **then})
@@ -232,13 +237,8 @@ def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Record
     names = [(env, row["episode"]) for env, track in enumerate(tracks) for row in track]
     begins = [before != now for before, now in pairwise([None, *names])]
     actions = np.array([row["action"] for row in rows])
-    actions[firsts] = -1
-    labels: dict[str, Array] = {}
-    for name in rows[0]["labels"]:
-        values = np.array([row["labels"][name] for row in rows])
-        labels[name] = values
-        if np.issubdtype(values.dtype, np.floating):
-            labels[f"delta_{name}"] = np.diff(values, prepend=values[:1])
+    labels, unknown = label_columns([row["labels"] for row in rows])
+    actions[firsts | unknown] = -1
     kinds, which = np.unique(rewards := np.array([row["reward"] for row in rows]), return_inverse=True)
     labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
     observations = np.stack([row["observation"] for row in rows])

@@ -480,6 +480,23 @@ def test_a_run_without_a_better_score_ends_early_and_the_best_weights_are_writte
     assert th.equal(load_file(result.path)["conv1.weight"], states[2]["conv1.weight"])
 
 
+@pytest.mark.parametrize(
+    ("scores", "update"),
+    [([0.1, -np.inf, 0.2, np.nan, 0.15], 2), ([0.1, 0.3, -np.inf, np.nan, np.inf], 1), ([0.1, np.nan, -np.inf], 2)],
+)
+def test_a_score_that_is_not_finite_never_counts_as_best_where_there_is_a_finite_one(
+    scores, update, tmp_path, monkeypatch
+):
+    given = iter(scores)
+
+    def probe_of(held_out, settings):
+        return lambda weights: (next(given), {"column": None}, np.random.default_rng(0).normal(size=(50, 4)))
+
+    monkeypatch.setattr(sb3_resnet.pretraining, "_probe_of", probe_of)
+    result = small(tmp_path / "w.safetensors", updates=len(scores) - 1, probe_every=1)
+    assert result.card["update"] == update
+
+
 def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_last_weights_are_kept(tmp_path):
     result = small(tmp_path / "a.safetensors", labels=lambda env: {})
     assert result.score == result.card["scores"]["action"]

@@ -5,8 +5,10 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack
 
 from sb3_resnet import ResNetExtractor
+from sb3_resnet.common.labels import ResetInfos
 from sb3_resnet.diagnosis.readout import read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
 from sb3_resnet.probing import probe, record
@@ -22,6 +24,24 @@ def tiny_labels(env):
 @pytest.fixture(scope="module")
 def recording():
     return record(make_vec_env(TinyGame, 4), 400, labels=tiny_labels)
+
+
+class TellingGame(TinyGame):
+    """Its info is known from the first observation on, but for ``height``, which a reset does not tell."""
+
+    def __init__(self):
+        super().__init__((1, 32, 32))
+
+    def reset(self, **kwargs):
+        observation, _ = super().reset(**kwargs)
+        return observation, self._info()
+
+    def step(self, action):
+        *result, _ = super().step(action)
+        return *result, {**self._info(), "height": 2.0 * self.clock, "lives": 3 - self.clock // 5}
+
+    def _info(self):
+        return {"column": float(self.column), "clock": self.clock}
 
 
 def splits(rows=ROWS, episodes=12):
@@ -121,6 +141,44 @@ def test_a_model_plays_all_but_epsilon_of_the_actions():
 def test_a_missing_key_of_info_names_those_that_are_there():
     with pytest.raises(ValueError, match="info has no speed: it has "):
         record(make_vec_env(TinyGame, 2), 60, info_keys=["speed"])
+
+
+def test_keys_of_info_belong_to_their_observations_under_a_wrapper_too():
+    env = VecFrameStack(make_vec_env(TellingGame, 2), 4)
+    recording = record(env, 120, labels=lambda env: {"true": float(env.column)}, info_keys=["column", "clock"])
+    labels = recording.labels
+    assert np.array_equal(labels["column"], labels["true"])
+    assert np.array_equal(labels["delta_column"], labels["delta_true"])
+    assert np.issubdtype(labels["clock"].dtype, np.integer)
+    first = labels["clock"] == 0
+    assert first.sum() == len({*recording.episodes}) > 2
+    assert np.array_equal(recording.actions < 0, first)
+
+
+def test_a_key_that_resets_lack_stays_whole_and_the_change_to_the_row_after_is_not_scored():
+    env = VecFrameStack(make_vec_env(TellingGame, 2), 4)
+    keys = ["clock", "lives", "height"]
+    recording = record(env, 120, labels=lambda env: {}, info_keys=keys)
+    labels, clock = recording.labels, recording.labels["clock"]
+    assert np.issubdtype(labels["lives"].dtype, np.integer)
+    assert np.array_equal(labels["lives"][clock > 0], 3 - clock[clock > 0] // 5)
+    assert np.array_equal(recording.actions < 0, clock <= 1)
+    scored = recording.actions >= 0
+    assert np.array_equal(labels["height"][scored], 2.0 * clock[scored])
+    assert (labels["delta_height"][scored] == 2.0).all()
+    whole = record(env, 120, labels=lambda env: {}, info_keys=["clock", "lives"])
+    assert np.array_equal(whole.actions < 0, whole.labels["clock"] == 0)
+
+
+def test_infos_of_environments_that_keep_those_of_their_first_reset_are_not_those_of_later_episodes():
+    env = make_vec_env(TellingGame, 1)
+    env.reset()
+    resets = ResetInfos(env)
+    assert resets.of(0)["clock"] == 0
+    assert resets.of(0) == {}
+    for _ in range(13):
+        env.step([0])
+    assert resets.of(0)["clock"] == 0
 
 
 def test_a_probe_scores_what_an_extractor_of_its_own_gives(recording):

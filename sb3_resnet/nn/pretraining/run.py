@@ -123,7 +123,7 @@ class Run:
         score, scores, features = probe(weights)
         spread, rank = spread_and_rank(features)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
-        known = None if math.isnan(score) else score
+        known = score if math.isfinite(score) else None
         entry = {"update": trainer.update, "loss": loss, "score": known, "spread": spread, "effective_rank": rank}
         for name, value in (("score", known), ("spread", spread), ("effective_rank", rank)):
             if value is not None:
@@ -133,8 +133,12 @@ class Run:
         self._losses = []
         if trainer.update == 0:
             self.random_scores = scores
-        elif not self.best or known is None or known > self.best["score"]:
+        elif self._is_best(known):
             self.best = {"update": trainer.update, "score": known, "scores": scores, "trunk": weights}
+
+    def _is_best(self, score: float | None) -> bool:
+        best = self.best.get("score")
+        return best is None or (score is not None and score > best)  # without any score the newest weights are kept
 
     def _save(self, trainer: Trainer) -> None:
         state = {
