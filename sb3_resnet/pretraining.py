@@ -29,6 +29,7 @@ from sb3_resnet.nn.cards import read_card, save_with_card
 from sb3_resnet.nn.pretraining.board import tensorboard
 from sb3_resnet.nn.pretraining.checks import check_memory, check_player, read_output
 from sb3_resnet.nn.pretraining.frames import Frames
+from sb3_resnet.nn.pretraining.identity import source_of
 from sb3_resnet.nn.pretraining.run import CHECKPOINT, Probe, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
@@ -102,7 +103,7 @@ def pretrain(
     path = read_output(output)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
     check_player(chosen, env, model, replay_buffer)
-    source = _source(env, model, replay_buffer, labels, info_keys)
+    source = source_of(env, model, replay_buffer, labels, info_keys)
     identity = {**source, **chosen.plain()}
     budget = {"updates": chosen.updates, "minutes": chosen.minutes}
     folder = path.with_name(f"{path.name}.run")
@@ -141,27 +142,6 @@ def _remove(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
-
-
-def name_of(env: VecEnv) -> str:
-    """:return: id of an environment in gymnasium's registry; empty where it has none"""
-    try:
-        spec = env.get_attr("spec")[0]
-    except AttributeError:  # not gymnasium's, such as environments in C++
-        return ""
-    return "" if spec is None else str(spec.id)
-
-
-def _source(
-    env: VecEnv, model: Any, replay_buffer: Any, labels: LabelFunction, info_keys: Sequence[str]
-) -> dict[str, Any]:
-    """What frames and labels come from, so that a run is not gone on from with others."""
-    player = "random actions" if model is None else f"{type(model).__name__} of {model.num_timesteps:,} steps"
-    if replay_buffer is not None:
-        player = f"{type(replay_buffer).__name__} of {replay_buffer.size():,} rows, probe: {player}"
-    names = [getattr(labels, "__qualname__", type(labels).__qualname__), *info_keys]
-    space = str(env.observation_space)
-    return {"env": name_of(env), "n_envs": env.num_envs, "space": space, "source": player, "labels": names}
 
 
 def _finished(path: Path, identity: Mapping[str, Any]) -> Result:

@@ -1,4 +1,5 @@
 import csv
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from gymnasium import spaces
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.vec_env import VecFrameStack
 
 import sb3_resnet.pretraining
 from sb3_resnet import ResNetExtractor
@@ -23,12 +25,13 @@ from sb3_resnet.nn.pretraining import settings as settings_of
 from sb3_resnet.nn.pretraining.barlow import barlow_loss
 from sb3_resnet.nn.pretraining.collapse import CollapseError, spread_and_rank
 from sb3_resnet.nn.pretraining.frames import Frames
+from sb3_resnet.nn.pretraining.identity import source_of
 from sb3_resnet.nn.pretraining.objective import Objective
 from sb3_resnet.nn.pretraining.run import refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.trainer import Trainer
 from sb3_resnet.pretraining import pretrain
-from tests.helpers import CutError, TinyGame, make_actor_critic, make_model, run_command
+from tests.helpers import CutError, TinyGame, fill, make_actor_critic, make_model, run_command
 
 SPACE = spaces.Box(0, 255, (4, 32, 32), np.uint8)
 SMALL = {
@@ -426,6 +429,43 @@ def test_a_folder_of_another_run_is_not_gone_on_from(tmp_path):
         pretrain(make_vec_env(TinyGame, 2), path, labels=column, **SMALL)
 
 
+class OneWrapper(gym.Wrapper):
+    pass
+
+
+class OtherWrapper(gym.Wrapper):
+    pass
+
+
+def test_models_buffers_and_environments_that_differ_inside_only_are_not_taken_for_each_other():
+    def source(env=TinyGame, model=None, buffer=None):
+        return source_of(make_vec_env(env, 1), model, buffer, column, [])
+
+    models = [make_model(extractor={"backbone": "resnet_mini"}, seed=seed) for seed in (0, 0, 1)]
+    one, same, other = (source(model=fill(model, seed=model.seed)) for model in models)
+    assert one == same
+    assert [name for name in one if one[name] != other[name]] == ["source"]
+    one, same, other = (source(buffer=model.replay_buffer) for model in models)
+    assert one == same
+    assert [name for name in one if one[name] != other[name]] == ["source"]
+    one, same, other = (source(lambda wrap=wrap: wrap(TinyGame())) for wrap in (OneWrapper, OneWrapper, OtherWrapper))
+    assert one == same
+    assert [name for name in one if one[name] != other[name]] == ["wrappers"]
+    stacked = source_of(VecFrameStack(make_vec_env(TinyGame, 1), 1), None, None, column, [])
+    assert stacked["wrappers"] == [f"{VecFrameStack.__module__}.VecFrameStack", *source()["wrappers"]]
+    assert source()["wrappers"][-1] == "tests.helpers.TinyGame"
+
+
+def test_a_file_of_another_model_with_as_many_steps_is_not_returned(tmp_path):
+    options = {"updates": 1, "held_out": 60, "frames": 90}
+    for seed in (0, 1):
+        model = make_model(extractor={"backbone": "resnet_mini"}, seed=seed)
+        if seed == 0:
+            small(tmp_path / "w.safetensors", model=model, **options)
+    with pytest.raises(ValueError, match=r"other arguments \(source='DQN of 0 steps, checksum \w+' instead of 'DQN"):
+        small(tmp_path / "w.safetensors", model=model, **options)
+
+
 def test_frames_that_turn_out_to_be_too_few_stand_in_nobodys_way(tmp_path):
     path = tmp_path / "w.safetensors"
     with pytest.raises(ValueError, match="write more frames"):
@@ -544,7 +584,7 @@ def test_the_device_is_decided_before_a_frame_is_played(gpus, monkeypatch):
 def test_a_model_plays_and_one_of_other_observations_is_refused(tmp_path):
     model = make_model(extractor={"backbone": "resnet_mini"})
     result = small(tmp_path / "w.safetensors", model=model, updates=1)
-    assert result.card["arguments"]["source"] == "DQN of 0 steps"
+    assert re.fullmatch("DQN of 0 steps, checksum [0-9a-f]{8}", result.card["arguments"]["source"])
     with pytest.raises(ValueError, match="give the environment of its training"):
         small(tmp_path / "other.safetensors", RGBGame, model=model)
 
