@@ -8,11 +8,9 @@ features of every combination of weights, depth, pooling and adapter with a line
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise, product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,11 +22,11 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_resnet.common.arguments import choice, integer, number
 from sb3_resnet.common.labels import ResetInfos, label_columns, labels_from_info
 from sb3_resnet.common.playing import next_actions
+from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.backbones import STAGES
-from sb3_resnet.nn.cards import extractor_arguments, read_card
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
 __all__ = ["Recording", "Row", "probe", "record"]
@@ -40,7 +38,6 @@ LabelFunction = Callable[[Any], Mapping[str, Any]]
 _BATCH = 64
 _FEW_REWARDS = 5  # different values up to which rewards are classes
 _SUCCESSIVE = 16  # steps that are kept together
-_RANDOM = "random"
 
 
 @dataclass(frozen=True)
@@ -155,14 +152,15 @@ def record(
 
 def probe(
     recording: Recording,
-    weights: Sequence[str] = (_RANDOM,),
+    weights: Sequence[str] = (RANDOM,),
     last_stage: Sequence[str] = ("layer1", "layer2", "layer3", "layer4"),
     pooling: Sequence[str] = ("avg", "grid", "spatial_softmax"),
-    adapter: Sequence[str] = ("conv1x1", "per_frame"),
+    adapter: Sequence[str] | None = None,
     seed: int = 0,
     backbone: str = "resnet18",
     device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
+    frame_channels: int | None = None,
 ) -> list[Row]:
     """
     Read every label from the features of every combination.
@@ -171,11 +169,13 @@ def probe(
     :param weights: ``"random"``, ``"pretrained"``, or paths of weights files
     :param last_stage: where the trunk is cut
     :param pooling: of the last map
-    :param adapter: how frames reach the trunk
+    :param adapter: how frames reach the trunk; ``None``: ``"conv1x1"`` and ``"per_frame"``, only ``"conv1x1"`` for RGB
+        images, and for weights of a pretraining the one with which they were trained
     :param seed: of random weights and of the splits
     :param backbone: a torchvision ResNet
     :param device: where features are computed
     :param progress: called with the observations done and their number in all
+    :param frame_channels: channels of one frame, as :class:`~sb3_resnet.ResNetExtractor` takes it
     :return: a row per combination, the best mean R² first; weights of :func:`~sb3_resnet.pretraining.pretrain` are
         read as they were trained, and left out of combinations with another adapter or a higher stage
     :raises ValueError: for values that cannot work
@@ -185,21 +185,16 @@ def probe(
     for name in pooling:
         choice("pooling", name, POOLINGS)
     rows: list[Row] = []
-    pairs = [*product(weights, adapter)]
-    for index, (source, kind) in enumerate(pairs):
+    found = combinations(recording.space, weights, adapter, last_stage, backbone, frame_channels)
+    for index, one in enumerate(found):
 
         def report(done: int, first: int = index) -> None:
-            progress(first * len(recording.actions) + done, len(pairs) * len(recording.actions))
+            progress(first * len(recording.actions) + done, len(found) * len(recording.actions))
 
-        stages, options = _fitting(source, kind, last_stage, backbone)
-        if not stages:
-            continue
-        extractor = _extractor(recording.space, seed, options).to(device)
-        for stage, pool, features, rate in _features(extractor, recording, stages, pooling, report):
+        extractor = one.extractor(recording.space, seed).to(device)
+        for stage, pool, features, rate in _features(extractor, recording, one.stages, pooling, report):
             scores = scores_of(recording, features, seed)
-            rows.append(Row(source, stage, pool, kind, features.shape[1], rate, scores))
-    if not rows:
-        raise ValueError("Nothing to probe: these weights were pretrained with another adapter, or up to a lower stage")
+            rows.append(Row(one.source, stage, pool, one.adapter, features.shape[1], rate, scores))
     return sorted(rows, key=lambda row: (-np.nan_to_num(row.mean, nan=-1.0), row.features))
 
 
@@ -243,26 +238,6 @@ def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Record
     labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
     observations = np.stack([row["observation"] for row in rows])
     return Recording(observations, np.cumsum(begins), actions, labels, space)
-
-
-def _fitting(source: str, kind: str, stages: Sequence[str], backbone: str) -> tuple[list[str], dict[str, Any]]:
-    """:return: the stages for which a source has weights that fit, and the extractor that reads them"""
-    options: dict[str, Any] = {"backbone": backbone, "adapter": kind, "last_stage": max(stages, key=STAGES.index)}
-    if source in ("pretrained", _RANDOM):
-        return [*stages], {**options, "pretrained": source == "pretrained"}
-    path = Path(source).expanduser()
-    card = read_card(path) if path.is_file() else None
-    options |= {"weights": str(path), **({} if card is None else extractor_arguments(card))}
-    if options["adapter"] != kind:
-        return [], options
-    return [stage for stage in stages if STAGES.index(stage) <= STAGES.index(options["last_stage"])], options
-
-
-def _extractor(space: Any, seed: int, options: Mapping[str, Any]) -> ResNetExtractor:
-    with th.random.fork_rng(devices=[]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")  # which is the question
-        th.manual_seed(seed)
-        return ResNetExtractor(space, **options).eval()
 
 
 @th.inference_mode()

@@ -158,20 +158,47 @@ def test_other_files_have_no_card(tmp_path):
     assert read_card(tmp_path / "w.pth") is None
 
 
-def test_a_probe_reads_pretrained_weights_as_they_were_trained_and_leaves_other_combinations_out(tmp_path):
-    path = str(write(tmp_path / "w.safetensors", input_mean=None, input_std=None))
+def recorded(channels):
     rng = np.random.default_rng(0)
     rows = 60
-    recording = Recording(
-        rng.integers(0, 256, (rows, 4, 32, 32), dtype=np.uint8),
+    return Recording(
+        rng.integers(0, 256, (rows, channels, 32, 32), dtype=np.uint8),
         np.repeat(np.arange(6), 10),
         np.where(np.arange(rows) % 10 == 0, -1, rng.integers(0, 2, rows)),
         {"noise": rng.normal(size=rows)},
-        space(),
+        space(channels),
     )
+
+
+def test_a_probe_reads_pretrained_weights_as_they_were_trained_and_leaves_other_combinations_out(tmp_path):
+    path = str(write(tmp_path / "w.safetensors", input_mean=None, input_std=None))
+    recording = recorded(4)
     found = probe(recording, [path, "random"], ["layer1", "layer2", "layer3"], ["avg"], backbone="resnet_mini")
     combinations = {(row.weights == path, row.last_stage, row.adapter) for row in found}
     assert {one[1:] for one in combinations if one[0]} == {("layer1", "per_frame"), ("layer2", "per_frame")}
     assert len(combinations) == 2 + 6
     with pytest.raises(ValueError, match=r"Nothing to probe: .* with another adapter, or up to a lower stage"):
         probe(recording, [path], ["layer2"], ["avg"], ["conv1x1"])
+
+
+def test_a_probe_of_rgb_images_takes_no_adapter_that_changes_nothing(tmp_path):
+    path = str(write(tmp_path / "w.safetensors", adapter="none", channels=3, frame_channels=3))
+    options = {"last_stage": ["layer1"], "pooling": ["avg"], "backbone": "resnet_mini"}
+    found = probe(recorded(3), ["random", path], **options)
+    assert sorted((row.weights, row.adapter) for row in found) == sorted([("random", "conv1x1"), (path, "conv1x1")])
+    grey = probe(recorded(3), ["random", path], frame_channels=1, **options)
+    expected = [("random", "conv1x1"), ("random", "per_frame"), (path, "conv1x1")]
+    assert sorted((row.weights, row.adapter) for row in grey) == sorted(expected)
+    with pytest.raises(ValueError, match="Nothing to probe: "):
+        probe(recorded(3), [path], adapter=["per_frame"], **options)
+    several = probe(recorded(6), ["random"], **options)
+    assert {row.adapter for row in several} == {"conv1x1", "per_frame"}
+
+
+@pytest.mark.parametrize(("adapter", "frame_channels"), [("inflate", None), ("per_frame", 1)])
+def test_a_probe_takes_the_adapter_of_pretrained_weights_where_none_is_named(adapter, frame_channels, tmp_path):
+    channels = 3 if frame_channels else 4
+    statistics = {"input_mean": None, "input_std": None}
+    path = str(write(tmp_path / "w.safetensors", adapter=adapter, channels=channels, **statistics))
+    found = probe(recorded(channels), [path], ["layer1"], ["avg"], backbone="resnet_mini")
+    assert [row.adapter for row in found] == [adapter]

@@ -242,3 +242,21 @@ def test_a_picture_that_cannot_be_written_is_refused_before_anything_is_played(t
         status, _, error = run_command("probe", "--env", tiny_id, "--plot", plot, width=300)
         assert status == 1
         assert said in error
+
+
+class ThreeGreyFrames(TinyGame):
+    """Three channels that are no colours."""
+
+    def __init__(self):
+        super().__init__((3, 32, 32))
+
+
+def test_the_command_asks_whether_three_channels_are_one_image(tmp_path):
+    file = tmp_path / "probe.csv"
+    gym.register("Three-v0", "tests.test_probing:ThreeGreyFrames")
+    arguments = ["--env", "Three-v0", "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_mini"]
+    arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 200, "--n-envs", 4, "-o", file]
+    for options, adapters in (([], ["conv1x1"]), (["--frame-channels", 1], ["conv1x1", "per_frame"])):
+        assert run_command("probe", *arguments, *options)[0] == 0
+        assert sorted(row["adapter"] for row in csv.DictReader(file.open())) == adapters
+    del gym.envs.registration.registry["Three-v0"]

@@ -38,6 +38,9 @@ def command(
     ] = None,
     pooling: Annotated[list[str] | None, typer.Option(metavar="NAME", help="of the last map; repeat")] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="how frames are put in; repeat")] = None,
+    frame_channels: Annotated[
+        int | None, typer.Option(metavar="N", help="of one frame; write 1 for three stacked grey frames")
+    ] = None,
     backbone: Annotated[str, typer.Option(metavar="NAME", help="torchvision ResNet")] = "resnet18",
     steps: Annotated[int, typer.Option(metavar="N", help="observations")] = 2400,
     n_envs: Annotated[int, typer.Option(metavar="N", help="environments; each begins an episode of its own")] = 8,
@@ -82,6 +85,7 @@ def command(
             **chosen,
             seed=seed,
             backbone=backbone,
+            frame_channels=frame_channels,
             device=read_device(device),
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
