@@ -17,10 +17,10 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from numpy.typing import NDArray
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.common.labels import ResetInfos, label_columns, labels_from_info
+from sb3_resnet.common.labels import ResetInfos, checked_labels, label_columns, labels_from_info
 from sb3_resnet.common.playing import next_actions
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
@@ -115,10 +115,10 @@ def record(
     :param info_keys: keys of ``info`` that are labels
     :param spread: play so many times as long, and keep 16 successive steps of as many times 16
     :return: the recording, ordered by environment and time
-    :raises ValueError: for values that cannot work, and a key that ``info`` does not have
+    :raises ValueError: for values that cannot work, environments in other processes, labels that are no numbers,
+        and a key that ``info`` does not have
     """
-    if isinstance(env.observation_space, spaces.Dict):
-        raise ValueError("A probe looks at one image, not at a Dict: take the image out in a wrapper")
+    _check(env)
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -140,7 +140,7 @@ def record(
             first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
             # At a start the info of the step is that of the episode before.
             info = resets.of(index) if starts[index] else infos[index]
-            known = {**labels(inner), **labels_from_info(info, info_keys, bool(starts[index]))}
+            known = {**checked_labels(labels(inner)), **labels_from_info(info, info_keys, bool(starts[index]))}
             seen = {"observation": observations[index].copy(), "episode": int(episodes[index]), "first": first}
             then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
             tracks[index].append({**seen, **then})
@@ -223,6 +223,13 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     # Inverse dynamics: which action led from the observation before to this one?
     pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
     return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
+
+
+def _check(env: VecEnv) -> None:
+    if isinstance(env.observation_space, spaces.Dict):
+        raise ValueError("A probe looks at one image, not at a Dict: take the image out in a wrapper")
+    if isinstance(env.unwrapped, SubprocVecEnv):
+        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
 
 
 def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:

@@ -1,15 +1,17 @@
 import csv
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecFrameStack
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.common.labels import ResetInfos
 from sb3_resnet.diagnosis.readout import read_out, split_episodes
+from sb3_resnet.envs import make_atari_vec_env
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
 from sb3_resnet.probing import probe, record
 from tests.helpers import TinyGame, make_model, run_command
@@ -29,8 +31,9 @@ def recording():
 class TellingGame(TinyGame):
     """Its info is known from the first observation on, but for ``height``, which a reset does not tell."""
 
-    def __init__(self):
+    def __init__(self, **more):
         super().__init__((1, 32, 32))
+        self.more = more
 
     def reset(self, **kwargs):
         observation, _ = super().reset(**kwargs)
@@ -41,7 +44,7 @@ class TellingGame(TinyGame):
         return *result, {**self._info(), "height": 2.0 * self.clock, "lives": 3 - self.clock // 5}
 
     def _info(self):
-        return {"column": float(self.column), "clock": self.clock}
+        return {"column": float(self.column), "clock": self.clock, **self.more}
 
 
 def splits(rows=ROWS, episodes=12):
@@ -181,6 +184,39 @@ def test_infos_of_environments_that_keep_those_of_their_first_reset_are_not_thos
     assert resets.of(0)["clock"] == 0
 
 
+@pytest.mark.parametrize("value", [np.zeros(2), [1.0], "left", None, 1j, {"x": 1}], ids=str)
+def test_labels_that_are_no_numbers_are_refused_at_the_first_step(value):
+    steps = []
+
+    def labels(env):
+        steps.append(env)
+        return {"place": value}
+
+    with pytest.raises(ValueError, match=r"label 'place' must be one number, True or False, got .*: leave it out, or"):
+        record(make_vec_env(TinyGame, 2), 60, labels=labels)
+    assert len(steps) == 1
+    with pytest.raises(ValueError, match="label 'parts' must be one number"):
+        record(make_vec_env(partial(TellingGame, parts=value), 2), 60, labels=lambda env: {}, info_keys=["parts"])
+
+
+@pytest.mark.parametrize("value", [np.array(2.0), np.float32(2.0), 2, np.uint8(2), True], ids=repr)
+def test_labels_may_be_numbers_of_any_type(value):
+    kept = record(make_vec_env(TinyGame, 2), 60, labels=lambda env: {"place": value}).labels["place"]
+    assert kept.dtype == np.asarray(value).dtype
+    assert (kept == value).all()
+
+
+def test_a_number_that_is_changed_in_its_place_is_kept_as_it_was():
+    place = np.array(0.0)
+
+    def labels(env):
+        place[...] = env.clock
+        return {"place": place, "clock": float(env.clock)}
+
+    recording = record(make_vec_env(TinyGame, 2), 60, labels=labels)
+    assert np.array_equal(recording.labels["place"], recording.labels["clock"])
+
+
 def test_a_probe_scores_what_an_extractor_of_its_own_gives(recording):
     options = {"weights": ["random"], "last_stage": ["layer1", "layer2"], "pooling": ["avg", "spatial_softmax"]}
     seen = []
@@ -220,6 +256,25 @@ def test_memory_of_games_is_read_and_other_environments_have_none():
     assert labels["ball_x"] > 0
     assert len(ADDRESSES) >= 10
     assert ram_labels(gym.make("CartPole-v1")) == {}
+
+
+def test_the_memory_of_games_in_c_is_not_taken_for_empty():
+    pytest.importorskip("ale_py")
+    env = VecTransposeImage(make_atari_vec_env("PongNoFrameskip-v4", 2))
+    with pytest.raises(
+        ValueError, match=r"cannot be read: make them with make_atari_env, or write labels=lambda env: "
+    ):
+        record(env, 60)
+    recording = record(env, 60, labels=lambda env: {}, info_keys=["lives"])
+    assert {*recording.labels} == {"lives", "reward"}
+    env.close()
+
+
+def test_environments_in_other_processes_are_refused():
+    env = SubprocVecEnv([TinyGame], start_method="spawn")
+    with pytest.raises(ValueError, match="Labels are read from environments in this process: make a DummyVecEnv"):
+        record(VecFrameStack(env, 1), 60, labels=tiny_labels)
+    env.close()
 
 
 def test_the_command_prints_a_table_and_writes_all_scores(tiny_id, tmp_path):

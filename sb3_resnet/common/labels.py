@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_resnet.common.arguments import shown
+
 Array = NDArray[Any]
 
 
@@ -43,12 +45,30 @@ def labels_from_info(info: Mapping[str, Any], keys: Sequence[str], first: bool) 
     :param keys: those that are labels
     :param first: whether it is that of a reset
     :return: the labels; ``None`` for those that a reset does not tell
-    :raises ValueError: for a key that is not there after a step
+    :raises ValueError: for a key that is not there after a step, and for other than numbers
     """
     missing = [key for key in keys if key not in info]
     if missing and not first:  # many environments tell nothing at a reset
         raise ValueError(f"info has no {', '.join(missing)}: it has {', '.join(sorted(map(str, info)))}")
-    return {key: info.get(key) for key in keys}
+    return {**dict.fromkeys(keys), **checked_labels({key: info[key] for key in keys if key in info})}
+
+
+def checked_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
+    """
+    :param labels: by name, of one environment
+    :return: a copy of them, as NumPy's scalars
+    :raises ValueError: for other than one number, since nothing could be read out
+    """
+    found = {}
+    for name, value in labels.items():
+        array = np.asarray(value)
+        if array.ndim or array.dtype.kind not in "biuf":
+            raise ValueError(
+                f"label {name!r} must be one number, True or False, got {shown(value)}: leave it out, or make numbers "
+                "of it in labels="
+            )
+        found[name] = array[()]
+    return found
 
 
 def label_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Array], Array]:

@@ -57,10 +57,16 @@ def ram_labels(env: Any) -> dict[str, float]:
 
     :param env: a gymnasium environment, wrapped or not
     :return: value by name, 0 to 255; empty for other environments and for games without annotations
+    :raises ValueError: for a game in C++, whose memory cannot be read
     """
     inner = env.unwrapped
     game = inner.spec.kwargs.get("game") if inner.spec is not None else None
-    if game not in ADDRESSES or not hasattr(inner, "ale"):
+    if game not in ADDRESSES:
         return {}
+    if not hasattr(inner, "ale"):
+        raise ValueError(
+            "The memory of games in C++ (make_atari_vec_env) cannot be read: make them with make_atari_env, or write "
+            "labels=lambda env: {}"
+        )
     memory = inner.ale.getRAM()
     return {name: float(memory[address]) for name, address in ADDRESSES[game].items()}
