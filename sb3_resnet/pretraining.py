@@ -26,6 +26,7 @@ from sb3_resnet.diagnosis.readout import split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
+from sb3_resnet.nn.image_spaces import check_played_images
 from sb3_resnet.nn.pretraining.board import tensorboard
 from sb3_resnet.nn.pretraining.checks import check_memory, check_player, read_output
 from sb3_resnet.nn.pretraining.frames import Frames
@@ -101,6 +102,7 @@ def pretrain(
     began = time.monotonic()
     chosen = Settings.read(settings)
     path = read_output(output)
+    check_played_images(env)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
     check_player(chosen, env, model, replay_buffer)
     source = source_of(env, model, replay_buffer, labels, info_keys)

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch as th
-from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
@@ -27,6 +26,7 @@ from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episode
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.backbones import STAGES
+from sb3_resnet.nn.image_spaces import check_played_images
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
 __all__ = ["Recording", "Row", "probe", "record"]
@@ -105,7 +105,7 @@ def record(
     that are scored, since nothing led to it; and so is the second, where a reset does not tell a number of
     ``info_keys``.
 
-    :param env: environments of images, channels first; more of them give more episodes
+    :param env: environments in this process of images, channels first; more of them give more episodes
     :param steps: observations in all
     :param seed: of the environments, the actions and the choice between them
     :param model: an SB3 model whose greedy actions are played; ``None``: random actions
@@ -115,10 +115,12 @@ def record(
     :param info_keys: keys of ``info`` that are labels
     :param spread: play so many times as long, and keep 16 successive steps of as many times 16
     :return: the recording, ordered by environment and time
-    :raises ValueError: for values that cannot work, environments in other processes, labels that are no numbers,
-        and a key that ``info`` does not have
+    :raises ValueError: for values that cannot work, other than images channels first, environments in other processes,
+        labels that are no numbers, and a key that ``info`` does not have
     """
-    _check(env)
+    check_played_images(env)
+    if isinstance(env.unwrapped, SubprocVecEnv):
+        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -223,13 +225,6 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     # Inverse dynamics: which action led from the observation before to this one?
     pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
     return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
-
-
-def _check(env: VecEnv) -> None:
-    if isinstance(env.observation_space, spaces.Dict):
-        raise ValueError("A probe looks at one image, not at a Dict: take the image out in a wrapper")
-    if isinstance(env.unwrapped, SubprocVecEnv):
-        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
 
 
 def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:

@@ -13,8 +13,9 @@ from sb3_resnet.common.labels import ResetInfos
 from sb3_resnet.diagnosis.readout import read_out, split_episodes
 from sb3_resnet.envs import make_atari_vec_env
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
+from sb3_resnet.pretraining import pretrain
 from sb3_resnet.probing import probe, record
-from tests.helpers import TinyGame, make_model, run_command
+from tests.helpers import DictGame, TinyGame, make_model, run_command
 
 ROWS = 1200
 
@@ -275,6 +276,51 @@ def test_environments_in_other_processes_are_refused():
     with pytest.raises(ValueError, match="Labels are read from environments in this process: make a DummyVecEnv"):
         record(VecFrameStack(env, 1), 60, labels=tiny_labels)
     env.close()
+
+
+class LastGame(TinyGame):
+    """The tiny game, or another shape of it, as it comes before SB3 transposes."""
+
+    def __init__(self, shape=(32, 32, 4)):
+        super().__init__()
+        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+
+    def _observe(self):
+        self.frames = np.zeros((self.observation_space.shape[-1], 32, 32), np.uint8)
+        return super()._observe().transpose(1, 2, 0)
+
+
+class NeverPlayed(LastGame):
+    """Has only its space."""
+
+    def reset(self, **kwargs):
+        raise AssertionError("it was played")
+
+
+@pytest.mark.parametrize("call", [record, lambda env: pretrain(env, "w.safetensors")], ids=["record", "pretrain"])
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        (NeverPlayed, r"shape \(32, 32, 4\) come channels last: write VecTransposeImage\(env\)"),
+        (
+            partial(NeverPlayed, (4,)),
+            r"Images are needed, a Box of shape \(channels, height, width\), got Box\(0, 255, \(4,",
+        ),
+        (DictGame, "at one image, not at a Dict: take the image out in a wrapper"),
+    ],
+    ids=["last", "vector", "Dict"],
+)
+def test_other_than_images_channels_first_is_refused_before_it_is_played(call, env, words):
+    with pytest.raises(ValueError, match=words):
+        call(make_vec_env(env, 2))
+
+
+def test_what_sb3_transposes_is_taken():
+    recording = record(VecTransposeImage(make_vec_env(LastGame, 2)), 60, labels=tiny_labels)
+    assert recording.observations.shape == (60, 4, 32, 32)
+    # After the transposition, more channels than columns do not speak against it.
+    many = VecFrameStack(VecTransposeImage(make_vec_env(LastGame, 2)), 10)
+    assert record(many, 60, labels=tiny_labels).observations.shape == (60, 40, 32, 32)
 
 
 def test_the_command_prints_a_table_and_writes_all_scores(tiny_id, tmp_path):

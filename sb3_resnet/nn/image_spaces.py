@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
 
 from sb3_resnet.common.vec_normalize import INSTEAD
 from sb3_resnet.nn.backbones import smallest_size
@@ -66,6 +68,24 @@ def _of_normalized(space: Any) -> float:
             "out (and normalize_images=False too), so that they are scaled"
         )
     return 1.0
+
+
+def check_played_images(env: VecEnv) -> None:
+    """
+    Refuse environments for a probe or a pretraining, where no SB3 algorithm transposes the images.
+
+    :param env: environments
+    :raises ValueError: for other than images, and for images whose channels come last
+    """
+    space = env.observation_space
+    if isinstance(space, spaces.Dict):
+        raise ValueError("This looks at one image, not at a Dict: take the image out in a wrapper")
+    if not isinstance(space, spaces.Box) or len(space.shape) != 3:
+        raise ValueError(f"Images are needed, a Box of shape (channels, height, width), got {space}")
+    if is_vecenv_wrapped(env, VecTransposeImage) or not is_image_space(space):
+        return
+    if not is_image_space_channels_first(space):
+        raise ValueError(f"Images of shape {space.shape} come channels last: write VecTransposeImage(env)")
 
 
 def policy_for(space: Any) -> str:
