@@ -102,8 +102,7 @@ def record(
 
     Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
     every number among both, ``reward``, and ``action``. The first observation of an episode is left out of the rows
-    that are scored, since nothing led to it; and so is the second, where a reset does not tell a number of
-    ``info_keys``.
+    that are scored, since nothing led to it; so is the second, where a reset lacks a number of ``info_keys``.
 
     :param env: environments in this process of images, channels first; more of them give more episodes
     :param steps: observations in all
@@ -118,9 +117,7 @@ def record(
     :raises ValueError: for values that cannot work, other than images channels first, environments in other processes,
         labels that are no numbers, and a key that ``info`` does not have
     """
-    check_played_images(env)
-    if isinstance(env.unwrapped, SubprocVecEnv):
-        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
+    _check(env)
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)
@@ -225,6 +222,12 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     # Inverse dynamics: which action led from the observation before to this one?
     pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
     return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
+
+
+def _check(env: VecEnv) -> None:
+    check_played_images(env)
+    if isinstance(env.unwrapped, SubprocVecEnv):
+        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
 
 
 def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:

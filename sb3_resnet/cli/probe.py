@@ -23,34 +23,33 @@ from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.probing import Row, probe, record
 
+Weights = Annotated[
+    list[str] | None, typer.Option(metavar="NAME|FILE", help="random, pretrained, or a weights file; repeat")
+]
+LastStage = Annotated[list[str] | None, typer.Option(metavar="STAGE", help="where the trunk is cut; repeat")]
+FrameChannels = Annotated[int | None, typer.Option(metavar="N", help="write 1 for three stacked grey frames")]
+Model = Annotated[Path | None, typer.Option(metavar="MODEL.zip", help="plays greedily; default: random actions")]
+Labels = Annotated[
+    str | None, typer.Option(metavar="PATH", help="function of the innermost environment: package.module.name")
+]
+
 _WORST = 3  # labels that the table names
 
 
 def command(
     context: typer.Context,
     env: EnvId,
-    weights: Annotated[
-        list[str] | None, typer.Option(metavar="NAME|FILE", help="random, pretrained, or a weights file; repeat")
-    ] = None,
-    last_stage: Annotated[
-        list[str] | None,
-        typer.Option(metavar="STAGE", help="where the trunk is cut; repeat"),
-    ] = None,
+    weights: Weights = None,
+    last_stage: LastStage = None,
     pooling: Annotated[list[str] | None, typer.Option(metavar="NAME", help="of the last map; repeat")] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="how frames are put in; repeat")] = None,
-    frame_channels: Annotated[
-        int | None, typer.Option(metavar="N", help="of one frame; write 1 for three stacked grey frames")
-    ] = None,
+    frame_channels: FrameChannels = None,
     backbone: Annotated[str, typer.Option(metavar="NAME", help="torchvision ResNet")] = "resnet18",
     steps: Annotated[int, typer.Option(metavar="N", help="observations")] = 2400,
     n_envs: Annotated[int, typer.Option(metavar="N", help="environments; each begins an episode of its own")] = 8,
-    model: Annotated[
-        Path | None, typer.Option(metavar="MODEL.zip", help="plays greedily; default: random actions")
-    ] = None,
+    model: Model = None,
     epsilon: Annotated[float, typer.Option(metavar="SHARE", help="random actions beside the model's")] = 0.1,
-    labels: Annotated[
-        str | None, typer.Option(metavar="PATH", help="function of the innermost environment: package.module.name")
-    ] = None,
+    labels: Labels = None,
     info_key: Annotated[list[str] | None, typer.Option(metavar="KEY", help="of info, as a label; repeat")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.csv", help="all scores")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="picture of all scores: .png, .svg or .pdf")] = None,
