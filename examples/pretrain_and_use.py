@@ -2,8 +2,10 @@
 
 import sys
 
+import ale_py  # noqa: F401  # registers the games
 from stable_baselines3 import DQN
-from stable_baselines3.common.vec_env import VecTransposeImage
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 from sb3_resnet.callbacks import FeatureCacheCallback
@@ -16,8 +18,10 @@ FILE = "pong.safetensors"
 
 
 def main() -> None:
+    # The features are scored by the game's memory, which games in C++ do not show.
+    game = VecFrameStack(make_atari_env(GAME, n_envs=8, seed=0), 4)
     result = pretrain(
-        VecTransposeImage(make_atari_vec_env(GAME, n_envs=8, seed=0)),  # as the agent sees them: channels first
+        VecTransposeImage(game),  # as the agent sees them: channels first
         FILE,
         updates=max(STEPS // 100, 2),
         frames=max(STEPS // 5, 400),

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
@@ -451,6 +452,9 @@ def test_models_buffers_and_environments_that_differ_inside_only_are_not_taken_f
     one, same, other = (source(lambda wrap=wrap: wrap(TinyGame())) for wrap in (OneWrapper, OneWrapper, OtherWrapper))
     assert one == same
     assert [name for name in one if one[name] != other[name]] == ["wrappers"]
+    env = make_vec_env(TinyGame, 1)
+    names = [source_of(env, None, None, labels, ["lives"])["labels"] for labels in (column, partial(column))]
+    assert names == [[f"{__name__}.column", "lives"], ["functools.partial", "lives"]]
     stacked = source_of(VecFrameStack(make_vec_env(TinyGame, 1), 1), None, None, column, [])
     assert stacked["wrappers"] == [f"{VecFrameStack.__module__}.VecFrameStack", *source()["wrappers"]]
     assert source()["wrappers"][-1] == "tests.helpers.TinyGame"
