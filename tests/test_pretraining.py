@@ -408,15 +408,16 @@ def test_the_same_call_again_returns_the_file_and_trains_nothing(pretrained, mon
 def test_a_file_without_the_names_of_newer_arguments_is_of_a_run_with_their_old_values(pretrained, tmp_path):
     path = tmp_path / "w.safetensors"
     card = read_card(pretrained)
-    card["arguments"] = {
-        name: value for name, value in card["arguments"].items() if name not in ("neighbours", "shift_probability")
-    }
+    newer = ("neighbours", "shift_probability", "wrappers", "labels_module")
+    card["arguments"] = {name: value for name, value in card["arguments"].items() if name not in newer}
     save_with_card(path, load_file(pretrained), card)
     with pytest.raises(ValueError, match=r"other arguments \(shift_probability=1.0 instead of 0.1\): write the same"):
         small(path)
     with pytest.raises(ValueError, match=r"other arguments \(neighbours=1 instead of 2\): write the same"):
         small(path, shift_probability=1.0, neighbours=2)
     assert small(path, shift_probability=1.0).card == card
+    with pytest.raises(ValueError, match=r"other arguments \(wrappers=\['a'\] instead of \['b'\]\)"):
+        refuse_other(path, {"wrappers": ["a"]}, {"wrappers": ["b"]})
     refuse_other(path, {"frames": 160}, {"frames": 160})  # such as the arguments that collected frames depend on
 
 
@@ -453,8 +454,9 @@ def test_models_buffers_and_environments_that_differ_inside_only_are_not_taken_f
     assert one == same
     assert [name for name in one if one[name] != other[name]] == ["wrappers"]
     env = make_vec_env(TinyGame, 1)
-    names = [source_of(env, None, None, labels, ["lives"])["labels"] for labels in (column, partial(column))]
-    assert names == [[f"{__name__}.column", "lives"], ["functools.partial", "lives"]]
+    of_labels = [source_of(env, None, None, labels, ["lives"]) for labels in (column, partial(column))]
+    assert [one["labels"] for one in of_labels] == [["column", "lives"], ["partial", "lives"]]
+    assert [one["labels_module"] for one in of_labels] == [__name__, "functools"]
     stacked = source_of(VecFrameStack(make_vec_env(TinyGame, 1), 1), None, None, column, [])
     assert stacked["wrappers"] == [f"{VecFrameStack.__module__}.VecFrameStack", *source()["wrappers"]]
     assert source()["wrappers"][-1] == "tests.helpers.TinyGame"

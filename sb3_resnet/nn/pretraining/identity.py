@@ -35,13 +35,15 @@ def source_of(
     player = "random actions" if model is None else _model(model)
     if replay_buffer is not None:
         player = f"{_buffer(replay_buffer)}, probe: {player}"
+    named = labels if hasattr(labels, "__qualname__") else type(labels)
     return {
         "env": name_of(env),
         "n_envs": env.num_envs,
         "space": str(env.observation_space),
         "wrappers": _classes(env),
         "source": player,
-        "labels": [_name(labels if hasattr(labels, "__qualname__") else type(labels)), *info_keys],
+        "labels": [named.__qualname__, *info_keys],
+        "labels_module": named.__module__,
     }
 
 
@@ -75,8 +77,4 @@ def _classes(env: Any) -> list[str]:
     found += inner[:1] if inner else []
     while isinstance(found[-1], gym.Wrapper):
         found.append(found[-1].env)
-    return [_name(type(one)) for one in found]
-
-
-def _name(named: Any) -> str:
-    return f"{named.__module__}.{named.__qualname__}"
+    return [f"{type(one).__module__}.{type(one).__qualname__}" for one in found]

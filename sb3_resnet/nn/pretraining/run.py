@@ -28,6 +28,8 @@ Log = Callable[[str, float, int], None]
 CHECKPOINT = "checkpoint.pt"
 # What a run did whose arguments lack these names; files of version 0.1.0 do.
 _WITHOUT = {"neighbours": 1, "shift_probability": 1.0}
+# What such files do not tell, so that it is not compared.
+_NOT_TOLD = {"wrappers", "labels_module"}
 _SAVE_SECONDS = 60.0  # between checkpoints, beside those of the probes
 
 
@@ -171,7 +173,8 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     :raises ValueError: if they differ, with what differs
     """
     before = {**{name: value for name, value in _WITHOUT.items() if name in now}, **before}
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    compared = {*before} | ({*now} - _NOT_TOLD)
+    names = [name for name in {**before, **now} if name in compared and before.get(name) != now.get(name)]
     if names:
         texts = (f"{name}={before.get(name)!r} instead of {now.get(name)!r}" for name in names)
         raise ValueError(
