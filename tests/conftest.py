@@ -73,14 +73,14 @@ def hub(tmp_path, monkeypatch):
     class Repository(str):
         repo_id = property(str)
 
-    def create_repo(self, repo_id, exist_ok):
+    def create_repo(self, repo_id, exist_ok, **others):
         (folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
         return Repository(repo_id)
 
-    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message):
+    def upload_file(self, path_or_fileobj, path_in_repo, repo_id, commit_message, **others):
         shutil.copy(path_or_fileobj, folder / repo_id / path_in_repo)
 
-    def download(repo_id, filename, library_name, library_version):
+    def download(repo_id, filename, library_name, library_version, **others):
         return str(folder / repo_id / filename)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", create_repo)

@@ -108,7 +108,7 @@ class TinyGame(gym.Env):
 class DictGame(gym.Env):
     """Images and numbers: each step draws all of them; episodes end or are truncated in turn."""
 
-    def __init__(self, length=13, **parts):
+    def __init__(self, length=13, render_mode=None, **parts):  # gymnasium 1.1 hands render_mode to all
         self.parts = parts or {
             "camera": spaces.Box(0, 255, (32, 32, 3), np.uint8),
             "count": spaces.Discrete(4),

@@ -64,6 +64,9 @@ def connected_by_threads(monkeypatch, size, timeout):
         prefix = dist.PrefixStore(str(local.groups), store)
         patience = min(timeout, given_timeout)
         group = dist.ProcessGroupGloo(prefix, local.rank, size, timedelta(seconds=patience))
+        # PyTorch 2.7 looks here for the ranks of a group that is told who sends.
+        ranks = {rank: rank for rank in range(size)}
+        monkeypatch.setitem(dist.distributed_c10d._world.pg_group_ranks, group, ranks)
         return ThreadRanks(local.rank, size, group, group, patience)
 
     monkeypatch.setattr("sb3_resnet.common.ranks.connect", connect)
