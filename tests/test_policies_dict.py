@@ -647,7 +647,7 @@ def test_commands_that_work_with_one_image_say_so(tmp_path, dict_id):
         assert error == f"Error: {tmp_path / 'model.zip'} {seen}\n"
     status, _, error = run_command("probe", "--env", dict_id)
     assert status == 1
-    assert "A probe looks at one image, not at a Dict" in " ".join(error.split())
+    assert "This looks at one image, not at a Dict" in " ".join(error.split())
 
 
 class Masked(DictGame):
