@@ -2,11 +2,21 @@
 
 import pytest
 import torch as th
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, conv1x1
 
 from sb3_resnet.common import host
-from sb3_resnet.nn.inference import PackedBlock, PackedConv2d, can_pack, fold_norms, from_raw_input, pack
+from sb3_resnet.nn.inference import (
+    PackedBlock,
+    PackedConv2d,
+    SixteenBitMaxPool2d,
+    can_pack,
+    fold_norms,
+    from_raw_input,
+    pack,
+)
 
 GREY = th.tensor([[0.5, 0.5, 0.0, 0.0], [0.0, 0.5, 0.5, 0.0], [0.0, 0.0, 0.5, 0.5]])
 IMAGENET = th.tensor([0.485, 0.456, 0.406]), th.tensor([0.229, 0.224, 0.225])
@@ -53,6 +63,19 @@ def test_float32_arithmetic_takes_the_place_of_missing_instructions(monkeypatch,
     assert got.dtype == dtype
     assert (got != expected).float().mean() < 0.02  # the order of a sum decides where a value lies between two
     assert th.allclose(got.float(), expected.float(), rtol=2**-7 if dtype == th.bfloat16 else 2**-10)
+
+
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 9), st.integers(1, 9)),
+    dtype=st.sampled_from([th.bfloat16, th.float16, th.float32]),
+    seed=st.integers(0, 1000),
+)
+def test_the_maximum_of_16_bit_numbers_is_that_of_max_pool2d(shape, dtype, seed):
+    values = th.randn(shape, generator=th.Generator().manual_seed(seed)).mul(1e4).relu()
+    x = values.to(dtype).to(memory_format=th.channels_last)
+    got = SixteenBitMaxPool2d()(x)
+    assert got.dtype == dtype
+    assert th.equal(got, nn.functional.max_pool2d(x, 3, 2, 1))
 
 
 @pytest.mark.parametrize("batches", [(1, 32), (32, 1), (8, 3)])

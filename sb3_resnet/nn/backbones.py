@@ -13,6 +13,7 @@ from torch import nn
 
 from sb3_resnet.common.arguments import choice, nearest, shown
 from sb3_resnet.nn.adapters import InflatedConv2d
+from sb3_resnet.nn.small_maps import for_small_maps
 from sb3_resnet.nn.sync_norm import synchronized_batch_norm
 
 #: Stages of the trunk from the input up; ``stem`` is conv1 + bn1 + relu + maxpool.
@@ -115,6 +116,8 @@ def build(
     # A block ends with conv3 (Bottleneck) or conv2 (BasicBlock), the stem has conv1 alone.
     convs = [getattr(last, name) for name in ("conv1", "conv2", "conv3") if hasattr(last, name)]
     resnet.out_channels = convs[-1].out_channels
+    for stage in kept[1:]:
+        for_small_maps(getattr(resnet, stage))
     if channels != 3:
         resnet.conv1 = InflatedConv2d(resnet.conv1, channels, keeps_colours)
     return resnet.eval()

@@ -13,7 +13,7 @@ from torch import nn
 from sb3_resnet.common import host
 from sb3_resnet.nn.backbones import BLOCKS
 from sb3_resnet.nn.graphs import GraphedFunction
-from sb3_resnet.nn.inference import fold_norms, from_raw_input, is_native, pack
+from sb3_resnet.nn.inference import SixteenBitMaxPool2d, fold_norms, from_raw_input, is_native, pack
 from sb3_resnet.nn.trunk import Trunk
 
 _PASSED_OVER = ("preprocess", "scale_raw", "frozen_part", "run_stages")  # methods that it takes the place of
@@ -196,6 +196,7 @@ def _arranged(trunk: Trunk) -> list[nn.Module]:
     stem[0] = from_raw_input(stem[0], *trunk.input_map())
     if isinstance(stem[1], nn.Identity):  # the norm is folded, so ReLU can move into the convolution
         stem[0].has_relu, stem[2] = True, nn.Identity()
+    stem[3] = SixteenBitMaxPool2d()
     for stage in stages.values():
         pack(stage.requires_grad_(False), BLOCKS, trunk.frozen_dtype.dtype)
     return [*stages.values()]

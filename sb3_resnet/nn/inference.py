@@ -101,6 +101,35 @@ class PackedBlock(nn.Module):
         return out
 
 
+class SixteenBitMaxPool2d(nn.Module):
+    """
+    The stem's 3x3 maximum in every second row and column, of 16-bit numbers that are not negative, as after ReLU.
+
+    Their bits are in order when read as whole numbers, which a CPU compares five times as fast as PyTorch does
+    bfloat16. On a GPU and of other numbers this is ``nn.MaxPool2d(3, 2, 1)``.
+    """
+
+    def forward(self, x: th.Tensor) -> th.Tensor:
+        """
+        :param x: channels last, ``(batch, channels, height, width)``
+        :return: half as high and wide
+        """
+        if x.device.type != "cpu" or x.element_size() != 2:
+            return F.max_pool2d(x, 3, 2, 1)
+        bits = x.permute(0, 2, 3, 1).view(th.int16)
+        return self._halved(self._halved(bits, 1), 2).view(x.dtype).permute(0, 3, 1, 2)
+
+    @staticmethod
+    def _halved(x: th.Tensor, axis: int) -> th.Tensor:
+        if x.shape[axis] % 2:  # the smallest number makes it even
+            x = th.cat([x, th.zeros_like(x.narrow(axis, 0, 1))], axis)
+        even, odd = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        out = th.maximum(even, odd)
+        rest = out.narrow(axis, 1, out.shape[axis] - 1)
+        th.maximum(rest, odd.narrow(axis, 0, rest.shape[axis]), out=rest)
+        return out
+
+
 class RawInputConv2d(nn.Module):
     """
     The first convolution, and before it scale, adapter and normalisation, as one convolution of raw pixels.
