@@ -175,7 +175,7 @@ def check(sizes: dict[str, int]) -> dict[str, Any] | str:
         predicted = 2 * alone / (alone + wait + seconds_of_sums(2, size, link))
         found[phase] = {
             "speed-up of two ranks, model": round(predicted, 2),
-            "measured": round(two["steps_per_second"] / one["steps_per_second"], 2),
+            "measured": measured["phases"][phase]["speed_up"],
             "bytes per update, model": size,
             "bytes per update, measured": round(two["bytes_per_update"]),
         }
