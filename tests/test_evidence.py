@@ -109,6 +109,8 @@ def test_the_budgets_compare_at_equal_update_ratios():
         budget = budgets.BUDGETS[name]
         assert budget.updates_per_rollout == games.N_ENVS  # an update per step
         assert (budget.eval_every, budget.episodes) == (10_000, 20)
+    assert dataclasses.replace(budgets.BUDGETS["quarter"], updates_per_rollout=games.N_ENVS) == budgets.BUDGETS["cpu"]
+    assert 4 * budgets.BUDGETS["quarter"].updates_per_rollout == games.N_ENVS
     with pytest.raises(ValueError, match="steps must be a multiple of 8"):
         budgets.budget_of("cpu", 1001)
 

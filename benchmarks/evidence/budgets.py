@@ -46,10 +46,13 @@ class Budget:
                 raise ValueError(f"{name} must be a multiple of {N_ENVS}, the number of environments, got {value}")
 
 
+_CPU = Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS)
 #: An update per environment step, as in zoo_configs; the smoke test makes one per eight.
 BUDGETS = {
     "smoke": Budget(5_000, 1, 4_000, 1, 2_000, 5_000, 400, 1),
-    "cpu": Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS),
+    "cpu": _CPU,
+    # An update per four steps, SB3's default and RL-Zoo's for Atari: NatureCNN then needs no night for a game.
+    "quarter": replace(_CPU, updates_per_rollout=N_ENVS // 4),
     "gpu": Budget(400_000, 5, 10_000, 20, 100_000, 100_000, 2_000, N_ENVS, device="cuda"),
     # Of `atari.py pong`, which ends a run before that. Pong needs less exploration than a suite of games.
     "pong": Budget(1_000_000, 5, 25_000, 20, 100_000, 100_000, 2_000, N_ENVS, exploration_fraction=0.02, threads=2),
@@ -58,7 +61,7 @@ BUDGETS = {
 
 def budget_of(name: str, steps: int | None = None) -> Budget:
     """
-    :param name: ``"smoke"``, ``"cpu"``, ``"gpu"`` or ``"pong"``
+    :param name: ``"smoke"``, ``"cpu"``, ``"quarter"``, ``"gpu"`` or ``"pong"``
     :param steps: other than the budget's
     :return: the budget
     :raises ValueError: for an unknown name, steps that are no multiple of the number of environments, or a GPU that is
