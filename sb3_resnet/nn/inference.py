@@ -123,7 +123,7 @@ class SixteenBitMaxPool2d(nn.Module):
     def _halved(x: th.Tensor, axis: int) -> th.Tensor:
         if x.shape[axis] % 2:  # the smallest number makes it even
             x = th.cat([x, th.zeros_like(x.narrow(axis, 0, 1))], axis)
-        even, odd = x.unflatten(axis, (-1, 2)).unbind(axis + 1)
+        even, odd = x.reshape(*x.shape[:axis], -1, 2, *x.shape[axis + 1 :]).unbind(axis + 1)
         out = th.maximum(even, odd)
         rest = out.narrow(axis, 1, out.shape[axis] - 1)
         th.maximum(rest, odd.narrow(axis, 0, rest.shape[axis]), out=rest)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch as th
 from torch import nn
 from torch.nn import functional as F
@@ -22,8 +24,8 @@ class SmallMapConv2d(nn.Conv2d):
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
-        geometry = (conv.kernel_size, conv.stride, conv.padding)
-        super().__init__(conv.in_channels, conv.out_channels, *geometry, bias=False, device="meta")
+        kernel, stride, padding = map(_pair, (conv.kernel_size, conv.stride, conv.padding))
+        super().__init__(conv.in_channels, conv.out_channels, kernel, stride, padding, bias=False, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
 
     def forward(self, x: th.Tensor) -> th.Tensor:
@@ -34,11 +36,10 @@ class SmallMapConv2d(nn.Conv2d):
         rows, columns = (self._outputs(size, axis) for axis, size in enumerate(x.shape[-2:]))
         if not _in_bfloat16_on_cpu(x) or rows * columns > LARGEST or _is_exported():
             return super().forward(x)
-        padding = (int(self.padding[0]), int(self.padding[1]))
-        windows = F.unfold(x, self.kernel_size, padding=padding, stride=self.stride)
+        windows = F.unfold(x, self.kernel_size, padding=_pair(self.padding), stride=self.stride)
         # One product for the whole batch: of a batch of matrices PyTorch would copy the weights for each image.
         product = F.linear(windows.transpose(1, 2).flatten(0, 1), self.weight.flatten(1), self.bias)
-        return product.unflatten(0, (len(x), rows, columns)).permute(0, 3, 1, 2)
+        return product.reshape(len(x), rows, columns, -1).permute(0, 3, 1, 2)
 
     def _outputs(self, size: int, axis: int) -> int:
         return (size + 2 * int(self.padding[axis]) - self.kernel_size[axis]) // self.stride[axis] + 1
@@ -57,6 +58,10 @@ def for_small_maps(module: nn.Module) -> None:
             for_small_maps(child)
 
 
+def _pair(values: Any) -> tuple[int, int]:
+    return int(values[0]), int(values[1])
+
+
 def _in_bfloat16_on_cpu(x: th.Tensor) -> bool:
     reduced = th.get_autocast_dtype("cpu") if th.is_autocast_enabled("cpu") else x.dtype
     return x.device.type == "cpu" and reduced == th.bfloat16
@@ -64,4 +69,5 @@ def _in_bfloat16_on_cpu(x: th.Tensor) -> bool:
 
 def _is_exported() -> bool:
     """:return: whether someone looks at the operations: a graph is to have convolutions"""
-    return th.compiler.is_compiling() or th.jit.is_tracing()
+    tracing: bool = th.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]  # PyTorch's
+    return tracing or th.compiler.is_compiling()
