@@ -1,7 +1,7 @@
 """
 What training on small maps in bfloat16 gains by products of matrices instead of convolutions.
 
-    python benchmarks/small_maps.py      # two minutes on one CPU core; writes benchmarks/results/small_maps.json
+    python benchmarks/small_maps.py      # a minute on one CPU core; writes benchmarks/results/small_maps.json
 
 First convolutions alone, forward and backward, batch 32, by channels and size of the output map. Then updates of
 ``ResNetCnnPolicy`` with its defaults on real Pong (84x84x4, batch 32). Arms are interleaved; a ratio is the median of
@@ -30,7 +30,8 @@ RESULT = Path(__file__).parent / "results" / "small_maps.json"
 #: Input and output channels, size of the input map, stride.
 CONVOLUTIONS = [
     (512, 512, 3, 1), (256, 512, 6, 2), (512, 512, 4, 1), (256, 512, 8, 2), (512, 512, 5, 1), (256, 256, 6, 1),
-    (128, 256, 11, 2), (512, 512, 7, 1), (256, 512, 14, 2),
+    (128, 256, 11, 2), (512, 512, 7, 1), (256, 512, 14, 2), (256, 256, 5, 1), (256, 256, 4, 1), (128, 128, 4, 1),
+    (64, 64, 4, 1),
 ]  # fmt: skip
 #: Boundary.
 UPDATES = {"layer4": "layer4", "everything": "all"}
@@ -88,7 +89,7 @@ def update(stage: str, limit: int) -> Callable[[], Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     th.set_num_threads(1)

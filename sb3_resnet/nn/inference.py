@@ -105,8 +105,8 @@ class SixteenBitMaxPool2d(nn.Module):
     """
     The stem's 3x3 maximum in every second row and column, of 16-bit numbers that are not negative, as after ReLU.
 
-    Their bits are in order when read as whole numbers, which a CPU compares five times as fast as PyTorch does
-    bfloat16. On a GPU and of other numbers this is ``nn.MaxPool2d(3, 2, 1)``.
+    Read as whole numbers, their bits are in the same order, and a CPU compares these faster than bfloat16. On a GPU
+    and of other numbers this is ``nn.MaxPool2d(3, 2, 1)``.
     """
 
     def forward(self, x: th.Tensor) -> th.Tensor:
