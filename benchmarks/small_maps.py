@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -72,8 +73,8 @@ def convolution(shape: tuple[int, int, int, int], rounds: int) -> dict[str, Any]
     return compared({"Conv2d": both_ways(plain, x), "product": both_ways(ours, x)}, rounds, 4)
 
 
-def update(stage: str, limit: int) -> Callable[[], Any]:
-    """An update with products up to so many pixels."""
+def update(stage: str, channels: float) -> Callable[[], Any]:
+    """An update with products where there are so many channels per pixel."""
     model = filled(dqn("ResNetCnnPolicy", pong(1)))
     model.policy.set_freeze_boundary(stage)
     if stage != "all":
@@ -81,7 +82,7 @@ def update(stage: str, limit: int) -> Callable[[], Any]:
     at_work(AMPCallback("bfloat16"), model)
 
     def run() -> None:
-        small_maps.LARGEST = limit
+        small_maps.CHANNELS_PER_PIXEL = channels
         model.train(1, 32)
 
     return run
@@ -95,7 +96,7 @@ def main() -> None:
     th.set_num_threads(1)
     result: dict[str, Any] = {"command": "python benchmarks/small_maps.py", "machine": machine(), "convolutions": {}}
     result["rounds"] = arguments.rounds
-    limit, small_maps.LARGEST = small_maps.LARGEST, 1_000
+    chosen, small_maps.CHANNELS_PER_PIXEL = small_maps.CHANNELS_PER_PIXEL, 0  # always products
     for shape in CONVOLUTIONS:
         inputs, outputs, size, stride = shape
         side = (size - 1) // stride + 1
@@ -104,7 +105,7 @@ def main() -> None:
         print(name, result["convolutions"][name], flush=True)
     result["updates"] = {}
     for name, stage in UPDATES.items():
-        arms = {"Conv2d": update(stage, 0), "product": update(stage, limit)}
+        arms = {"Conv2d": update(stage, math.inf), "product": update(stage, chosen)}
         result["updates"][name] = compared(arms, arguments.rounds, 2)
         print(name, result["updates"][name], flush=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")

@@ -38,31 +38,36 @@ def test_it_computes_what_conv2d_does(kernel, stride, padding, size, bias):
     with pytest.MonkeyPatch.context() as patch:
         # Where the sums are exact to twelve digits, a wrong window shows.
         patch.setattr(small_maps, "_in_bfloat16_on_cpu", lambda x: True)
+        patch.setattr(small_maps, "CHANNELS_PER_PIXEL", 0)
         found = gradients(ours, x)
     for expected, value in zip(gradients(plain, x), found, strict=True):
         assert value.shape == expected.shape
         assert th.allclose(value, expected, rtol=1e-12, atol=1e-12)
 
 
-def product_runs(size: int = 4, dtype: th.dtype = th.bfloat16, autocast: th.dtype | None = None) -> bool:
-    """Whether a map of this size is not left to PyTorch's convolution."""
-    conv = SmallMapConv2d(nn.Conv2d(2, 4, 3, padding=1).to(dtype))
+def product_runs(
+    size: int = 4, channels: int = 256, dtype: th.dtype = th.bfloat16, autocast: th.dtype | None = None
+) -> bool:
+    """Whether an output map of this size is not left to PyTorch's convolution."""
+    conv = SmallMapConv2d(nn.Conv2d(2, channels, 3, padding=1).to(dtype))
     with pytest.MonkeyPatch.context() as patch, th.autocast("cpu", autocast, enabled=autocast is not None):
         patch.setattr(nn.Conv2d, "forward", lambda self, x: None)
         return conv(th.rand(1, 2, size, size).to(dtype)) is not None
 
 
-def test_products_are_for_small_maps_in_bfloat16():
+def test_products_are_for_many_channels_of_small_maps_in_bfloat16():
     assert product_runs()
-    assert product_runs(5)
-    assert product_runs(4, th.float32, th.bfloat16)
-    assert not product_runs(6)
-    assert not product_runs(4, th.float32)
-    assert not product_runs(4, th.bfloat16, th.float16)
+    assert product_runs(5, 512)
+    assert product_runs(dtype=th.float32, autocast=th.bfloat16)
+    assert not product_runs(5)
+    assert not product_runs(6, 512)
+    assert not product_runs(channels=128)
+    assert not product_runs(dtype=th.float32)
+    assert not product_runs(autocast=th.float16)
 
 
 def test_under_autocast_it_gives_bfloat16():
-    conv = SmallMapConv2d(nn.Conv2d(2, 4, 3, padding=1))
+    conv = SmallMapConv2d(nn.Conv2d(2, 256, 3, padding=1))
     with th.autocast("cpu", th.bfloat16):
         out = conv(th.rand(1, 2, 3, 3))
     assert out.dtype == th.bfloat16
@@ -98,7 +103,7 @@ def test_a_trunk_takes_the_same_random_numbers_and_keys_as_before():
 
 
 def test_a_traced_trunk_has_convolutions():
-    conv = SmallMapConv2d(nn.Conv2d(2, 4, 3, padding=1)).bfloat16()
+    conv = SmallMapConv2d(nn.Conv2d(2, 256, 3, padding=1)).bfloat16()
     graph = str(th.jit.trace(conv, th.rand(1, 2, 3, 3).bfloat16(), check_trace=False).inlined_graph)
     assert "aten::_convolution" in graph
     assert "aten::linear" not in graph

@@ -8,9 +8,9 @@ import torch as th
 from torch import nn
 from torch.nn import functional as F
 
-#: Pixels of an output map up to which a product of 512 channels is faster, 256 on 4x4 pixels. Fewer channels lose some
-#: milliseconds, but only smaller images have such maps of them (``benchmarks/results/small_maps.json``).
-LARGEST = 25
+#: A product of matrices is faster where a convolution makes at least so many channels per pixel of its output map: 512
+#: channels up to 5x5 pixels, 256 up to 4x4 (``benchmarks/results/small_maps.json``).
+CHANNELS_PER_PIXEL = 16
 
 
 class SmallMapConv2d(nn.Conv2d):
@@ -34,8 +34,10 @@ class SmallMapConv2d(nn.Conv2d):
         :param x: ``(batch, channels, height, width)``
         :return: the convolution of it
         """
+        if _is_exported() or not _in_bfloat16_on_cpu(x):
+            return super().forward(x)
         rows, columns = (self._outputs(size, axis) for axis, size in enumerate(x.shape[-2:]))
-        if not _in_bfloat16_on_cpu(x) or rows * columns > LARGEST or _is_exported():
+        if self.out_channels < CHANNELS_PER_PIXEL * rows * columns:
             return super().forward(x)
         windows = F.unfold(x, self.kernel_size, padding=_pair(self.padding), stride=self.stride)
         # One product for the whole batch: of a batch of matrices PyTorch would copy the weights for each image.
