@@ -8,6 +8,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pytest
 import torch as th
 import torchvision
 from gymnasium import spaces
@@ -39,6 +40,13 @@ PONG = "PongNoFrameskip-v4"
 SHORT_RUN = {"learning_starts": 20, "buffer_size": 100, "batch_size": 4}
 #: Extractor arguments: the whole trunk trains.
 LIVE = {"freeze_backbone": False}
+
+
+def slowly(*values):
+    """Values of a parameter whose tests `make test-slow` runs."""
+    return [
+        pytest.param(*(value if isinstance(value, tuple) else (value,)), marks=pytest.mark.slow) for value in values
+    ]
 
 
 class _TinyResNet(ResNet):

@@ -25,7 +25,7 @@ from sb3_resnet import newest_checkpoint
 from sb3_resnet.callbacks import BestCheckpointCallback, UnfreezeCallback
 from sb3_resnet.callbacks.best_checkpoint import RECORD, checkpoints
 from sb3_resnet.optim.groups import recall
-from tests.helpers import Rewards, TinyGame, assert_same, make_model, snapshot
+from tests.helpers import Rewards, TinyGame, assert_same, make_model, slowly, snapshot
 
 MINI = {"backbone": "resnet_mini"}
 
@@ -89,7 +89,7 @@ class Spy(BaseCallback):
     ("rewards", "best"),
     [([1.0, 3.0, 2.0], 1), ([2.0, 2.0, 2.0], 0), ([math.nan, -7.0, math.nan], 1), ([-3.0, -2.0, -1.0], 2)],
 )
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, *slowly(False)])
 def test_the_best_model_is_the_one_that_was_evaluated(tmp_path, rewards, best, first):
     model, spy = make_model(learning_starts=0), Spy()
     callbacks = [BestCheckpointCallback(0, tmp_path), Rewards(rewards)]
@@ -233,6 +233,7 @@ def test_bad_arguments_are_refused_at_construction(arguments, error, message):
         BestCheckpointCallback(**arguments)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_has_all_updates_of_the_steps_before_it(tmp_path):
     model = make_model(extractor=MINI, learning_starts=0, train_freq=20, gradient_steps=20)
     learn(model, tmp_path, 120, save_freq=20, keep_last=10)

@@ -110,7 +110,7 @@ OPERATIONS = st.lists(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(operations=OPERATIONS, n_envs=st.integers(1, 2), seed=st.integers(0, 99), limit=st.sampled_from([None, 5000]))
 def test_invariant_10_any_sequence_of_operations_gives_what_the_plain_module_makes_of_the_stock_batch(
     extractor, kind, operations, n_envs, seed, limit
@@ -159,10 +159,10 @@ FRAME_OPERATIONS = st.lists(
 )
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("frames", FRAMES)
 @settings(max_examples=6, deadline=None)
 @given(
+    kind=st.sampled_from([*KINDS]),
     operations=FRAME_OPERATIONS,
     n_envs=st.integers(1, 2),
     seed=st.integers(0, 99),

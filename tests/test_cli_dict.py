@@ -21,7 +21,16 @@ from sb3_resnet.cli.explain import default_layer, heat_maps, image_key, play_gre
 from sb3_resnet.cli.loading import extractors_of, load_model
 from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.observed import by_key, described, flat
-from tests.helpers import DictGame, GoalGame, dict_observations, make_dict_model, make_model, run_command, scores
+from tests.helpers import (
+    DictGame,
+    GoalGame,
+    dict_observations,
+    make_dict_model,
+    make_model,
+    run_command,
+    scores,
+    slowly,
+)
 
 GREY = spaces.Box(0, 255, (1, 32, 32), np.uint8)
 SPEED = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -170,7 +179,7 @@ KEYS = [("camera", {}), ("depth", {"features_dim": 7, "vector_arch": [4]})]
 
 
 @pytest.mark.parametrize(("key", "extractor"), KEYS)
-@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo", *slowly("qrdqn")])
 def test_scores_are_those_of_the_policy_whichever_image_is_looked_at(algorithm, key, extractor):
     model = make_dict_model(algorithm, extractor=extractor)
     model.learn(24)

@@ -229,6 +229,7 @@ def test_labels_grow_until_they_differ(tmp_path):
     assert [curve.label for curve in found] == ["new/Pong", "old/Pong"]
 
 
+@pytest.mark.slow
 def test_plot_writes_a_picture(tmp_path):
     write_run(tmp_path / "logs" / "a_1", range(20), [[0, 2], [4, 6]])
     write_run(tmp_path / "logs" / "a_2", range(20), [[2, 4], [6, 8]])

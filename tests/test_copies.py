@@ -12,7 +12,7 @@ from sb3_resnet.cache import sizes
 from sb3_resnet.cache.batch import EncodedBatch
 from sb3_resnet.cache.copies import AugmentedCopies
 from sb3_resnet.callbacks import FeatureCacheCallback
-from tests.helpers import TinyGame, fill, make_model, observations, q_values
+from tests.helpers import TinyGame, fill, make_model, observations, q_values, slowly
 
 AUGMENT = [{"random_shift": {"padding": 4}}, {"color_jitter": {"brightness": 0.3}}]
 
@@ -85,7 +85,7 @@ def assert_exact(model, chosen, size=12):
         assert not th.allclose(encoded.features, unchanged, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("boundary", [None, "layer4"])
+@pytest.mark.parametrize("boundary", [None, *slowly("layer4")])
 @pytest.mark.parametrize(
     ("shape", "extractor"),
     [

@@ -31,7 +31,7 @@ from sb3_resnet.callbacks import (
 )
 from sb3_resnet.common.in_step import IntervalOfAll, seed_apart, weigh
 from sb3_resnet.common.ranks import LostRankError, Ranks, ranks_of
-from tests.helpers import TinyGame, make_actor_critic, make_model
+from tests.helpers import TinyGame, make_actor_critic, make_model, slowly
 from tests.ranks import BATCH, in_threads, results, train_on, values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:You are using a Backend")
@@ -53,7 +53,7 @@ def assert_one_model(models):
         assert not [key for key in first if not th.equal(first[key], other[key])]
 
 
-@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("ppo")])
 def test_two_ranks_learn_as_one_process_with_both_batches(algorithm, monkeypatch):
     settings = {"rounds": 8, "timesteps": 32}
     joint = train_on((0, 1), algorithm, **settings)

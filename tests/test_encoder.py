@@ -14,7 +14,7 @@ from sb3_resnet.common import host
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.encoder import rounding_error
 from sb3_resnet.nn.precision import resolve_dtype
-from tests import helpers  # noqa: F401  # registers resnet_tiny
+from tests.helpers import slowly  # the module registers resnet_tiny
 
 UINT8 = {"low": 0, "high": 255, "dtype": np.uint8}
 CASES = {
@@ -84,7 +84,7 @@ def test_real_trunks(backbone):
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("bfloat16", 0.1), ("float16", 0.02)])
-@pytest.mark.parametrize("boundary", [None, "layer4", "layer1"])
+@pytest.mark.parametrize("boundary", [None, "layer4", *slowly("layer1")])
 @pytest.mark.parametrize(
     "case",
     [

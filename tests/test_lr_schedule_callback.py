@@ -13,7 +13,7 @@ from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import recall
-from tests.helpers import POLICYS, Rewards, TinyGame, fill, make_model
+from tests.helpers import POLICYS, Rewards, TinyGame, fill, make_model, slowly
 
 LR = 1e-3
 
@@ -59,7 +59,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("gradient_steps", [1, 3])
+@pytest.mark.parametrize("gradient_steps", [*slowly(1), 3])
 @pytest.mark.parametrize("warmup", [0, 7])
 @pytest.mark.parametrize("schedule", OPTIONS)
 def test_each_update_uses_the_rate_of_the_closed_form(schedule, warmup, gradient_steps):

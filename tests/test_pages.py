@@ -37,7 +37,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 import sb3_resnet
 import sb3_resnet.envs
 import sb3_resnet.pretraining
-from tests.helpers import PONG, SHORT_RUN, TinyGame, zoo
+from tests.helpers import PONG, SHORT_RUN, TinyGame, slowly, zoo
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")]
@@ -451,7 +451,7 @@ def test_blocks_are_found_with_their_comments(text, blocks, tmp_path):
         ("```python\nprint(1)\n```\n\n```text\n2\n```\n", "1"),
         ("```python\n1 / 0\n```\n", "division by zero"),
         ("```pycon\n>>> 1 + 1\n3\n```\n", "Expected"),
-        ("```\nsb3-resnet nothing\n```\n", "sb3-resnet nothing"),
+        *slowly(("```\nsb3-resnet nothing\n```\n", "sb3-resnet nothing")),
         ("```bash\nif true; then\n```\n", "syntax error"),
         ("```ruby\nputs\n```\n", "unknown language"),
         ("<!-- not run: I am tired -->\n```python\nx\n```\n", "one of the reasons"),

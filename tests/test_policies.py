@@ -29,6 +29,7 @@ from tests.helpers import (
     make_model,
     observations,
     q_values,
+    slowly,
     snapshot,
 )
 
@@ -49,7 +50,7 @@ def test_the_defaults_are_those_of_the_seed_document():
     assert [layer.out_features for layer in model.q_net.q_net if isinstance(layer, nn.Linear)] == [256, 3]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 @pytest.mark.parametrize("device", DEVICES)
 def test_save_and_load_give_the_same_values(tmp_path, algorithm, device):
     policy_kwargs = {"net_arch": [16, 8], "dropout": 0.3, "lr_backbone": 1e-5, "optimizer_class": "AdamW"}
@@ -137,7 +138,7 @@ def test_channels_last_images_equal_channels_first_ones():
     last.learn(16)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_invariant_8_loading_needs_neither_network_nor_weights_file(tmp_path, hub_weights, monkeypatch, algorithm):
     model = make_model(algorithm, extractor={"backbone": "resnet18", "pretrained": True})
     trunk = th.load(hub_weights, weights_only=True)

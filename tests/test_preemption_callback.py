@@ -151,11 +151,10 @@ def run(folder, moments, **settings):
     raise AssertionError("stopped each time")
 
 
-@pytest.mark.parametrize(
-    ("name", "stops"),
-    [("dqn", 2), *(pytest.param(name, 7, marks=pytest.mark.slow) for name in SETTINGS)],
-)
-def test_a_run_that_signals_stop_at_random_moments_equals_the_run_that_is_never_stopped(tmp_path, name, stops):
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_run_that_signals_stop_at_random_moments_equals_the_run_that_is_never_stopped(tmp_path, name):
+    stops = 7
     whole = build(**SETTINGS[name])
     whole.learn(TOTAL, callback=used(tmp_path / "whole", preemptible=False))
     whole = everything(whole)

@@ -271,6 +271,7 @@ def test_the_memory_of_games_in_c_is_not_taken_for_empty():
     env.close()
 
 
+@pytest.mark.slow
 def test_environments_in_other_processes_are_refused():
     env = SubprocVecEnv([TinyGame], start_method="spawn")
     with pytest.raises(ValueError, match="Labels are read from environments in this process: make a DummyVecEnv"):

@@ -69,6 +69,7 @@ def test_the_command_starts_without_the_libraries_of_single_subcommands():
     assert not {*imported} & {"ale_py", "captum", "imageio", "mlflow", "onnx", "onnxruntime", "rl_zoo3", "wandb"}
 
 
+@pytest.mark.slow
 def test_the_core_works_without_extras_and_without_the_network():
     assert python(WITHOUT_EXTRAS_AND_NETWORK % (OPTIONAL,)).strip() == "ResNetCnnPolicy"
 

@@ -26,6 +26,7 @@ from tests.helpers import (
     make_actor_critic,
     observations,
     probabilities_and_values,
+    slowly,
     snapshot,
 )
 
@@ -343,7 +344,7 @@ def test_minibatches_are_those_of_the_stock_buffer(n_envs):
     assert np.array_equal(lent.observations, stock.observations)
 
 
-@pytest.mark.parametrize("n_envs", [1, 2])
+@pytest.mark.parametrize("n_envs", [*slowly(1), 2])
 def test_questions_of_others_while_a_rollout_is_collected_change_nothing(n_envs):
     """Such as a callback's, which asks for actions and values of observations of its own."""
 
@@ -370,7 +371,7 @@ def masked(shared):
     return MaskablePPO("ResNetCnnPolicy", env, policy_kwargs={**policy_kwargs, **SGD}, **options)
 
 
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("shared", [True, *slowly(False)])
 def test_maskable_ppo_trains_the_same_too(shared):
     plain, watch = masked(shared), Watch()
     plain.learn(64, callback=phases())

@@ -13,7 +13,7 @@ from torch import nn
 
 from sb3_resnet import ResNetExtractor, param_group_summary
 from sb3_resnet.callbacks import FeatureCacheCallback, LRScheduleCallback, UnfreezeCallback
-from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
+from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, slowly, snapshot
 
 STEPS = {PPO: {"n_steps": 8, "batch_size": 4, "n_epochs": 1}, A2C: {"n_steps": 4}}
 
@@ -65,7 +65,7 @@ BY_HAND = [
 ]
 
 
-@pytest.mark.parametrize("build", [make_model, on_policy, lambda: on_policy(A2C)], ids=["DQN", "PPO", "A2C"])
+@pytest.mark.parametrize("build", [make_model, on_policy, *slowly(lambda: on_policy(A2C))], ids=["DQN", "PPO", "A2C"])
 @pytest.mark.parametrize(("change", "message"), BY_HAND, ids=[change.__name__ for change, _ in BY_HAND])
 def test_requires_grad_by_hand_is_refused_before_the_first_update(build, change, message):
     model = build()
