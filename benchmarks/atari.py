@@ -5,6 +5,7 @@ Where a ResNet helps a DQN: arms x games x seeds, with controls, intervals and a
     python benchmarks/atari.py tune --budget cpu                # a learning rate for each arm, on the tuning games
     python benchmarks/atari.py --budget cpu                     # the suite; called again, it goes on where it stopped
     python benchmarks/atari.py report                           # Markdown, JSON and PNG of all results
+    python benchmarks/atari.py agent --game Boxing ...          # the agent of a run as a small file, with its card
     python benchmarks/atari.py pong                             # 5 seeds of Pong on two cores, an hour each at most
     python benchmarks/atari.py --suite minigrid --budget cpu    # the second domain
 

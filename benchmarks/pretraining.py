@@ -6,8 +6,10 @@ Does a trunk that was pretrained on a game's frames show more of the game than a
 
 For each game: ``sb3_resnet.pretraining.pretrain``, then the probe of random and pretrained trunks of the same shape on
 episodes that neither the training nor its own probes have seen. A run that was stopped goes on when it is started
-again. Results are ``benchmarks/results/pretraining/<game>-<objective>-s<seed>.json``; the report writes
-``scores.csv``, ``scores.png`` and ``history.png`` beside them.
+again. With ``--blind`` the game's memory is read for that probe alone: the last weights are kept, not those that show
+most. The trunks of ``atari.py`` are made so, since its games are reported. Results
+are ``benchmarks/results/pretraining/<game>-<objective>-s<seed>.json``; the report writes ``scores.csv``,
+``scores.png`` and ``history.png`` beside them.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import os
 import sys
 import time
@@ -30,6 +33,7 @@ from sb3_resnet.probing import Row, probe, record
 
 RESULTS = Path(__file__).parent / "results" / "pretraining"
 RUNS = Path("runs") / "pretraining"
+NEVER = 10**9  # updates between two probes
 UNSEEN = 2_000_003  # added to the seed: episodes of the last probe
 CHOSEN = (
     "objective", "last_stage", "batch_size", "warmup", "learning_rate", "frames", "held_out", "probe_every", "seed",
@@ -43,6 +47,8 @@ def one_game(game: str, arguments: argparse.Namespace) -> dict[str, Any]:
     env = make_env(f"{game}NoFrameskip-v4", 8, arguments.seed)
     name = f"{game}-{arguments.objective}-s{arguments.seed}"
     chosen = {key: getattr(arguments, key) for key in CHOSEN}
+    if arguments.blind:
+        chosen |= {"labels": no_labels, "probe_every": NEVER}
     path = arguments.runs / f"{name}.safetensors"
     result = pretrain(env, path, minutes=arguments.minutes, updates=arguments.updates, told=Line(game), **chosen)
     print()
@@ -53,7 +59,7 @@ def one_game(game: str, arguments: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": f"python {' '.join(sys.argv)}",
         "game": game,
-        "settings": {**result.card["arguments"]},
+        "settings": {**result.card["arguments"], "blind": arguments.blind},
         "machine": machine(),
         "versions": result.card["versions"],
         "updates": result.card["updates"],
@@ -63,10 +69,16 @@ def one_game(game: str, arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def no_labels(env: Any) -> dict[str, Any]:
+    """What pretraining may know of the state of a game that is reported."""
+    return {}
+
+
 def row_of(row: Row, result: Result) -> dict[str, Any]:
     weights = "pretrained" if row.weights == str(result.path) else row.weights
     scores = {name: None if score.value is None else round(score.value, 4) for name, score in row.scores.items()}
-    return {"weights": weights, "pooling": row.pooling, "mean R2": round(row.mean, 4), "scores": scores}
+    mean = None if math.isnan(row.mean) else round(row.mean, 4)  # games without annotated memory have none
+    return {"weights": weights, "pooling": row.pooling, "mean R2": mean, "scores": scores}
 
 
 class Line:
@@ -89,6 +101,7 @@ def report(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    found = {name: one for name, one in found.items() if one["probe"][0]["mean R2"] is not None}
     if not found:
         sys.exit(f"no results in {folder}")
     with (folder / "scores.csv").open("w", newline="") as file:
@@ -115,7 +128,8 @@ def report(folder: Path) -> None:
     figure.savefig(folder / "scores.png", dpi=90)
     figure, axis = plt.subplots(figsize=(6, 4))
     for name, result in found.items():
-        axis.plot([e["update"] for e in result["history"]], [e["score"] for e in result["history"]], label=name)
+        if not result["settings"].get("blind"):  # whose score is another one
+            axis.plot([e["update"] for e in result["history"]], [e["score"] for e in result["history"]], label=name)
     axis.set(xlabel="updates (0: random weights)", ylabel="mean R² while training")
     axis.legend(fontsize=7)
     figure.tight_layout()
@@ -139,6 +153,7 @@ def main() -> None:
     parser.add_argument("--held-out", type=int, default=2_400)
     parser.add_argument("--probe-every", type=int, default=200)
     parser.add_argument("--steps", type=int, default=4_000, help="observations of the last probe")
+    parser.add_argument("--blind", action="store_true", help="keep the last weights, whatever the game's memory says")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=RUNS, help="weights files, and what unfinished runs need")

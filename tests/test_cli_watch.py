@@ -4,6 +4,8 @@ import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
+import torch as th
+from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_resnet.cli import pictures
 from sb3_resnet.cli.envs import env_for
@@ -63,6 +65,23 @@ def test_epsilon_is_the_share_of_actions_at_random_and_the_seed_decides_them(dra
     assert actions(1.0, 1) == actions(1.0, 1)
     assert len({tuple(actions(1.0, seed)) for seed in range(4)}) == 4
     assert actions(0.0, 1) == actions(0.0, 2)
+
+
+def test_an_atari_game_is_played_to_its_end_by_an_agent_that_never_serves():
+    pytest.importorskip("ale_py")
+    space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+    game = FakeImageEnv(action_dim=4, screen_height=84, screen_width=84, n_channels=4)
+    model = make_model(env=game, extractor={"backbone": "resnet_mini"})
+    assert model.observation_space == space
+    with th.no_grad():
+        model.q_net.q_net[-1].weight.zero_()
+        model.q_net.q_net[-1].bias.copy_(th.tensor([0.0, 0.0, 1.0, 0.0]))  # always to the right
+    env = env_for(model, "BreakoutNoFrameskip-v4", serves=True)
+    film = play(model, env, 400)
+    assert film.is_over
+    assert set(film.actions) == {2}
+    assert env.unwrapped.envs[0].unwrapped.ale.lives() != 0  # the next game has begun
+    env.close()
 
 
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])

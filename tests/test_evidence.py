@@ -20,12 +20,14 @@ import torchvision
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_resnet.nn import cards
 from tests.helpers import make_model, observations
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "benchmarks" / "atari.py"
 sys.path.insert(0, str(SCRIPT.parent))
 from evidence import (  # noqa: E402  # its folder has to be on the path first
+    agent,
     arms,
     budgets,
     commands,
@@ -38,6 +40,7 @@ from evidence import (  # noqa: E402  # its folder has to be on the path first
     spec,
     statistics,
     suite,
+    table,
     tuning,
 )
 from evidence import report as reports  # noqa: E402
@@ -92,7 +95,7 @@ def test_what_is_shared_is_read_from_the_model_and_holds_what_decides_learning(s
     shared = settings["random_frozen"]["shared"]
     assert shared["optimizer"] == {
         **{"class": "Adam", "weight_decay": 0.0, "betas": (0.9, 0.999), "eps": 1e-8},
-        **{"amsgrad": False, "maximize": False},
+        **{"amsgrad": False, "maximize": False, "fused": True},
     }
     assert (shared["gamma"], shared["n_steps"], shared["batch_size"]) == (0.99, 3, 32)
     assert shared["updates per environment step"] == 1 / 8
@@ -102,6 +105,30 @@ def test_what_is_shared_is_read_from_the_model_and_holds_what_decides_learning(s
     model.gamma, model.policy.optimizer.param_groups[0]["eps"] = 0.5, 1e-3
     changed = arms.resolved(model, "nature", "atari", budgets.budget_of("smoke"), 1e-4, None)["shared"]
     assert (changed["gamma"], changed["optimizer"]["eps"]) == (0.5, 1e-3)
+
+
+def test_no_arm_that_needs_weights_trains_with_random_ones(tmp_path, capsys):
+    env = DummyVecEnv([FakeImageEnv] * 8)
+    for arm in NEEDS_WEIGHTS:
+        with pytest.raises(ValueError, match=f"{arm} needs a weights file"):
+            arms.build(arm, env, budgets.budget_of("smoke"), 0, 1e-4, None)
+    words = ["run", "--budget", "smoke", "--game", "Pong", "--learning-rate", "1e-4", "--results", str(tmp_path)]
+    assert commands.main([*words, "--arm", "imagenet_frozen"]) == 1
+    assert "imagenet_frozen on Pong needs --imagenet FILE" in capsys.readouterr().err
+    run = spec.Run("atari", "smoke", "Pong", "imagenet_frozen", 0, 5_000, 1e-4, "some/r18.pth")
+    assert run.options()[-2:] == ["--imagenet", "some/r18.pth"]
+    assert run.command.endswith("--imagenet r18.pth")
+
+
+def test_a_result_says_how_its_trunk_was_pretrained(tmp_path):
+    file = tmp_path / "boxing.safetensors"
+    card = dict.fromkeys((*cards.CHECKED, "observed_size"))
+    card |= {"backbone": "resnet18", "last_stage": "layer2", "env": "Boxing", "frames": 50_000, "seed": 3}
+    cards.save_with_card(file, {"a": th.zeros(1)}, {**card, "arguments": {"minutes": 15.0, "labels": ["none"]}})
+    found = arms.provenance(str(file))
+    assert (found["file"], found["sha256"]) == ("boxing.safetensors", arms.sha256(str(file)))
+    told = {"env": "Boxing", "frames": 50_000, "seed": 3, "minutes": 15.0, "labels": ["none"]}
+    assert found["pretraining"] == told
 
 
 def test_the_budgets_compare_at_equal_update_ratios():
@@ -204,7 +231,7 @@ def test_random_actions_of_an_evaluation_are_its_own():
     assert 0 < (actions != greedy).mean() < 0.02
 
 
-def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, **others):
+def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, ratio=1.0, **others):
     """A result file and its times, as a run writes them: one evaluation after each half of the steps."""
     run = spec.Run("atari", "cpu", game, arm, seed, steps, rate, **others)
     log = recording.Log(steps=steps)
@@ -212,7 +239,7 @@ def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, **others):
         step = steps * (index + 1) // len(returns)
         log.evaluations.append({"step": step, "returns": [value]})
         log.seconds.append([step, 60.0 * index, 70.0 * index, 90.0 * index])
-    shared = {"evaluation": {"every": 10_000, "episodes": 1, "epsilon": 0.01}, "updates per environment step": 1.0}
+    shared = {"evaluation": {"every": 10_000, "episodes": 1, "epsilon": 0.01}, "updates per environment step": ratio}
     shared |= {"n_steps": 3, "batch_size": 32, "optimizer": {"class": "Adam"}}
     path = folder / run.folder / f"{run.name}.json"
     results.write_result(run, path, log, {"shared": shared})
@@ -231,30 +258,35 @@ def fill(folder, share, seeds=3, spread=0.02, some_games=("Boxing", "Krull")):
 @pytest.mark.usefixtures("_rliable")
 @pytest.mark.slow
 def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
-    fill(tmp_path, {"nature": 0.1, "nature_head": 0.11, "random_frozen": 0.5})
+    fill(tmp_path, {"nature": 0.2, "nature_head": 0.11, "random_frozen": 0.6})
     page = tmp_path / "page.md"
     page.write_text("# Title\n<!-- report: atari cpu -->\nold\n<!-- end of report: atari cpu -->\nafter\n")
     text = reports.report(tmp_path / "atari" / "cpu", "atari", page=page)
     first = page.read_text().splitlines()[2:6]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     iqm = found["iqm"]["last"]
-    assert first[0].startswith(f"**Won:** `random_frozen`, IQM {iqm['random_frozen']['value']:.3f} [")
     gain = iqm["random_frozen"]["value"] - iqm["nature"]["value"]
     assert abs(gain - 0.4) < 0.03
-    assert f", by {gain:.3f} over `nature`" in first[0]
-    assert re.match(r"\*\*Lost to it:\*\* `nature` 0\.\d+ \[0\.\d+, 0\.\d+\]", first[1])
+    won = (
+        r"\*\*Won\*\* over `nature`, IQM 0\.\d+ \[0\.\d+, 0\.\d+\]: `random_frozen` by (.+) \[(.+), (.+)\], IQM 0\.\d+ "
+    )
+    by, low, high = map(float, re.match(won, first[0]).groups())
+    assert low < by < high
+    assert by == pytest.approx(gain, abs=1e-3)
+    assert re.match(r"\*\*Lost\*\* to it: `nature_head` by -0\.\d+ \[", first[1])
     assert first[2] == "No arm is left undecided.<br>"
     assert first[3].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
-    assert found["verdict"]["beaten"] == ["nature", "nature_head"]
+    assert found["verdict"] == {"control": "nature", "won": ["random_frozen"], "lost": ["nature_head"], "open": []}
+    assert found["probability of such a difference by chance"]["random_frozen"] < 0.02
     assert found["probability of improvement"]["random_frozen over nature"]["value"] == 1.0
     assert found["command"] == "python benchmarks/atari.py report --suite atari --budget cpu"
     # Each table and picture says how many seeds, and each link leads somewhere.
     assert text.count("3 seeds x 2 games") == 7
     for place, written in ((tmp_path / "atari" / "cpu", text), (tmp_path, page.read_text())):
         links = re.findall(r"\]\(([^)]+)\)", written)
-        assert len(links) == 12
+        assert len(links) == 24
         assert all((place / link).is_file() for link in links if "://" not in link)
-    assert page.read_text().startswith("# Title\n<!-- report: atari cpu -->\n**Won:**")
+    assert page.read_text().startswith("# Title\n<!-- report: atari cpu -->\n**Won** over ")
     assert page.read_text().endswith("<!-- end of report: atari cpu -->\nafter\n")
     assert "old" not in page.read_text()
 
@@ -263,10 +295,9 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
 def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path):
     fill(tmp_path, {"nature": 0.2, "random_frozen": 0.32}, spread=0.2)
     first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:4]
-    assert first[0].startswith("**Nothing was shown to win.** The highest is `random_frozen`, IQM ")
-    assert "but all other intervals overlap its own" in first[0]
+    assert first[0].startswith("**Nothing was shown to win** over `nature`, IQM 0.")
     assert first[1].startswith("**Nothing was shown to lose**")
-    assert first[2].startswith("**Nothing was shown** between `random_frozen` and `nature` ")
+    assert first[2].startswith("**Nothing was shown** of `random_frozen` by 0.")
     assert "Won" not in "".join(first)
 
 
@@ -274,22 +305,32 @@ def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path
 def test_one_seed_shows_nothing_however_large_the_difference(tmp_path):
     fill(tmp_path, {"nature": 0.0, "random_frozen": 0.9}, seeds=1)
     text = reports.report(tmp_path / "atari" / "cpu", "atari")
-    assert text.startswith("**Nothing was shown to win.**")
+    assert text.startswith("**Nothing was shown to win** over `nature`")
     assert "one seed: no interval" in text.splitlines()[0]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     assert found["iqm"]["last"]["nature"]["low"] is None
-    assert found["verdict"]["beaten"] == []
+    assert found["verdict"]["open"] == ["random_frozen"]
 
 
-def test_the_verdict_follows_the_intervals():
+def test_the_verdict_needs_intervals_apart_and_a_difference_that_chance_does_not_make():
     interval = statistics.Interval
-    iqm = {"a": interval(0.5, 0.4, 0.6), "b": interval(0.45, 0.3, 0.5), "c": interval(0.2, 0.1, 0.29)}
-    found = statistics.verdict(iqm)
-    assert (found["best"], found["beaten"], found["open"]) == ("a", ["c"], ["b"])
-    assert found["pairs"] == [("a", "c"), ("b", "c")]
-    lines = reports.summary(iqm, "2 seeds", "score")
-    assert lines[0].startswith("**Won:** `a`, IQM 0.500 [0.400, 0.600], by 0.300 over `c`: ")
-    assert lines[2] == "**Nothing was shown** between `a` and `b` 0.450 [0.300, 0.500]. Shown besides: `b` over `c`."
+    iqm = {"nature": interval(0.3, 0.2, 0.4), "scratch": interval(0.1, 0.0, 0.19)}
+    iqm |= {name: interval(0.55, 0.41, 0.6) for name in ("random_frozen", "pretrained_frozen")}
+    iqm |= {"nature_head": interval(0.5, 0.39, 0.6)}
+    chances = {"scratch": 0.001, "random_frozen": 0.04, "pretrained_frozen": 0.06, "nature_head": 0.01}
+    found = statistics.verdict(iqm, chances)
+    assert found["control"] == "nature"
+    assert (found["won"], found["lost"]) == (["random_frozen"], ["scratch"])
+    assert found["open"] == ["pretrained_frozen", "nature_head"]
+
+
+def test_arms_that_are_alike_seldom_differ():
+    random = np.random.default_rng(0)
+    alike = [statistics.chances({arm: random.normal(size=(3, 4)) for arm in arms.ARMS}) for _ in range(20)]
+    assert sum(min(found.values()) < statistics.CHANCE for found in alike) <= 2
+    few = statistics.chances({"nature": np.zeros((3, 1)), "scratch": np.ones((3, 1))})
+    assert few["scratch"] == pytest.approx(2 / 20, abs=0.01)  # 20 ways to deal out six runs, and two are as far apart
+    assert statistics.chances({"nature": np.zeros((1, 4)), "scratch": np.ones((1, 4))})["scratch"] > statistics.CHANCE
 
 
 @pytest.mark.usefixtures("_rliable")
@@ -304,16 +345,46 @@ def test_only_what_all_arms_have_is_compared(tmp_path):
     alone = result(tmp_path, "nature", "Boxing", 5, [1.0, 1.0])
     result(tmp_path, "nature", "Assault", 0, [300.0, 300.0])
     result(tmp_path, "nature", "Boxing", 0, [1.0, 1.0], steps=8_000)
-    table = statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"])
-    assert table.steps == 20_000
-    assert table.games == ("BoxingNoFrameskip-v4", "KrullNoFrameskip-v4")
-    assert table.seeds == (0, 1)
-    assert table.left_out == ("Assault-nature-20000-s0.json", alone.name)
-    assert statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"], 8_000).arms == ("nature",)
+    one_more_arm = result(tmp_path, "scratch", "Boxing", 0, [50.0, 50.0])
+    for arm in ("nature", "random_frozen"):
+        result(tmp_path, arm, "Pong", 0, [21.0, 21.0])  # a game for tuning
+    folder, suite_ = tmp_path / "atari" / "cpu", games.SUITES["atari"]
+    (folder / ".writing-1-Boxing-nature-20000-s7.json").write_text("{")
+    found = table.read(folder, suite_)
+    assert (found.steps, found.arms, found.seeds) == (20_000, ("nature", "random_frozen"), (0, 1))
+    assert found.games == ("BoxingNoFrameskip-v4", "KrullNoFrameskip-v4")
+    tuning_games = ("Pong-nature-20000-s0.json", "Pong-random_frozen-20000-s0.json")
+    assert sorted(found.left_out) == sorted(
+        ["Assault-nature-20000-s0.json", alone.name, one_more_arm.name, *tuning_games]
+    )
+    assert table.read(folder, suite_, 8_000).arms == ("nature",)
+    assert table.read(folder, suite_, arms=["nature", "scratch"]).games == ("BoxingNoFrameskip-v4",)
+    assert table.read(folder, suite_, games=["Pong"]).games == ("PongNoFrameskip-v4",)
+    with pytest.raises(ValueError, match=r"no game of Krull has the same seed of all arms \(nature, scratch\)"):
+        table.read(folder, suite_, arms=["nature", "scratch"], games=["Krull"])
     with pytest.raises(FileNotFoundError, match="no results of 16 steps"):
-        statistics.read(tmp_path / "atari" / "cpu", games.SUITES["atari"], 16)
+        table.read(folder, suite_, 16)
     with pytest.raises(FileNotFoundError, match=r"run `python benchmarks/atari\.py` first"):
-        statistics.read(tmp_path / "none", games.SUITES["atari"])
+        table.read(tmp_path / "none", suite_)
+
+
+def test_arms_with_other_settings_are_not_compared(tmp_path):
+    fill(tmp_path, {"nature": 0.1})
+    for game, seed in itertools.product(("Boxing", "Krull"), range(3)):
+        result(tmp_path, "random_frozen", game, seed, [1.0, 1.0], ratio=0.25)
+    with pytest.raises(ValueError, match=r"have other settings \(updates per environment step\)"):
+        table.read(tmp_path / "atari" / "cpu", games.SUITES["atari"])
+
+
+def test_a_run_killed_right_after_its_result_keeps_its_agent(tmp_path):
+    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 1e-4)
+    result(tmp_path, "nature", "Pong", 0, [1.0])
+    folder = tmp_path / "checkpoints" / run.folder / run.name
+    folder.mkdir(parents=True)
+    for name in ("model-20000.zip", "log.json", "settings.json"):
+        (folder / name).write_text(name)
+    suite.execute_all([run], tmp_path, tmp_path / "checkpoints")
+    assert {file.name: file.read_text() for file in folder.iterdir()} == {"agent.zip": "model-20000.zip"}
 
 
 def test_minigrid_is_seen_in_colour_and_plays_the_same_again():
@@ -351,9 +422,15 @@ def test_the_learning_rate_with_the_best_mean_over_all_tuning_games_is_taken(tmp
     assert tuning.learning_rate_of("nature", tmp_path, "atari", "cpu") == arms.LEARNING_RATE
     found = tuning.choose(files, "atari", "cpu", tmp_path, "the command")["arms"]["nature"]
     # The lower one of two that are equal.
-    assert found == {"learning_rate": 3e-5, "tries": {"3e-05": 0.35, "0.0001": 0.3, "0.0003": 0.35}, "runs per try": 2}
+    tries = {"3e-05": 0.35, "0.0001": 0.3, "0.0003": 0.35}
+    others = {"runs per try": 2, "steps": 20_000, "command": "the command"}
+    assert found == {"learning_rate": 3e-5, "tries": tries, **others}
     assert tuning.learning_rate_of("nature", tmp_path, "atari", "cpu") == 3e-5
     assert all(file.parent.name == "tuning" for file in files)
+    fewer = [result(tmp_path, "scratch", game, 100, [1.0], is_try=True) for game in games.SUITES["atari"].tuning]
+    with pytest.raises(ValueError, match="Each arm must have the same tries"):
+        tuning.choose(fewer, "atari", "cpu", tmp_path, "another command")
+    assert tuning.learning_rate_of("scratch", tmp_path, "atari", "cpu") == arms.LEARNING_RATE
 
 
 def test_pong_ends_when_it_is_won_or_the_time_is_over(tmp_path):
@@ -371,6 +448,8 @@ def test_pong_ends_when_it_is_won_or_the_time_is_over(tmp_path):
     assert found[pong.SHARE] == "1 of 2"
     assert [row["best evaluation"] for row in found["runs"]] == [19.0, 17.0]
     assert [row["minutes"] for row in found["runs"]] == [1.5, 1.5]
+    late = result(tmp_path, "random_frozen", "Pong", 2, [3, 19])
+    assert pong.summary([late], 1.0)[pong.SHARE] == "0 of 1", "it won after its time was over"
 
 
 @pytest.mark.slow
@@ -381,11 +460,11 @@ def test_a_run_of_pong_stops_at_the_evaluation_that_wins(tmp_path, monkeypatch):
     left = iter([2.0, 19.0, 3.0])
     monkeypatch.setattr(recording, "evaluate", lambda *args: [next(left)])
     found = pong.pong(tmp_path / "results", tmp_path / "checkpoints", [0], 60.0, None)
-    assert found == json.loads((tmp_path / "results" / "pong.json").read_text())
+    assert found == json.loads((tmp_path / "results" / "atari" / "pong" / "random_frozen.json").read_text())
     assert found[pong.SHARE] == "1 of 1"
     assert found["runs"][0]["steps"] == 320
-    assert found["command"] == "python benchmarks/atari.py pong"
-    assert (tmp_path / "results" / "pong.png").stat().st_size > 5_000
+    assert found["command"] == "python benchmarks/atari.py pong --minutes 60"
+    assert (tmp_path / "results" / "atari" / "pong" / "random_frozen.png").stat().st_size > 5_000
     assert len([*(tmp_path / "checkpoints").rglob("agent.zip")]) == 1
 
 
@@ -407,6 +486,34 @@ def test_another_runs_file_is_not_taken_for_ones_own(tmp_path):
     weights.write_bytes(b"changed")
     with pytest.raises(ValueError, match=r"was trained with another weights\.pth: delete it"):
         runs.execute(pretrained, tmp_path, tmp_path / "checkpoints")
+
+
+@pytest.mark.parametrize("arm", ["nature_head", "random_frozen"])
+def test_a_small_agent_acts_as_the_large_one_and_names_no_place(arm, tmp_path):
+    env = DummyVecEnv([lambda: FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4)] * 8)
+    model = arms.build(arm, env, budgets.budget_of("smoke"), 0, 1e-4, None)
+    if arm == "random_frozen":
+        chosen = {**model.policy_kwargs["features_extractor_kwargs"], "weights": "/some/place/boxing.safetensors"}
+        model.policy_kwargs["features_extractor_kwargs"] = chosen
+    model.learn(16)
+    images = observations(model, 20)
+    before = [network(th.as_tensor(images)) for network in (model.q_net, model.q_net_target)]
+    model.save(tmp_path / "large.zip")
+    agent.save_small(model, tmp_path / "small.zip")
+    small = (tmp_path / "small.zip").stat().st_size
+    assert small < (tmp_path / "large.zip").stat().st_size - 1_500_000 * (arm == "random_frozen")
+    assert b"some/place" not in (tmp_path / "small.zip").read_bytes()
+    loaded = type(model).load(tmp_path / "small.zip", device="cpu")
+    if arm == "random_frozen":
+        assert small < agent.LARGEST
+        assert loaded.policy_kwargs["features_extractor_kwargs"]["weights"] == "boxing.safetensors"
+    with th.no_grad():
+        after = loaded.q_net(th.as_tensor(images))
+    assert (after - before[0]).abs().max() < 0.05 * before[0].std()
+    with pytest.raises(
+        FileNotFoundError, match=r"agent\.zip is not there: write first `python benchmarks/atari\.py run"
+    ):
+        agent.export(spec.Run("atari", "cpu", "Pong", arm, 0, 8, 1e-4), tmp_path, tmp_path, tmp_path)
 
 
 def test_wrong_words_are_said_in_one_line(capsys):

@@ -17,6 +17,7 @@ from torch import nn
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 from sb3_resnet.buffers import FrameNStepReplayBuffer
 from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.nn.cards import read_card
 from sb3_resnet.nn.heads import make_head
 
 from .budgets import Budget
@@ -159,8 +160,11 @@ def build(arm: str, env: VecEnv, budget: Budget, seed: int, learning_rate: float
 
 def _policy_kwargs(arm: str, space: Any, learning_rate: float, weights: str | None) -> dict[str, Any]:
     chosen = ARMS[arm]
-    # Plain Adam without weight decay is SB3's default for NatureCNN.
-    common: dict[str, Any] = {"optimizer_class": th.optim.Adam}
+    if chosen.weights is not None and weights is None:
+        raise ValueError(f"{arm} needs a weights file: it would train with random weights")
+    # Plain Adam without weight decay is SB3's default for NatureCNN. Fused, as ResNetCnnPolicy makes it, it takes less
+    # time, and none of the arms is to wait for it.
+    common: dict[str, Any] = {"optimizer_class": th.optim.Adam, "optimizer_kwargs": {"fused": True}}
     if arm == "nature":
         return common
     if not chosen.is_resnet:
@@ -198,7 +202,7 @@ def resolved(
     """
     optimizer = model.policy.optimizer
     # The rates are compared on their own, and phases and names belong to the trunk.
-    options = ("betas", "eps", "amsgrad", "maximize")
+    options = ("betas", "eps", "amsgrad", "maximize", "fused")
     groups = [
         {"weight_decay": group["weight_decay"], **{name: group[name] for name in options if name in group}}
         for group in optimizer.param_groups
@@ -233,7 +237,7 @@ def resolved(
         "class": model.policy.features_extractor_class.__name__,
         "arguments": {name: value for name, value in _extractor_arguments(model).items() if name != "weights"},
         "features": model.q_net.features_dim,
-        "weights": None if weights is None else {"file": Path(weights).name, "sha256": sha256(weights)},
+        "weights": None if weights is None else provenance(weights),
         "phases": [list(phase) for phase in PHASES] if chosen.phases else [],
         "share of the learning rate": chosen.lr_share if chosen.is_resnet else 1.0,
     }
@@ -252,6 +256,18 @@ def _head(model: DQN) -> list[str]:
     layers: list[nn.Module] = [*model.q_net.q_net]
     linear = {layer: f"Linear({layer.out_features})" for layer in layers if isinstance(layer, nn.Linear)}
     return [linear.get(layer, type(layer).__name__) for layer in layers]
+
+
+def provenance(file: str) -> dict[str, Any]:
+    """
+    :param file: of weights
+    :return: which file it is, and how it was pretrained if its card tells
+    """
+    card = read_card(file) or {}
+    told = {name: card[name] for name in ("env", "objective", "frames", "update", "updates", "seed") if name in card}
+    arguments = card.get("arguments", {})
+    told |= {name: arguments[name] for name in ("minutes", "held_out", "labels", "batch_size") if name in arguments}
+    return {"file": Path(file).name, "sha256": sha256(file), "pretraining": told or None}
 
 
 def sha256(file: str) -> str:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from .arms import ARMS, LEARNING_RATES
+from .arms import ARMS, LEARNING_RATES, weights_for
 from .budgets import BUDGETS, budget_of
 from .games import SUITES, suite_of
 from .runs import execute
@@ -19,7 +19,7 @@ from .tuning import choose, learning_rate_of
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 CHECKPOINTS = ROOT / "runs"
-_COMMANDS = ("suite", "run", "tune", "report", "pong")
+_COMMANDS = ("suite", "run", "tune", "report", "pong", "agent")
 
 
 def main(words: Sequence[str]) -> int:
@@ -30,8 +30,9 @@ def main(words: Sequence[str]) -> int:
     words = [*words] if words and words[0] in (*_COMMANDS, "-h", "--help") else ["suite", *words]
     given = _parser().parse_args(words)
     warnings.filterwarnings("ignore", message="The backbone is frozen with random weights")
+    commands = {"suite": _suite, "run": _run, "tune": _tune, "report": _report, "pong": _pong, "agent": _agent}
     try:
-        {"suite": _suite, "run": _run, "tune": _tune, "report": _report, "pong": _pong}[given.command](given)
+        commands[given.command](given)
     except (ValueError, OSError, ImportError, LookupError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
@@ -66,7 +67,10 @@ def _tune(given: argparse.Namespace) -> None:
     if not runs:
         raise ValueError("No arm has all that it needs on all tuning games")
     files = execute_all(runs, given.results, given.checkpoints, given.processes)
-    command = f"python benchmarks/atari.py tune {' '.join(_said(given, ('suite', 'budget', 'steps', 'seeds')))}"
+    said = " ".join(_said(given, ("suite", "budget", "steps", "seeds")))
+    files_used = [f"--weights {game}={Path(file).name}" for game, file in given.weights.items()]
+    rates_tried = " ".join(f"{rate:g}" for rate in given.rates)
+    command = " ".join(["python benchmarks/atari.py tune", said, f"--rates {rates_tried}", *files_used])
     for arm, found in choose(files, given.suite, given.budget, given.results, command)["arms"].items():
         print(f"{arm}: {found['learning_rate']:g} of {found['tries']}")
 
@@ -74,26 +78,38 @@ def _tune(given: argparse.Namespace) -> None:
 def _run(given: argparse.Namespace) -> None:
     if given.child:
         end_with_parent()
-    steps = budget_of(given.budget, given.steps).steps
-    names = (given.suite, given.budget, given.game, given.arm)
-    run = Run(*names, given.seed, steps, given.learning_rate, given.weights.get(given.game), given.is_try)
+    run = _run_of(given)
     print_steps = (lambda done: print(STEPS, done, flush=True)) if given.child else (lambda done: None)
     file = execute(run, given.results, given.checkpoints, print_steps)
     if not given.child:
         print(file)
 
 
+def _run_of(given: argparse.Namespace) -> Run:
+    steps = budget_of(given.budget, given.steps).steps
+    names = (given.suite, given.budget, given.game, given.arm)
+    weights = weights_for(given.arm, given.game, given.weights, given.imagenet)
+    rate = given.learning_rate or learning_rate_of(given.arm, given.results, given.suite, given.budget)
+    return Run(*names, given.seed, steps, rate, weights, given.is_try)
+
+
+def _agent(given: argparse.Namespace) -> None:
+    from .agent import export
+
+    print(export(_run_of(given), given.results, given.checkpoints, given.output))
+
+
 def _report(given: argparse.Namespace) -> None:
     from .report import report
 
-    print(report(given.results / given.suite / given.budget, given.suite, given.steps, given.page))
+    folder = given.results / given.suite / given.budget
+    print(report(folder, given.suite, given.steps, given.page, given.arms, given.games))
 
 
 def _pong(given: argparse.Namespace) -> None:
     from .pong import pong
 
-    results, checkpoints = given.results / "atari" / "pong", given.checkpoints / "atari" / "pong"
-    pong(results, checkpoints, _seeds(given, 5), given.minutes, given.weights.get("Pong"))
+    pong(given.results, given.checkpoints, _seeds(given, 5), given.minutes, given.weights.get("Pong"))
 
 
 def _seeds(given: argparse.Namespace, default: int | None = None) -> list[int]:
@@ -148,14 +164,19 @@ def _parser() -> argparse.ArgumentParser:
     suite.add_argument("--games", nargs="+", metavar="GAME")
     tune = commands.add_parser("tune", parents=[places, kind, files, many], help="a learning rate for each arm")
     tune.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, metavar="RATE", help="those tried")
-    one = commands.add_parser("run", parents=[places, kind, files], help="one run")
+    one = argparse.ArgumentParser(add_help=False)
     one.add_argument("--game", required=True)
     one.add_argument("--arm", required=True, choices=[*ARMS])
     one.add_argument("--seed", type=int, default=0)
-    one.add_argument("--learning-rate", type=float, required=True, dest="learning_rate")
+    one.add_argument("--learning-rate", type=float, dest="learning_rate", help="default: that of `tune`")
     one.add_argument("--try", action="store_true", dest="is_try", help="one of the tries of `tune`")
-    one.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    run = commands.add_parser("run", parents=[places, kind, files, one], help="one run")
+    run.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    agent = commands.add_parser("agent", parents=[places, kind, files, one], help="its agent as a small file")
+    agent.add_argument("--output", type=Path, default=RESULTS / "agents", metavar="FOLDER")
     report = commands.add_parser("report", parents=[places, kind], help="Markdown, JSON and PNG of all results")
+    report.add_argument("--arms", nargs="+", metavar="ARM", help="to compare; default: those with results enough")
+    report.add_argument("--games", nargs="+", metavar="GAME", help="to compare; default: those of the suite")
     report.add_argument("--page", type=Path, metavar="FILE", help="also put the text between this page's two markers")
     pong = commands.add_parser("pong", parents=[places, files], help="until Pong is won, on two cores")
     pong.add_argument("--seeds", type=int, metavar="N", help="number of seeds, default 5")

@@ -29,24 +29,25 @@ def pong(results: Path, checkpoints: Path, seeds: Sequence[int], minutes: float,
     """
     Train one seed after the other with both cores, each until an evaluation is won or its time is over.
 
-    :param results: folder of the result files, of ``pong.json`` and ``pong.png``
-    :param checkpoints: folder of the checkpoints
+    :param results: folder of all results; the runs' own, ``<arm>.json`` and ``<arm>.png`` lie below it
+    :param checkpoints: folder of all checkpoints
     :param seeds: the seeds
     :param minutes: of a run, its evaluations included
     :param weights: file of the trunk's weights, for the pretrained arm; ``None``: the random one
-    :return: what is written into ``pong.json``
+    :return: what is written into ``<arm>.json``
     """
     arm = "random_frozen" if weights is None else "pretrained_frozen"
     steps, files = budget_of("pong").steps, []
     for seed in seeds:
-        run = Run("atari", "pong", "Pong", arm, seed, steps, LEARNING_RATE, weights)
+        run = Run("atari", "pong", "Pong", arm, seed, steps, LEARNING_RATE, weights, minutes=minutes)
         with tqdm(total=steps, desc=f"seed {seed}", unit="step", unit_scale=True, dynamic_ncols=True) as bar:
             files += [execute(run, results, checkpoints, lambda done, bar=bar: bar.update(done - bar.n), ends(minutes))]
     found = summary(files, minutes)
-    with written_whole(results / "pong.json") as (file,):
+    told = results / run.folder / f"{arm}.json"
+    with written_whole(told) as (file,):
         file.write_text(json.dumps(found, indent=1) + "\n")
-    _draw(results / "pong.png", files, found)
-    print(f"{SHARE}: {found[SHARE]} ({results / 'pong.json'})")
+    _draw(told.with_suffix(".png"), files, found)
+    print(f"{SHARE}: {found[SHARE]} ({told})")
     return found
 
 
@@ -61,15 +62,17 @@ def ends(minutes: float) -> Any:
 
 
 def summary(files: Sequence[Path], minutes: float) -> dict[str, Any]:
-    """:return: how far each seed got, and the share of those that won"""
+    """:return: how far each seed got, and the share of those that won before the time was over"""
     rows = []
     for file in files:
         result, times = (json.loads(path.read_text()) for path in (file, file.with_suffix(".times.json")))
-        best = max(float(np.mean(entry["returns"])) for entry in result["evaluations"])
         spent = times[SECONDS][-1]
+        pairs = zip(result["evaluations"], times[SECONDS], strict=True)
+        in_time = [float(np.mean(entry["returns"])) for entry, row in pairs if row[3] <= 60 * minutes]
+        best = max(in_time, default=None)
         row = {"seed": result["seed"], "file": file.name, "steps": spent[0], "minutes": round(spent[3] / 60, 1)}
         rows.append({**row, "best evaluation": best, "last evaluation": result["last evaluation"], "cpu": times["cpu"]})
-    won = sum(row["best evaluation"] >= WON for row in rows)
+    won = sum(row["best evaluation"] is not None and row["best evaluation"] >= WON for row in rows)
     return {
         "command": json.loads(files[0].read_text())["command"],
         "minutes of a run at most": minutes,

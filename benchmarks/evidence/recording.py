@@ -58,7 +58,7 @@ class Recorder(BaseCallback):
         self._clocks = (0.0, 0.0, 0.0)
 
     def _on_training_start(self) -> None:
-        self._clocks = _clocks()
+        self._is_first_rollout = True
 
     def _on_step(self) -> bool:
         self.actions.append(np.array(self.locals["actions"], np.uint8))
@@ -71,6 +71,10 @@ class Recorder(BaseCallback):
 
     def _on_rollout_start(self) -> None:
         """All updates up to here are made."""
+        if self._is_first_rollout:
+            # A run without checkpoints has these entries already, so they are not in its time.
+            encode_stored(self.model)
+            self._clocks, self._is_first_rollout = _clocks(), False
         if self.num_timesteps > self.log.steps and self.is_whole():
             raise PieceOver
 
@@ -101,6 +105,22 @@ class Recorder(BaseCallback):
         assert isinstance(model, DQN)
         seed = int(np.random.SeedSequence([run.seed, steps]).generate_state(1)[0]) & 0x7FFFFFFF
         return evaluate(model, run.suite, run.game, run.arm, run.plan.episodes, seed, run.plan.threads)
+
+
+def encode_stored(model: Any) -> None:
+    """
+    Give the features cache all observations of the replay buffer: its entries are in no checkpoint.
+
+    :param model: in training; nothing happens to one without a features cache
+    """
+    if getattr(model.policy, "encoding", None) is None:
+        return
+    buffer = model.replay_buffer
+    for rows in np.array_split(np.arange(buffer.size()), -(-buffer.size() // 8) or 1):
+        pairs = np.repeat(rows, buffer.n_envs), np.tile(np.arange(buffer.n_envs), len(rows))
+        for column in (buffer.observations, buffer.next_observations):
+            if len(rows):
+                column[pairs]
 
 
 def _clocks() -> tuple[float, float, float]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from sb3_resnet.common.files import written_whole
 
 from . import figures, statistics
+from . import table as tables
 from .arms import ARMS, LEARNING_RATE
 from .games import SCORES_SOURCE, Suite, suite_of
-from .statistics import KINDS, Interval, Table
+from .statistics import Interval
+from .table import KINDS, Table
 from .tuning import rates_file
 
 #: Around what the report puts into a page of the documentation, followed by the name of the suite and budget.
@@ -23,30 +25,65 @@ BEGIN, END = "<!-- report: {} -->", "<!-- end of report: {} -->"
 PICTURES = ("report_iqm.png", "report_steps.png", "report_seconds.png")
 
 
-def report(folder: Path, name: str, steps: int | None = None, page: Path | None = None) -> str:
+@dataclass(frozen=True)
+class Compared:
+    """
+    What a report says of the arms.
+
+    :param iqm: by kind of score, by arm
+    :param gains: difference of each arm to the control
+    :param chances: with which such a difference is one of chance
+    :param better: probability of improvement, by arm and control
+    """
+
+    iqm: dict[str, dict[str, Interval]]
+    gains: dict[str, Interval]
+    chances: dict[str, float]
+    better: dict[tuple[str, str], Interval]
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """Which arms won and lost."""
+        return statistics.verdict(self.iqm["last"], self.chances)
+
+
+def report(
+    folder: Path,
+    name: str,
+    steps: int | None = None,
+    page: Path | None = None,
+    arms: Sequence[str] | None = None,
+    games: Sequence[str] | None = None,
+) -> str:
     """
     Write ``report.md``, ``report.json`` and three pictures beside the results.
 
     :param folder: of the result files
     :param name: of the suite
-    :param steps: of the runs to compare; ``None``: the most that there are
+    :param steps: of the runs to compare; ``None``: those of most results
     :param page: a page that has the two markers; the text between them is replaced
+    :param arms: to compare; ``None``: those that have results enough
+    :param games: to compare; ``None``: those of the suite
     :return: the Markdown text
     :raises FileNotFoundError: if there is no result
     :raises ValueError: if nothing can be compared, or the page has no markers
     """
     suite = suite_of(name)
-    table = statistics.read(folder, suite, steps)
-    scores = {kind: statistics.scores(table, suite, kind) for kind in KINDS}
+    table = tables.read(folder, suite, steps, arms, games)
+    scores = {kind: tables.scores(table, suite, kind) for kind in KINDS}
     iqm = {kind: statistics.interquartile_means(by_arm) for kind, by_arm in scores.items()}
     better = statistics.improvements(scores["last"])
+    gains, chances = statistics.differences(scores["last"]), statistics.chances(scores["last"])
     _draw(folder, suite, table, iqm)
     command = f"python benchmarks/atari.py report --suite {name} --budget {folder.name}"
     command += "" if steps is None else f" --steps {steps}"
-    found = _as_json(suite, table, iqm, better, command)
+    for option, values in (("arms", arms), ("games", games)):
+        command += f" --{option} {' '.join(values)}" if values else ""
+    compared = Compared(iqm, gains, chances, better)
+    found = _as_json(suite, table, compared, command)
     with written_whole(folder / "report.json") as (file,):
         file.write_text(json.dumps(found, indent=1) + "\n")
-    text = _text(folder, name, table, iqm, better, command)
+    text = _text(folder, name, table, compared, command)
     with written_whole(folder / "report.md") as (file,):
         file.write_text(text.replace("PLACE/", ""))
     if page is not None:
@@ -54,80 +91,89 @@ def report(folder: Path, name: str, steps: int | None = None, page: Path | None 
     return text.replace("PLACE/", "")
 
 
-def summary(iqm: dict[str, Interval], shown: str, unit: str) -> list[str]:
+def summary(compared: Compared, shown: str, unit: str) -> list[str]:
     """
     The first lines of a report.
 
-    :param iqm: by arm
+    :param compared: what was found
     :param shown: how many seeds, games and steps
     :param unit: of the scores
     :return: what won, by how much, with which interval, what lost, and where nothing was shown
     """
-    found = statistics.verdict(iqm)
-    best, beaten, rest = found["best"], found["beaten"], found["open"]
+    iqm, found = compared.iqm["last"], compared.verdict
+    control = f"`{found['control']}`, IQM {iqm[found['control']]}"
 
     def listed(arms: list[str]) -> str:
-        return ", ".join(f"`{arm}` {iqm[arm]}" for arm in arms)
+        return "; ".join(f"`{arm}` by {compared.gains[arm]}, IQM {iqm[arm]}" for arm in arms)
 
-    won = f"`{best}`, IQM {iqm[best]}"
-    if beaten:
-        gains = ", ".join(f"{iqm[best].value - iqm[arm].value:.3f} over `{arm}`" for arm in beaten)
-        first = f"**Won:** {won}, by {gains}: the 95 % intervals do not overlap."
-        second = f"**Lost to it:** {listed(beaten)}."
-    else:
-        reason = (
-            "there is one seed, so no interval" if np.isnan(iqm[best].low) else "all other intervals overlap its own"
-        )
-        first = f"**Nothing was shown to win.** The highest is {won}, but {reason}."
-        second = "**Nothing was shown to lose** to it."
-    others = [f"`{one}` over `{other}`" for one, other in found["pairs"] if one != best]
-    third = f"**Nothing was shown** between `{best}` and {listed(rest)}." if rest else "No arm is left undecided."
-    third += f" Shown besides: {', '.join(others)}." if others else ""
-    return [first, second, third, f"**Measured:** {shown}; {unit}."]
+    won = f"**Won** over {control}: {listed(found['won'])}." if found["won"] else "**Nothing was shown to win**"
+    lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
+    won += "" if found["won"] else f" over {control}."
+    rest = f"**Nothing was shown** of {listed(found['open'])}." if found["open"] else "No arm is left undecided."
+    return [won, lost, rest, f"**Measured:** {shown}; {unit}."]
 
 
 def _text(
     folder: Path,
     name: str,
     table: Table,
-    iqm: dict[str, dict[str, Interval]],
-    better: dict[tuple[str, str], Interval],
+    compared: Compared,
     command: str,
 ) -> str:
     suite = suite_of(name)
     tuning = [game for game in table.games if game in map(suite.env_id, suite.tuning)]
     note = f"; {', '.join(tuning)}: games for tuning, so no evidence for games that were not seen" if tuning else ""
-    *first, last = summary(iqm["last"], _shown(table), f"{suite.unit}{note}")
+    *first, last = summary(compared, _shown(table), f"{suite.unit}{note}")
     # Each a line of its own, also where Markdown joins lines.
     lines = [*(f"{line}<br>" for line in first), last, ""]
     lines += [f"`{command}` made all of this from [the result files](PLACE/report.json).", ""]
-    lines += _aggregate_rows(table, iqm)
+    lines += _aggregate_rows(table, compared)
     lines += ["", f"IQM: interquartile mean over {_shown(table)}; in brackets 95 % stratified bootstrap intervals", ""]
-    lines[-2] += " of rliable. File: [report.json](PLACE/report.json)."
-    if better:
+    lines[-2] += (
+        " of rliable. An arm won or lost where these do not overlap, and where chance makes such a difference with a "
+        f"probability below {statistics.CHANCE:g}, by a permutation test within each game that counts how many arms "
+        "were tested. File: [report.json](PLACE/report.json)."
+    )
+    if compared.better:
         lines += ["| arm | probability of improvement over |  |", "|---|---|---|"]
-        lines += [f"| `{arm}` | `{control}` | {found} |" for (arm, control), found in better.items()]
+        lines += [f"| `{arm}` | `{control}` | {found} |" for (arm, control), found in compared.better.items()]
         lines += ["", f"{_shown(table)}. File: [report.json](PLACE/report.json).", ""]
     for picture, words in zip(PICTURES, ("IQM of each arm", "IQM by environment steps", "IQM by time"), strict=True):
         lines += [f"![{words}, {_shown(table)}](PLACE/{picture})", ""]
     lines += ["Returns of the last evaluation, raw: mean, lowest and highest of the seeds.", ""]
     lines += _game_rows(table)
-    lines += ["", f"{_shown(table)}. Each figure is linked to its file, which names its command.", ""]
+    lines += ["", f"{_shown(table)}. The numbers link to the file of each seed, which names its command.", ""]
     lines += [_about(folder, name, table)]
     return "\n".join(lines) + "\n"
 
 
-def _aggregate_rows(table: Table, iqm: dict[str, dict[str, Interval]]) -> list[str]:
-    _, spent = statistics.seconds(table)
+def _aggregate_rows(table: Table, compared: Compared) -> list[str]:
+    _, spent = tables.seconds(table)
+    iqm = compared.iqm
     rows = [
-        f"| arm | what sees | {' | '.join(KINDS.values())} | learning rate | minutes |",
-        "|---|---|---|---|---|---|",
+        f"| arm | what sees | {' | '.join(KINDS.values())} | by chance | learning rate | minutes | before it |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for arm in sorted(table.arms, key=lambda arm: -iqm["last"][arm].value):
         rate = table.results[arm, table.games[0], table.seeds[0]]["learning_rate"]
         cells = [str(iqm[kind][arm]) for kind in KINDS]
-        rows.append(f"| `{arm}` | {ARMS[arm].words} | {' | '.join(cells)} | {rate:g} | {spent[arm][-1] / 60:.0f} |")
+        cells += [f"{compared.chances[arm]:.2g}" if arm in compared.chances else "", f"{rate:g}"]
+        cells += [f"{spent[arm][-1] / 60:.0f}", _before(table, arm)]
+        rows.append(f"| `{arm}` | {ARMS[arm].words} | {' | '.join(cells)} |")
     return rows
+
+
+def _before(table: Table, arm: str) -> str:
+    """What pretraining took that is in no other column."""
+    files = [
+        table.results[arm, game, table.seeds[0]]["settings"].get("trunk", {}).get("weights") for game in table.games
+    ]
+    cards = [file.get("pretraining") for file in files if file]
+    if not cards or not all(cards):
+        return "" if not files[0] else "weights of others"
+    frames, minutes = ({card.get(name) for card in cards} for name in ("frames", "minutes"))
+    told = [f"{number:,} frames" for number in sorted(frames - {None})]
+    return ", ".join([*told, *(f"{number:g} minutes" for number in sorted(minutes - {None}))])
 
 
 def _game_rows(table: Table) -> list[str]:
@@ -137,7 +183,8 @@ def _game_rows(table: Table) -> list[str]:
         for arm in table.arms:
             found = [table.results[arm, game, seed] for seed in table.seeds]
             text = statistics.mean_and_range([result["last evaluation"] for result in found])
-            cells.append(f"[{text}](PLACE/{found[0]['file']})")
+            files = ", ".join(f"[{index}](PLACE/{result['file']})" for index, result in enumerate(found))
+            cells.append(f"{text}: {files}")
         rows.append(f"| {game} | {' | '.join(cells)} |")
     return rows
 
@@ -145,45 +192,60 @@ def _game_rows(table: Table) -> list[str]:
 def _about(folder: Path, name: str, table: Table) -> str:
     suite = suite_of(name)
     first = table.results[table.arms[0], table.games[0], table.seeds[0]]
-    shared, cpus = first["settings"]["shared"], sorted({result["times"]["cpu"] for result in table.results.values()})
+    shared = first["settings"]["shared"]
+    times = [result["times"] for result in table.results.values()]
+    machines = sorted({time[kind] for time in times for kind in ("cpu", "gpu") if time[kind]})
     evaluation = shared["evaluation"]
     rates = rates_file(folder.parent.parent, name, folder.name)
-    tuned = [*json.loads(rates.read_text())["arms"]] if rates.exists() else []
+    chosen = json.loads(rates.read_text())["arms"] if rates.exists() else {}
+    trained = {arm: table.results[arm, table.games[0], table.seeds[0]]["learning_rate"] for arm in table.arms}
+    tuned = [arm for arm in table.arms if arm in chosen and chosen[arm]["learning_rate"] == trained[arm]]
     untuned = [arm for arm in table.arms if arm not in tuned]
-    whose, _ = statistics.seconds(table)
+    whose, _ = tables.seconds(table)
     lines = [
         f"* Evaluation: {evaluation['episodes']} whole games every {evaluation['every']:,} steps, greedy with epsilon "
         f"{evaluation['epsilon']}, raw returns.",
         f"* {shared['updates per environment step']:g} updates per environment step, {shared['n_steps']}-step returns, "
         f"batch {shared['batch_size']}, {shared['optimizer']['class']}; all arms alike, as a test checks.",
-        f"* Minutes are {whose}, training alone, on {', '.join(cpus)}.",
+        f"* Minutes are {whose}, training alone, on {', '.join(machines)}.",
+        f"* Versions: {', '.join(f'{package} {number}' for package, number in first['versions'].items())}.",
     ]
     if untuned:
-        rate = f"{LEARNING_RATE:g}"
-        lines.append(f"* Learning rate not tuned, {rate} as in RL-Zoo: {', '.join(f'`{arm}`' for arm in untuned)}.")
+        named = ", ".join(f"`{arm}` ({trained[arm]:g})" for arm in untuned)
+        lines.append(f"* Learning rate not tuned (RL-Zoo's is {LEARNING_RATE:g}): {named}.")
     if tuned:
-        lines.append(f"* Learning rates tuned on {', '.join(suite.tuning)}: [tries](PLACE/{rates.name}).")
+        named = ", ".join(f"`{arm}`" for arm in tuned)
+        lines.append(f"* Learning rate tuned on {', '.join(suite.tuning)}: {named} ([tries](PLACE/{rates.name})).")
+    if any(ARMS[arm].weights == "game" for arm in table.arms):
+        lines.append(
+            "* All seeds of a game share one pretrained trunk, so the intervals of these arms do not hold how much "
+            "pretraining itself varies. Its frames and minutes stand in the last column, and are in no curve."
+        )
     missing = [arm for arm in suite.arms if arm not in table.arms]
     if missing:
-        lines.append(f"* Not run: {', '.join(f'`{arm}`' for arm in missing)}.")
+        lines.append(f"* Not run, or not to the end: {', '.join(f'`{arm}`' for arm in missing)}.")
+    lacking = [game for game in suite.games if suite.env_id(game) not in table.games]
+    if lacking:
+        lines.append(f"* Games of the suite that are not run, or not to the end: {', '.join(lacking)}.")
     if table.left_out:
-        lines.append(f"* Not compared, since other arms lack the game or seed: {', '.join(table.left_out)}.")
+        lines.append(f"* Results that are not compared: {', '.join(table.left_out)}.")
     if name == "atari":
         lines.append(f"* Scores: {SCORES_SOURCE}.")
     return "\n".join(lines)
 
 
-def _as_json(suite: Suite, table: Table, iqm: Any, better: Any, command: str) -> dict[str, Any]:
-    decided = statistics.verdict(iqm["last"])
+def _as_json(suite: Suite, table: Table, compared: Compared, command: str) -> dict[str, Any]:
     return {
         "command": command,
         "steps": table.steps,
         "games": [*table.games],
         "seeds": [*table.seeds],
         "unit": suite.unit,
-        "iqm": {kind: {arm: found.as_dict() for arm, found in by_arm.items()} for kind, by_arm in iqm.items()},
-        "probability of improvement": {f"{arm} over {other}": f.as_dict() for (arm, other), f in better.items()},
-        "verdict": {**decided, "pairs": [list(pair) for pair in decided["pairs"]]},
+        "iqm": {kind: {arm: found.as_dict() for arm, found in by_arm.items()} for kind, by_arm in compared.iqm.items()},
+        "difference to the control": {arm: found.as_dict() for arm, found in compared.gains.items()},
+        "probability of such a difference by chance": {arm: round(p, 5) for arm, p in compared.chances.items()},
+        "probability of improvement": {f"{arm} over {one}": f.as_dict() for (arm, one), f in compared.better.items()},
+        "verdict": compared.verdict,
         "files": sorted(result["file"] for result in table.results.values()),
         "left out": [*table.left_out],
     }
@@ -192,11 +254,11 @@ def _as_json(suite: Suite, table: Table, iqm: Any, better: Any, command: str) ->
 def _draw(folder: Path, suite: Suite, table: Table, iqm: dict[str, dict[str, Interval]]) -> None:
     shown = _shown(table)
     figures.intervals(folder / PICTURES[0], {KINDS[kind]: found for kind, found in iqm.items()}, suite.unit, shown)
-    steps, by_arm = statistics.curves(table, suite)
+    steps, by_arm = tables.curves(table, suite)
     found = statistics.iqm_curves(by_arm)
     y = f"IQM of the {suite.unit}"
     figures.curves(folder / PICTURES[1], dict.fromkeys(table.arms, steps), found, ("environment steps", y), shown)
-    whose, spent = statistics.seconds(table)
+    whose, spent = tables.seconds(table)
     minutes = {arm: [*(spent[arm] / 60)] for arm in table.arms}
     figures.curves(folder / PICTURES[2], minutes, found, (f"minutes {whose}, training alone", y), shown)
 

@@ -53,19 +53,31 @@ def execute(
     with locked(folder):
         if result.exists():
             refuse_other_settings(run, result)
+            keep_the_agent(folder)
             tell(run.steps)
             return result
         remove_left_overs(folder)
+        remove_left_overs(result.parent)
         log, settings = _last(folder), None
         while log.steps < run.steps and not ends(log):
             log, settings = _piece(run, folder, log, tell, ends)
             tell(log.steps)
         write_result(run, result, log, settings or json.loads((folder / "settings.json").read_text()))
-        (folder / f"model-{log.steps}.zip").replace(folder / AGENT)
-        for file in folder.iterdir():
-            if file.name not in (AGENT, "lock"):
-                file.unlink()
+        keep_the_agent(folder)
     return result
+
+
+def keep_the_agent(folder: Path) -> None:
+    """
+    Keep nothing but the last model of a finished run, also of one that was killed right after its result.
+
+    :param folder: of its checkpoints, if it has one here
+    """
+    for file in folder.glob("model-*.zip"):
+        file.replace(folder / AGENT)
+    for file in folder.glob("*"):
+        if file.name not in (AGENT, "lock"):
+            file.unlink(missing_ok=True)
 
 
 def refuse_other_settings(run: Run, file: Path) -> None:
@@ -107,9 +119,9 @@ def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Lo
         (folder / "settings.json").write_text(json.dumps({"command": run.command, **settings}))
     else:
         refuse_other_settings(run, folder / "settings.json")
-        settings = json.loads((folder / "settings.json").read_text())
         played = np.load(folder / f"actions-{log.steps}.npy")
         model = _load(run, folder / f"model-{log.steps}.zip", env, _replay(env, played))
+        settings = _same_settings(run, model, folder / "settings.json")
     recorder = Recorder(run, log, tell, ends)
     with contextlib.suppress(PieceOver):
         # Always the steps of the whole run: exploration and phases depend on them.
@@ -125,6 +137,15 @@ def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Lo
     _save(run, model, folder, log, np.concatenate([played, np.array(recorder.actions)]))
     env.close()
     return log, settings
+
+
+def _same_settings(run: Run, model: DQN, file: Path) -> dict[str, Any]:
+    """:return: those with which the run began, if they are still what the code makes of its command"""
+    found: dict[str, Any] = json.loads(file.read_text())
+    now = resolved(model, run.arm, run.suite, run.plan, run.learning_rate, run.weights)
+    if found["shared"] != json.loads(json.dumps(now["shared"])):
+        raise ValueError(f"{file} is of a run with other settings, though with the same command: delete {file.parent}")
+    return found
 
 
 def _replay(env: VecEnv, actions: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from .arms import ARMS
 from .budgets import Budget, budget_of
 
 
@@ -22,6 +23,7 @@ class Run:
     :param learning_rate: of the head
     :param weights: file of the trunk's weights, or ``None``
     :param is_try: whether it serves to choose a learning rate
+    :param minutes: after which a run of Pong ends
     """
 
     suite: str
@@ -33,6 +35,7 @@ class Run:
     learning_rate: float
     weights: str | None = None
     is_try: bool = False
+    minutes: float | None = None
 
     @property
     def folder(self) -> Path:
@@ -55,14 +58,24 @@ class Run:
         options = [f"--{name}" for name in ("suite", "budget", "game", "arm", "seed", "steps")]
         values = [self.suite, self.budget, self.game, self.arm, self.seed, self.steps]
         pairs = [*zip(options, map(str, values), strict=True), ("--learning-rate", str(self.learning_rate))]
-        pairs += [] if self.weights is None else [("--weights", f"{self.game}={self.weights}")]
+        if self.weights is not None:
+            pairs += [self._weights_option()]
         return [word for pair in pairs for word in pair] + (["--try"] if self.is_try else [])
+
+    def _weights_option(self) -> tuple[str, str]:
+        if ARMS[self.arm].weights == "imagenet":
+            return "--imagenet", str(self.weights)
+        return "--weights", f"{self.game}={self.weights}"
 
     @property
     def command(self) -> str:
-        """What a result file names; a weights file by its name alone, since its hash says which it was."""
+        """What a result file names."""
         if self.budget == "pong":
             given = "" if self.weights is None else f" --weights Pong={Path(self.weights).name}"
-            return f"python benchmarks/atari.py pong{given}"
+            return f"python benchmarks/atari.py pong --minutes {self.minutes:g}{given}"
+        return f"python benchmarks/atari.py run {' '.join(self.named_options())}"
+
+    def named_options(self) -> list[str]:
+        """:return: :meth:`options` with a weights file by its name alone, since its hash says which it was"""
         named = self if self.weights is None else replace(self, weights=Path(self.weights).name)
-        return f"python benchmarks/atari.py run {' '.join(named.options())}"
+        return named.options()

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .arms import ARMS
-from .games import Suite
-from .results import SECONDS
-
 REPS = 2_000  # bootstrap samples, as many as rliable's own examples take at least
-CONTROLS = ("nature", "nature_head")  # what all others are compared with
-KINDS = {"last": "last evaluation", "mean": "mean of all evaluations"}
+CONTROLS = ("nature", "nature_head")  # what all others are compared with: the first one that was run decides
+CHANCE = 0.05  # with which a difference may be said to be shown where all arms are alike
+PERMUTATIONS = 20_000
 
 
 @dataclass(frozen=True)
@@ -43,104 +38,6 @@ class Interval:
     def as_dict(self) -> dict[str, float | None]:
         """:return: for JSON, which knows no NaN"""
         return {name: None if np.isnan(value) else round(value, 4) for name, value in vars(self).items()}
-
-
-@dataclass(frozen=True)
-class Table:
-    """
-    Results that can be compared: all arms on the same games, with the same number of seeds and steps.
-
-    :param results: all result files, with their times
-    :param steps: environment steps of each run
-    :param arms: in the order of :data:`~evidence.arms.ARMS`
-    :param games: ids of the games that all these arms have
-    :param seeds: the number that all have
-    :param left_out: results that cannot be compared, in words
-    """
-
-    results: dict[tuple[str, str, int], dict[str, Any]]
-    steps: int
-    arms: tuple[str, ...]
-    games: tuple[str, ...]
-    seeds: tuple[int, ...]
-    left_out: tuple[str, ...]
-
-    def of(self, arm: str, value: Any) -> np.ndarray:
-        """:return: a value of each run of an arm, ``(seeds, games, ...)``; ``value`` takes game and result"""
-        rows = [[value(game, self.results[arm, game, seed]) for game in self.games] for seed in self.seeds]
-        return np.array(rows, float)
-
-
-def read(folder: Path, suite: Suite, steps: int | None = None) -> Table:
-    """
-    :param folder: of result files
-    :param suite: what they are of
-    :param steps: of the runs; ``None``: the most that there are
-    :return: what can be compared
-    :raises FileNotFoundError: if there is no result
-    """
-    found = {file: json.loads(file.read_text()) for file in sorted(folder.glob("*-s[0-9]*.json"))}
-    found = {file: result for file, result in found.items() if "evaluations" in result}
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no results: run `python benchmarks/atari.py` first")
-    steps = steps or max(result["steps"] for result in found.values())
-    results = {}
-    for file, result in found.items():
-        if result["steps"] == steps:
-            times = json.loads(file.with_suffix(".times.json").read_text())
-            results[result["arm"], result["game"], result["seed"]] = {**result, "times": times, "file": file.name}
-    if not results:
-        raise FileNotFoundError(f"{folder} holds no results of {steps} steps")
-    arms = tuple(arm for arm in ARMS if any(key[0] == arm for key in results))
-    ids = [suite.env_id(game) for game in suite.games]
-    played = dict.fromkeys(
-        [*(game for game in ids if any(key[1] == game for key in results)), *(k[1] for k in results)]
-    )
-    games = tuple(game for game in played if all(any(key[:2] == (arm, game) for key in results) for arm in arms))
-    seeds = sorted({key[2] for key in results})
-    common = tuple(s for s in seeds if games and all((arm, game, s) in results for arm in arms for game in games))
-    if not common:
-        raise ValueError(f"{folder}: no game has the same seed of all arms ({', '.join(arms)}): finish the suite")
-    used = {(arm, game, seed) for arm in arms for game in games for seed in common}
-    left_out = tuple(results[key]["file"] for key in sorted({*results} - used))
-    return Table(results, steps, arms, games, common, left_out)
-
-
-def scores(table: Table, suite: Suite, kind: str) -> dict[str, np.ndarray]:
-    """
-    :param kind: one of :data:`KINDS`
-    :return: normalised scores by arm, ``(seeds, games)``
-    """
-    names = {suite.env_id(game): game for game in [*suite.games, *suite.tuning]}
-
-    def normalised(game: str, result: dict[str, Any]) -> float:
-        return suite.normalised(names.get(game, _game(suite, game)), result[KINDS[kind]])
-
-    return {arm: table.of(arm, normalised) for arm in table.arms}
-
-
-def curves(table: Table, suite: Suite) -> tuple[list[int], dict[str, np.ndarray]]:
-    """:return: environment steps of the evaluations, and normalised scores by arm, ``(seeds, games, evaluations)``"""
-    names = {suite.env_id(game): game for game in [*suite.games, *suite.tuning]}
-    first = table.results[table.arms[0], table.games[0], table.seeds[0]]
-    steps = [entry["step"] for entry in first["evaluations"]]
-
-    def all_of(game: str, result: dict[str, Any]) -> list[float]:
-        name = names.get(game, _game(suite, game))
-        return [suite.normalised(name, float(np.mean(entry["returns"]))) for entry in result["evaluations"]]
-
-    return steps, {arm: table.of(arm, all_of) for arm in table.arms}
-
-
-def seconds(table: Table) -> tuple[str, dict[str, np.ndarray]]:
-    """:return: whose seconds, and those of training up to each evaluation by arm: the mean over all runs"""
-    on_gpu = any(result["times"]["gpu"] for result in table.results.values())
-    column = 2 if on_gpu else 1
-
-    def spent(game: str, result: dict[str, Any]) -> list[float]:
-        return [row[column] for row in result["times"][SECONDS]]
-
-    return "of a clock" if on_gpu else "of one core", {arm: table.of(arm, spent).mean((0, 1)) for arm in table.arms}
 
 
 def interquartile_means(by_arm: dict[str, np.ndarray]) -> dict[str, Interval]:
@@ -171,6 +68,52 @@ def improvements(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], Interva
     return {(arm, control): found[f"{arm},{control}"] for arm, control in (key.split(",") for key in found)}
 
 
+def control_of(arms: Sequence[str]) -> str:
+    """:return: the arm with which all others are compared"""
+    return next((arm for arm in CONTROLS if arm in arms), arms[0])
+
+
+def differences(by_arm: dict[str, np.ndarray]) -> dict[str, Interval]:
+    """:return: IQM of each arm less that of the control, with a stratified bootstrap interval"""
+    from rliable import library
+
+    control = control_of([*by_arm])
+    pairs = {arm: (runs, by_arm[control]) for arm, runs in by_arm.items() if arm != control}
+
+    def gain(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
+        return np.array([_iqm(runs.reshape(-1)) - _iqm(others.reshape(-1))])
+
+    return _intervals(pairs, gain, library) if pairs else {}
+
+
+def chances(by_arm: dict[str, np.ndarray]) -> dict[str, float]:
+    """
+    A permutation test of each arm against the control. Bootstrap intervals of a few seeds are too narrow to decide.
+
+    :return: how often the IQMs differ at least as much when the runs of each game are dealt out to both arms at random,
+        times the number of arms that are tested: among many arms one is the best by chance
+    """
+    control = control_of([*by_arm])
+    others = [arm for arm in by_arm if arm != control]
+    found = {}
+    for arm in others:
+        seeds, games = by_arm[arm].shape
+        runs = np.concatenate([by_arm[arm], by_arm[control]])
+        order = np.random.default_rng(0).random((PERMUTATIONS, 2 * seeds, games)).argsort(axis=1)
+        dealt = np.take_along_axis(runs[None], order, axis=1)
+        first, second = (_iqm(part.reshape(PERMUTATIONS, -1)) for part in (dealt[:, :seeds], dealt[:, seeds:]))
+        seen = abs(float(_iqm(by_arm[arm].reshape(-1)) - _iqm(by_arm[control].reshape(-1))))
+        as_large = np.count_nonzero(np.abs(first - second) >= seen - 1e-9)
+        found[arm] = min(1.0, len(others) * (1 + as_large) / (1 + PERMUTATIONS))
+    return found
+
+
+def _iqm(runs: np.ndarray) -> Any:
+    """:return: mean of the middle half of the last axis: SciPy's ``trim_mean``, which rliable calls, for many rows"""
+    cut = runs.shape[-1] // 4
+    return np.sort(runs, axis=-1)[..., cut : runs.shape[-1] - cut].mean(axis=-1)
+
+
 def _intervals(data: dict[str, Any], function: Any, library: Any) -> dict[str, Interval]:
     """Of a single seed the bootstrap would give an interval without width, which would look certain."""
     first = next(iter(data.values()))
@@ -184,23 +127,22 @@ def _intervals(data: dict[str, Any], function: Any, library: Any) -> dict[str, I
     return {name: Interval(float(np.ravel(points[name])[0]), *map(float, ordered[name])) for name in data}
 
 
-def verdict(iqm: dict[str, Interval]) -> dict[str, Any]:
+def verdict(iqm: dict[str, Interval], by_chance: dict[str, float]) -> dict[str, Any]:
     """
-    Say which arms are better than which: where 95 % intervals do not overlap.
+    Say which arms are better or worse than the control.
 
-    :return: ``"best"``; ``"beaten"``: arms whose interval lies below the best one's; ``"open"``: all others; and
-        ``"pairs"`` of a better and a worse arm
+    That is shown where the intervals of the two do not overlap, and chance alone seldom makes such a difference.
+
+    :param iqm: of each arm
+    :param by_chance: of :func:`chances`
+    :return: ``"control"``; ``"won"``, ``"lost"`` and ``"open"``: the other arms, the highest first
     """
-    best = max(iqm, key=lambda arm: iqm[arm].value)
-    beaten = [arm for arm in iqm if iqm[best].is_above(iqm[arm])]
-    pairs = [(one, other) for one in iqm for other in iqm if iqm[one].is_above(iqm[other])]
-    return {"best": best, "beaten": beaten, "open": [arm for arm in iqm if arm not in (best, *beaten)], "pairs": pairs}
-
-
-def _game(suite: Suite, env_id: str) -> str:
-    """The name of a game that belongs to no list of the suite."""
-    before, after = suite.env_id("\0").split("\0")
-    return env_id.removeprefix(before).removesuffix(after)
+    control = control_of([*iqm])
+    others = sorted(by_chance, key=lambda arm: -iqm[arm].value)
+    shown = [arm for arm in others if by_chance[arm] < CHANCE]
+    won = [arm for arm in shown if iqm[arm].is_above(iqm[control])]
+    lost = [arm for arm in shown if iqm[control].is_above(iqm[arm])]
+    return {"control": control, "won": won, "lost": lost, "open": [arm for arm in others if arm not in (*won, *lost)]}
 
 
 def mean_and_range(values: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .arms import ARMS, weights_for
 from .games import check_game
-from .runs import refuse_other_settings
+from .runs import keep_the_agent, refuse_other_settings
 from .spec import Run
 
 #: Begins a line that tells how many steps a run has done.
@@ -66,7 +66,8 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
     :param runs: all runs
     :param results: folder of all results
     :param checkpoints: folder of all checkpoints
-    :param processes: at once; ``None``: one per core that this process may use
+    :param processes: at once; ``None``: one per core that this process may use, and one on a GPU, so that no run
+        waits for another one's
     :return: the result files
     :raises RuntimeError: if a run fails; the others go on until then
     """
@@ -74,9 +75,11 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
     for run, file in files.items():
         if file.exists():
             refuse_other_settings(run, file)
+            keep_the_agent(checkpoints / run.folder / run.name)
     bar = tqdm(total=sum(run.steps for run in runs), unit="step", unit_scale=True, dynamic_ncols=True)
     missing = [run for run in runs if not files[run].exists()]
     bar.update(sum(run.steps for run in runs) - sum(run.steps for run in missing))
+    at_once = 1 if any(run.plan.device == "cuda" for run in runs) else cores()
     done, lock = [len(runs) - len(missing)], threading.Lock()
 
     def one(run: Run) -> str | None:
@@ -95,7 +98,7 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
             tell(run.steps)
         return error
 
-    with bar, ThreadPoolExecutor(processes or cores()) as pool:
+    with bar, ThreadPoolExecutor(processes or at_once) as pool:
         try:
             errors = [error for error in pool.map(one, missing) if error is not None]
         except BaseException:  # such as Ctrl-C: nothing more is begun

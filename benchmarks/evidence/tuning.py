@@ -38,8 +38,8 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
         found = json.loads(file.read_text())
         score = domain.normalised(names[found["game"]], found["mean of all evaluations"])
         tries.setdefault(found["arm"], {}).setdefault(found["learning_rate"], []).append(score)
+    (steps,) = {json.loads(file.read_text())["steps"] for file in files}
     chosen = {
-        "command": command,
         "games": [*domain.tuning],
         "score": f"mean of all evaluations, {domain.unit}",
         **({"source": SCORES_SOURCE} if suite == "atari" else {}),
@@ -49,6 +49,8 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
                 "learning_rate": max(sorted(scores), key=lambda rate, scores=scores: float(np.mean(scores[rate]))),
                 "tries": {f"{rate:g}": round(float(np.mean(scores[rate])), 4) for rate in sorted(scores)},
                 "runs per try": len(next(iter(scores.values()))),
+                "steps": steps,
+                "command": command,
             }
             for arm, scores in sorted(tries.items())
         },
@@ -56,6 +58,12 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
     file = rates_file(results, suite, budget)
     if file.exists():  # arms that were tuned before stay
         chosen["arms"] = {**json.loads(file.read_text())["arms"], **chosen["arms"]}
+    tried = {arm: ([*found["tries"]], found["runs per try"], found["steps"]) for arm, found in chosen["arms"].items()}
+    if len({*map(str, tried.values())}) > 1:
+        raise ValueError(
+            f"Each arm must have the same tries, and here are (rates, runs of each, steps) {tried}: tune with the same "
+            f"--rates, --seeds and --steps, or delete {file}"
+        )
     with written_whole(file) as (temporary,):
         temporary.write_text(json.dumps(chosen, indent=1) + "\n")
     return chosen

@@ -22,7 +22,12 @@ _ATARI_HINT = "Atari games need ale-py: pip install 'sb3_resnet[atari]'"
 
 
 def make_env(
-    env_id: str, n_envs: int = 1, seed: int = 0, frame_stack: int | None = None, wrapper: str | None = None
+    env_id: str,
+    n_envs: int = 1,
+    seed: int = 0,
+    frame_stack: int | None = None,
+    wrapper: str | None = None,
+    serves: bool = False,
 ) -> VecEnv:
     """
     Make an environment for evaluation: Atari games with SB3's wrappers, but with unclipped rewards and whole episodes.
@@ -32,6 +37,7 @@ def make_env(
     :param seed: seed of the first one
     :param frame_stack: frames per observation; ``None``: 4 for Atari games, 1 for others
     :param wrapper: dotted path of a further wrapper class
+    :param serves: whether a lost life ends an Atari episode, though not the game, so that FIRE is pressed as in training
     :return: the environments, with images channels first
     :raises ValueError: if they cannot be made, with the reason in one line
     """
@@ -41,7 +47,7 @@ def make_env(
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 sets one that not every environment has
             if atari and wrap is None:
-                kwargs = {"clip_reward": False, "terminal_on_life_loss": False}
+                kwargs = {"clip_reward": False, "terminal_on_life_loss": serves}
                 env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
             else:
                 env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
@@ -50,7 +56,7 @@ def make_env(
     return _stacked(env, frame_stack or (ATARI_STACK if atari else 1))
 
 
-def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) -> VecEnv:
+def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None, serves: bool = False) -> VecEnv:
     """
     Make one environment that fits a model; frames are stacked until the shapes agree.
 
@@ -58,10 +64,11 @@ def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None) 
     :param env_id: id of gymnasium's registry
     :param seed: seed of the environment
     :param wrapper: dotted path of a further wrapper class
+    :param serves: as in :func:`make_env`
     :return: the environment, as a vector of one
     :raises ValueError: if its observations or actions differ from the model's
     """
-    env = make_env(env_id, 1, seed, 1, wrapper)
+    env = make_env(env_id, 1, seed, 1, wrapper, serves)
     frames = _frames_of(model.observation_space, env.observation_space)
     if frames > 1:
         env = _stacked(env, frames)

@@ -51,7 +51,8 @@ def command(
     pictures.refuse_unwritable(output.parent)
     envs.import_packages(gym_packages or [])
     agent = load_model(model, device, trust)
-    with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
+    # An agent of Atari has not learned to go on after a lost life: the wrappers of its training press FIRE for it.
+    with contextlib.closing(envs.env_for(agent, env, seed, wrapper, serves=True)) as game:
         film = play(agent, game, steps, epsilon, seed, env)
     frames: Iterable[Array] = film.frames
     if gradcam:
@@ -83,10 +84,10 @@ class Film:
 
 def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, name: str = "The environment") -> Film:
     """
-    Play one episode.
+    Play one episode; of an Atari game all lives.
 
     :param model: an SB3 model with a ResNet and discrete actions
-    :param env: one environment that fits the model
+    :param env: one environment that fits the model, with SB3's ``Monitor``
     :param steps: largest number of steps
     :param epsilon: probability of an action at random, else the greedy one is taken
     :param seed: of the actions at random
@@ -104,9 +105,9 @@ def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, 
         scores = network.of_policy(th.as_tensor(observation, device=model.device))
         action = int(random.integers(network.n_actions)) if random.random() < epsilon else int(scores.argmax())
         seen = observation[0]
-        observation, rewards, dones, _ = env.step(np.array([action]))
+        observation, rewards, dones, infos = env.step(np.array([action]))
         played.append((frame, seen, action, float(rewards[0])))
-        done = bool(dones[0])
+        done = bool(dones[0]) and "episode" in infos[0]  # Monitor's, of the whole game
     return Film(played, done)
 
 

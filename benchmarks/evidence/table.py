@@ -1,0 +1,155 @@
+"""The results of a suite that can be compared, and their scores."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .arms import ARMS
+from .games import Suite
+from .results import SECONDS
+
+KINDS = {"last": "last evaluation", "mean": "mean of all evaluations"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """
+    Results that can be compared: all arms on the same games, with the same number of seeds and steps.
+
+    :param results: all result files, with their times
+    :param steps: environment steps of each run
+    :param arms: in the order of :data:`~evidence.arms.ARMS`
+    :param games: ids of the games that all these arms have
+    :param seeds: the number that all have
+    :param left_out: files of results that are not compared
+    """
+
+    results: dict[tuple[str, str, int], dict[str, Any]]
+    steps: int
+    arms: tuple[str, ...]
+    games: tuple[str, ...]
+    seeds: tuple[int, ...]
+    left_out: tuple[str, ...]
+
+    def of(self, arm: str, value: Any) -> np.ndarray:
+        """:return: a value of each run of an arm, ``(seeds, games, ...)``; ``value`` takes game and result"""
+        rows = [[value(game, self.results[arm, game, seed]) for game in self.games] for seed in self.seeds]
+        return np.array(rows, float)
+
+
+def read(
+    folder: Path,
+    suite: Suite,
+    steps: int | None = None,
+    arms: Sequence[str] | None = None,
+    games: Sequence[str] | None = None,
+) -> Table:
+    """
+    :param folder: of result files
+    :param suite: what they are of
+    :param steps: of the runs; ``None``: those of most results
+    :param arms: to compare; ``None``: all that have at least half as many results as the arm that has most
+    :param games: to compare, by name; ``None``: those of the suite that all these arms have
+    :return: what can be compared
+    :raises FileNotFoundError: if there is no result
+    :raises ValueError: if nothing can be compared, and for results of arms with other settings
+    """
+    # A hidden file is one that is being written, or was when its process was killed.
+    files = [file for file in sorted(folder.glob("*-s[0-9]*.json")) if not file.name.startswith(".")]
+    found = {file: json.loads(file.read_text()) for file in files}
+    found = {file: result for file, result in found.items() if "evaluations" in result}
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no results: run `python benchmarks/atari.py` first")
+    numbers = Counter(result["steps"] for result in found.values())
+    steps = steps or max(numbers, key=lambda number: (numbers[number], number))
+    results = {}
+    for file, result in found.items():
+        if result["steps"] == steps:
+            times = json.loads(file.with_suffix(".times.json").read_text())
+            results[result["arm"], result["game"], result["seed"]] = {**result, "times": times, "file": file.name}
+    if not results:
+        raise FileNotFoundError(f"{folder} holds no results of {steps} steps")
+    ids = [suite.env_id(game) for game in games or suite.games]
+    in_games = {key: result for key, result in results.items() if key[1] in ids}
+    counts = Counter(key[0] for key in in_games)
+    enough = max(counts.values(), default=0) / 2
+    compared = tuple(arm for arm in ARMS if (counts[arm] >= enough and counts[arm] if arms is None else arm in arms))
+    played = tuple(game for game in ids if all(any(k[:2] == (arm, game) for k in in_games) for arm in compared))
+    seeds = sorted({key[2] for key in in_games})
+    common = tuple(s for s in seeds if all((arm, game, s) in in_games for arm in compared for game in played))
+    if not (compared and played and common):
+        named = ", ".join(compared or arms or ["any"])
+        raise ValueError(
+            f"{folder}: no game of {', '.join(games or suite.games)} has the same seed of all arms ({named}): finish "
+            "the suite, or write --arms and --games"
+        )
+    used = {(arm, game, seed) for arm in compared for game in played for seed in common}
+    _refuse_other_settings([results[key] for key in sorted(used)])
+    left_out = tuple(result["file"] for key, result in sorted(results.items()) if key not in used)
+    return Table(results, steps, compared, played, common, left_out)
+
+
+def _refuse_other_settings(results: Sequence[dict[str, Any]]) -> None:
+    """Only what the arms have in common: their rates are chosen for each."""
+    first = results[0]
+    for result in results:
+        for what, (ours, its) in {
+            "settings": (first["settings"]["shared"], result["settings"]["shared"]),
+            "versions": (first["versions"], result["versions"]),
+        }.items():
+            names = [name for name in {**ours, **its} if ours.get(name) != its.get(name)]
+            if names:
+                raise ValueError(
+                    f"{first['file']} and {result['file']} have other {what} ({', '.join(names)}), so their arms "
+                    "differ by more than what sees: run one of them again, or choose with --arms and --games"
+                )
+
+
+def scores(table: Table, suite: Suite, kind: str) -> dict[str, np.ndarray]:
+    """
+    :param kind: one of :data:`KINDS`
+    :return: normalised scores by arm, ``(seeds, games)``
+    """
+    names = {suite.env_id(game): game for game in [*suite.games, *suite.tuning]}
+
+    def normalised(game: str, result: dict[str, Any]) -> float:
+        return suite.normalised(names.get(game, _game(suite, game)), result[KINDS[kind]])
+
+    return {arm: table.of(arm, normalised) for arm in table.arms}
+
+
+def curves(table: Table, suite: Suite) -> tuple[list[int], dict[str, np.ndarray]]:
+    """:return: environment steps of the evaluations, and normalised scores by arm, ``(seeds, games, evaluations)``"""
+    names = {suite.env_id(game): game for game in [*suite.games, *suite.tuning]}
+    first = table.results[table.arms[0], table.games[0], table.seeds[0]]
+    steps = [entry["step"] for entry in first["evaluations"]]
+
+    def all_of(game: str, result: dict[str, Any]) -> list[float]:
+        name = names.get(game, _game(suite, game))
+        return [suite.normalised(name, float(np.mean(entry["returns"]))) for entry in result["evaluations"]]
+
+    return steps, {arm: table.of(arm, all_of) for arm in table.arms}
+
+
+def seconds(table: Table) -> tuple[str, dict[str, np.ndarray]]:
+    """:return: whose seconds, and those of training up to each evaluation by arm: the mean over all runs"""
+    on_gpu = any(result["times"]["gpu"] for result in table.results.values())
+    column = 2 if on_gpu else 1
+
+    def spent(game: str, result: dict[str, Any]) -> list[float]:
+        return [row[column] for row in result["times"][SECONDS]]
+
+    return "of a clock" if on_gpu else "of one core", {arm: table.of(arm, spent).mean((0, 1)) for arm in table.arms}
+
+
+def _game(suite: Suite, env_id: str) -> str:
+    """The name of a game that belongs to no list of the suite."""
+    before, after = suite.env_id("\0").split("\0")
+    return env_id.removeprefix(before).removesuffix(after)
