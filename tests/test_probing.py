@@ -84,6 +84,16 @@ def test_a_few_images_unlike_all_others_do_not_decide_the_score():
     assert read_out(features, labels, parts)["number"].value > 0.9
 
 
+@pytest.mark.parametrize("factor", [1e-300, 1e-3, 1e300])
+def test_the_unit_of_a_label_changes_no_score(factor):
+    rng = np.random.default_rng(0)
+    features = rng.normal(size=(ROWS, 8)).astype(np.float32)
+    label = features[:, 0] + rng.normal(size=ROWS)
+    found = read_out(features, {"one": label, "other": factor * label}, splits())
+    assert 0.2 < found["one"].value < 0.9
+    assert found["other"].value == pytest.approx(found["one"].value)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_no_episode_is_in_two_splits_and_none_is_empty(seed):
     episodes = np.repeat(np.arange(9), [5, 80, 3, 40, 40, 7, 90, 10, 10])
@@ -198,6 +208,15 @@ def test_labels_that_are_no_numbers_are_refused_at_the_first_step(value):
     assert len(steps) == 1
     with pytest.raises(ValueError, match="label 'parts' must be one number"):
         record(make_vec_env(partial(TellingGame, parts=value), 2), 60, labels=lambda env: {}, info_keys=["parts"])
+
+
+@pytest.mark.parametrize("value", [np.nan, -np.inf, np.float16("inf")], ids=str)
+def test_labels_that_are_not_finite_are_refused_by_name(value):
+    words = f"label 'ball' is {value}, .*: give a number where it is not seen, such as -1, or leave the label out"
+    with pytest.raises(ValueError, match=words):
+        record(make_vec_env(TinyGame, 2), 60, labels=lambda env: {"ball": value if env.clock == 3 else 1.0})
+    with pytest.raises(ValueError, match=words):
+        record(make_vec_env(partial(TellingGame, ball=value), 2), 60, labels=lambda env: {}, info_keys=["ball"])
 
 
 @pytest.mark.parametrize("value", [np.array(2.0), np.float32(2.0), 2, np.uint8(2), True], ids=repr)

@@ -57,7 +57,7 @@ def checked_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     """
     :param labels: by name, of one environment
     :return: a copy of them, as NumPy's scalars
-    :raises ValueError: for other than one number, since nothing could be read out
+    :raises ValueError: for other than one finite number, since nothing could be read out
     """
     found = {}
     for name, value in labels.items():
@@ -66,6 +66,11 @@ def checked_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"label {name!r} must be one number, True or False, got {shown(value)}: leave it out, or make numbers "
                 "of it in labels="
+            )
+        if not np.isfinite(array):
+            raise ValueError(
+                f"label {name!r} is {array}, and nothing can be scored with it: give a number where it is not seen, "
+                "such as -1, or leave the label out"
             )
         found[name] = array[()]
     return found
