@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
 from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.common.labels import ResetInfos, checked_labels, label_columns, labels_from_info
+from sb3_resnet.common.labels import LabelReader, label_columns
 from sb3_resnet.common.playing import next_actions
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
@@ -32,7 +32,8 @@ from sb3_resnet.nn.pooling import POOLINGS, Pooling
 __all__ = ["Recording", "Row", "probe", "record"]
 
 Array = NDArray[Any]
-#: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
+#: Labels of one environment by name, given the innermost environment; the same names at each step. ``float`` is a
+#: number, ``bool`` a class, and ``int`` a class where it has up to 20 different values, else a number.
 LabelFunction = Callable[[Any], Mapping[str, Any]]
 
 _BATCH = 64
@@ -47,7 +48,8 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 in rows that are not scored; 0 for numbers
+    :param actions: the action that led to the observation, counted from 0 whatever the ``start`` of the action space,
+        ``(rows,)``; -1 in rows that are not scored; 0 for numbers
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -101,7 +103,7 @@ def record(
     Play an environment, and keep what is seen together with its labels.
 
     Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
-    every number among both, ``reward``, and ``action``. The first observation of an episode is left out of the rows
+    every number among both, ``reward``, and ``action``. Whole numbers of up to 20 different values are classes. The first observation of an episode is left out of the rows
     that are scored, since nothing led to it; so is the second, where a reset lacks a number of ``info_keys``.
 
     :param env: environments in this process of images, channels first; more of them give more episodes
@@ -115,7 +117,9 @@ def record(
     :param spread: play so many times as long, and keep 16 successive steps of as many times 16
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, other than images channels first, environments in other processes,
-        labels that are no numbers, and a key that ``info`` does not have
+        labels that are no numbers or not finite, names that are taken or differ between steps, and a key that ``info``
+        does not have
+    :raises TypeError: for wrong types
     """
     _check(env)
     steps = integer("steps", steps, 1)
@@ -124,7 +128,7 @@ def record(
     env.seed(seed)
     env.action_space.seed(seed)
     observations: Any = env.reset()
-    resets = ResetInfos(env)
+    reader = LabelReader(env, labels, info_keys)
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
@@ -137,14 +141,13 @@ def record(
             if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
                 continue
             first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
-            # At a start the info of the step is that of the episode before.
-            info = resets.of(index) if starts[index] else infos[index]
-            known = {**checked_labels(labels(inner)), **labels_from_info(info, info_keys, bool(starts[index]))}
+            known = reader.read(index, inner, infos[index], bool(starts[index]))
             seen = {"observation": observations[index].copy(), "episode": int(episodes[index]), "first": first}
             then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
             tracks[index].append({**seen, **then})
         actions = next_actions(env, observations, model, epsilon, rng)
-        choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
+        # Numbers are no classes.
+        choices = actions - getattr(env.action_space, "start", 0) if actions.ndim == 1 else np.zeros(env.num_envs, int)
         observations, rewards, starts, infos = env.step(actions)
     return _joined(tracks, env.observation_space)
 

@@ -1,4 +1,6 @@
 import csv
+import itertools
+import math
 from functools import partial
 
 import gymnasium as gym
@@ -217,6 +219,74 @@ def test_labels_that_are_not_finite_are_refused_by_name(value):
         record(make_vec_env(TinyGame, 2), 60, labels=lambda env: {"ball": value if env.clock == 3 else 1.0})
     with pytest.raises(ValueError, match=words):
         record(make_vec_env(partial(TellingGame, ball=value), 2), 60, labels=lambda env: {}, info_keys=["ball"])
+
+
+@pytest.mark.parametrize(
+    ("labels", "words"),
+    [
+        (
+            lambda env: {"late": 1.0} if env.clock > 2 else {},
+            "label 'late' is there now, and was not at the first step",
+        ),
+        (
+            lambda env: {"early": 1.0} if env.clock < 3 else {},
+            "label 'early' is not there now, and was at the first st",
+        ),
+        (lambda env: {"reward": 1.0}, "labels has 'reward', which is a label of every environment: write another name"),
+        (lambda env: {"action": 1.0}, "labels has 'action', which is a label of every environment: write another name"),
+        (lambda env: {"delta_x": 1.0, "x": 1.0}, "labels has 'delta_x', which is how the change of 'x' is called: wri"),
+        (lambda env: {"delta_clock": 1.0}, "labels has 'delta_clock', which is how the change of 'clock' is called"),
+        (lambda env: {"clock": 1.0}, "labels has 'clock', which is also one of info_keys: write another name"),
+    ],
+)
+def test_each_step_tells_the_same_labels_and_none_by_a_name_that_is_taken(labels, words):
+    with pytest.raises(ValueError, match=words):
+        record(make_vec_env(TellingGame, 2), 60, labels=labels, info_keys=["clock"])
+
+
+def test_keys_of_info_whose_names_are_taken_are_refused():
+    with pytest.raises(ValueError, match="info_keys has 'reward', .*: tell it by another name in labels="):
+        record(make_vec_env(partial(TellingGame, reward=1.0), 2), 60, labels=lambda env: {}, info_keys=["reward"])
+
+
+def test_a_change_may_be_told_where_what_changes_is_not():
+    labels = record(make_vec_env(TinyGame, 2), 60, labels=lambda env: {"delta_x": float(env.clock)}).labels
+    assert {*labels} == {"delta_x", "delta_delta_x", "reward"}
+
+
+@pytest.mark.parametrize("labels", [math.pi, None, {"x": 1.0}], ids=str)
+def test_labels_that_are_no_function_are_refused(labels):
+    with pytest.raises(TypeError, match="labels must be a function of the innermost environment that returns a dict"):
+        record(make_vec_env(TinyGame, 2), 60, labels=labels)
+
+
+def test_labels_that_return_no_dict_are_refused():
+    with pytest.raises(TypeError, match="labels must return a dict of numbers by name, got None: write {} for none"):
+        record(make_vec_env(TinyGame, 2), 60, labels=lambda env: None)
+
+
+@pytest.mark.parametrize(("values", "kind"), [(20, "F1"), (21, "R2")])
+def test_whole_numbers_are_classes_up_to_twenty_values(values, kind):
+    places = itertools.cycle(range(values))
+    labels = record(make_vec_env(TinyGame, 2), 60, labels=lambda env: {"place": next(places)}).labels
+    assert np.issubdtype(labels["place"].dtype, np.floating) == ("delta_place" in labels) == (kind == "R2")
+    assert {*labels["place"]} == {*range(values)}
+
+
+class ShiftedGame(TinyGame):
+    """Its actions begin at -1."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(3, start=-1)
+
+    def step(self, action):
+        return super().step(action + 1)
+
+
+def test_actions_are_counted_from_0_wherever_they_begin(recording):
+    shifted = record(make_vec_env(ShiftedGame, 4), 400, labels=tiny_labels)
+    assert np.array_equal(shifted.actions, recording.actions)
 
 
 @pytest.mark.parametrize("value", [np.array(2.0), np.float32(2.0), 2, np.uint8(2), True], ids=repr)
