@@ -21,6 +21,7 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_resnet.common.arguments import listed
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.diagnosis.readout import split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
@@ -101,7 +102,7 @@ def pretrain(
     """
     began = time.monotonic()
     chosen = Settings.read(settings)
-    path = read_output(output)
+    path, info_keys = read_output(output), listed("info_keys", info_keys)
     check_played_images(env)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
     check_player(chosen, env, model, replay_buffer)

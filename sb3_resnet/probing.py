@@ -18,9 +18,9 @@ import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_resnet.common.arguments import choice, integer, number
+from sb3_resnet.common.arguments import choice, integer, listed, number
 from sb3_resnet.common.labels import LabelReader, label_columns
-from sb3_resnet.common.playing import next_actions
+from sb3_resnet.common.playing import check_model, next_actions
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
@@ -103,8 +103,9 @@ def record(
     Play an environment, and keep what is seen together with its labels.
 
     Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
-    every number among both, ``reward``, and ``action``. Whole numbers of up to 20 different values are classes. The first observation of an episode is left out of the rows
-    that are scored, since nothing led to it; so is the second, where a reset lacks a number of ``info_keys``.
+    every number among both, ``reward``, and ``action``. Whole numbers of up to 20 different values are classes.
+    The first observation of an episode is left out of the rows that are scored, since nothing led to it; so is the
+    second, where a reset lacks a number of ``info_keys``.
 
     :param env: environments in this process of images, channels first; more of them give more episodes
     :param steps: observations in all
@@ -113,15 +114,17 @@ def record(
     :param epsilon: share of random actions beside those of the model
     :param labels: called with each innermost environment after each step; the default reads the annotated memory of
         Atari games (:mod:`sb3_resnet.envs.atari_ram`)
-    :param info_keys: keys of ``info`` that are labels
+    :param info_keys: keys of ``info`` that are labels; one may be written without a list
     :param spread: play so many times as long, and keep 16 successive steps of as many times 16
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, other than images channels first, environments in other processes,
-        labels that are no numbers or not finite, names that are taken or differ between steps, and a key that ``info``
-        does not have
+        a model of other observations or actions, labels that are no numbers or not finite, names that are taken or
+        differ between steps, and a key that ``info`` does not have
     :raises TypeError: for wrong types
     """
     _check(env)
+    check_model(model, env)
+    spread, info_keys = integer("spread", spread, 1), listed("info_keys", info_keys)
     steps = integer("steps", steps, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     rng = np.random.default_rng(seed)

@@ -7,7 +7,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import DDPG, DQN, PPO, SAC
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_resnet import ResNetExtractor
@@ -20,6 +22,7 @@ from sb3_resnet.probing import probe, record
 from tests.helpers import DictGame, TinyGame, make_model, run_command
 
 ROWS = 1200
+ANY = {"dqn": DQN, "ppo": PPO, "sac": SAC, "ddpg": DDPG}
 
 
 def tiny_labels(env):
@@ -29,6 +32,13 @@ def tiny_labels(env):
 @pytest.fixture(scope="module")
 def recording():
     return record(make_vec_env(TinyGame, 4), 400, labels=tiny_labels)
+
+
+class NeverPlayedTiny(TinyGame):
+    """Has only its spaces."""
+
+    def reset(self, **kwargs):
+        raise AssertionError("it was played")
 
 
 class TellingGame(TinyGame):
@@ -154,6 +164,45 @@ def test_a_model_plays_all_but_epsilon_of_the_actions():
     assert np.array_equal(played.actions[1:][led], greedy[:-1][led])
 
 
+class FiveActions(TinyGame):
+    """The tiny game, with actions that never pay."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = gym.spaces.Discrete(5)
+
+
+@pytest.mark.parametrize("call", [record, lambda env, model: pretrain(env, "w.safetensors", model=model)])
+def test_a_model_of_other_observations_or_actions_is_refused_before_anything_is_played(call):
+    five = make_model(env=FiveActions(), extractor={"backbone": "resnet_mini"})
+    words = (
+        r"The model has the actions Discrete\(5\), and the environment Discrete\(3\): give the environment of its tr"
+    )
+    with pytest.raises(ValueError, match=words):
+        call(make_vec_env(NeverPlayedTiny, 2), model=five)
+    with pytest.raises(
+        ValueError, match=r"The model has the observations Box\(0, 255, \(4, .* environment Box\(0, 255"
+    ):
+        call(make_vec_env(partial(NeverPlayedTiny, (3, 32, 32)), 2), model=five)
+    with pytest.raises(TypeError, match=r"model must be an SB3 model, got 'm.zip': load it first, such as with DQN.lo"):
+        call(make_vec_env(NeverPlayedTiny, 2), model="m.zip")
+
+
+@pytest.mark.parametrize("call", [record, lambda env: pretrain(env, "w.safetensors")], ids=["record", "pretrain"])
+def test_an_environment_that_is_no_vecenv_is_refused(call):
+    with pytest.raises(TypeError, match=r"env must be a VecEnv, got <.*: write DummyVecEnv\(\[lambda: env\]\)"):
+        call(NeverPlayedTiny())
+
+
+def test_one_key_of_info_may_be_written_without_a_list():
+    labels = record(make_vec_env(TellingGame, 2), 60, labels=lambda env: {}, info_keys="clock").labels
+    assert {*labels} == {"clock", "reward"}
+    with pytest.raises(TypeError, match="info_keys must be a list of names, got 3"):
+        record(make_vec_env(NeverPlayedTiny, 2), 60, info_keys=3)
+    with pytest.raises(ValueError, match="spread must be finite and >= 1, got 0"):
+        record(make_vec_env(NeverPlayedTiny, 2), 60, spread=0)
+
+
 def test_a_missing_key_of_info_names_those_that_are_there():
     with pytest.raises(ValueError, match="info has no speed: it has "):
         record(make_vec_env(TinyGame, 2), 60, info_keys=["speed"])
@@ -245,7 +294,7 @@ def test_each_step_tells_the_same_labels_and_none_by_a_name_that_is_taken(labels
 
 
 def test_keys_of_info_whose_names_are_taken_are_refused():
-    with pytest.raises(ValueError, match="info_keys has 'reward', .*: tell it by another name in labels="):
+    with pytest.raises(ValueError, match=r"info_keys has 'reward', .*: tell it by another name in labels="):
         record(make_vec_env(partial(TellingGame, reward=1.0), 2), 60, labels=lambda env: {}, info_keys=["reward"])
 
 
@@ -261,7 +310,7 @@ def test_labels_that_are_no_function_are_refused(labels):
 
 
 def test_labels_that_return_no_dict_are_refused():
-    with pytest.raises(TypeError, match="labels must return a dict of numbers by name, got None: write {} for none"):
+    with pytest.raises(TypeError, match=r"must return a dict of numbers by name, got None: write \{\} for none"):
         record(make_vec_env(TinyGame, 2), 60, labels=lambda env: None)
 
 
@@ -451,3 +500,28 @@ def test_the_command_asks_whether_three_channels_are_one_image(tmp_path):
         assert run_command("probe", *arguments, *options)[0] == 0
         assert sorted(row["adapter"] for row in csv.DictReader(file.open())) == adapters
     del gym.envs.registration.registry["Three-v0"]
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo", "sac", "ddpg"])
+def test_the_command_lets_any_model_play(algorithm, tmp_path):
+    kwargs = {"buffer_size": 10} if algorithm != "ppo" else {"n_steps": 8, "batch_size": 8}
+    env = OneAxis() if algorithm in ("sac", "ddpg") else TinyGame((4, 36, 36))
+    policy = {"features_extractor_class": FlattenExtractor, "net_arch": [4]}
+    ANY[algorithm]("CnnPolicy", env, policy_kwargs=policy, **kwargs).save(tmp_path / "model.zip")
+    gym.register("Any-v0", lambda: type(env)((4, 36, 36)))
+    arguments = ["--env", "Any-v0", "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_mini"]
+    arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 120, "--n-envs", 4]
+    status, _, error = run_command("probe", *arguments, "--model", tmp_path / "model.zip")
+    assert status == 0, error
+    del gym.envs.registration.registry["Any-v0"]
+
+
+class OneAxis(TinyGame):
+    """Takes a number in the place of a choice."""
+
+    def __init__(self, shape=(4, 36, 36)):
+        super().__init__(shape)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (1,))
+
+    def step(self, action):
+        return super().step(int(action[0] > 0))

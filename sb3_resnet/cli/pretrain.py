@@ -83,7 +83,7 @@ def command(
     n_envs = integer("--n-envs", n_envs, 1)
     envs.import_packages(gym_packages or [])
     sources: dict[str, Any] = {
-        "model": None if model is None else load_model(model, device, trust),
+        "model": None if model is None else load_model(model, device, trust, only_plays=True),
         "replay_buffer": None if replay_buffer is None else read_pickle(replay_buffer, trust),
         "labels": ram_labels if labels is None else envs.class_of("--labels", labels),
         "info_keys": info_key or (),

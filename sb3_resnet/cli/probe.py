@@ -71,7 +71,7 @@ def command(
     if plot is not None:
         refuse_bad_picture(plot)
     envs.import_packages(gym_packages or [])
-    agent = None if model is None else load_model(model, device, trust)
+    agent = None if model is None else load_model(model, device, trust, only_plays=True)
     reads = ram_labels if labels is None else envs.class_of("--labels", labels)
     with contextlib.closing(envs.make_env(env, n_envs, seed, wrapper=wrapper)) as game:
         recording = record(game, steps, seed, agent, epsilon, reads, info_key or ())

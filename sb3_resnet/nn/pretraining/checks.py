@@ -9,6 +9,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import path_of, shown
 from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.common.playing import check_model
 from sb3_resnet.nn.pretraining.settings import OBJECTIVES, Settings
 from sb3_resnet.nn.pretraining.sources import n_actions
 
@@ -38,8 +39,9 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
     :param env: environments
     :param model: an SB3 model that shall play there, or ``None``
     :param replay_buffer: of a run there, or ``None``
-    :raises ValueError: for an objective that lacks actions, a model or buffer of other observations, and a buffer of
-        other actions where the objective looks at them
+    :raises ValueError: for an objective that lacks actions, a model of other observations or actions, a buffer of other
+        observations, and one of other actions where the objective looks at them
+    :raises TypeError: for other than a model
     """
     needs_actions = OBJECTIVES[settings.objective].needs_actions
     if needs_actions and n_actions(env.action_space) is None:
@@ -47,11 +49,7 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
             f"objective={settings.objective!r} asks which action was taken, and actions here are no choice among "
             "several: write objective='atc'"
         )
-    if model is not None and model.observation_space != env.observation_space:
-        raise ValueError(
-            f"The model plays {model.observation_space}, and the environment gives {env.observation_space}: give the "
-            "environment of its training, with the same wrappers"
-        )
+    check_model(model, env)
     if replay_buffer is None:
         return
     if getattr(replay_buffer, "observation_space", None) != env.observation_space:
