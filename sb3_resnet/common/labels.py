@@ -138,7 +138,8 @@ def label_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Array], 
     """
     Put the labels of all rows together.
 
-    Whole numbers of more than 20 different values become floats, since no class but a position has so many. Where a reset did not tell a label, the row has the value of the next one, so that whole numbers remain whole.
+    Whole numbers of more than 20 different values become floats, since no class but a position has so many. Where a
+    reset did not tell a label, the row has the value of the next one, so that whole numbers remain whole.
 
     :param rows: labels by name, of rows in the order of time; ``None`` where a reset did not tell one
     :return: by name: numbers as floats, classes as integers, and ``delta_<name>`` of each number, ``(rows,)``; and
