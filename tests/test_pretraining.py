@@ -689,6 +689,17 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     assert "write adapter='per_frame'" in " ".join(text.split())
 
 
+def test_the_command_takes_three_grey_frames(tmp_path):
+    gym.register("ThreeGrey-v0", RGBGame)
+    options = ["--updates", 1, "--frames", 160, "--held-out", 120, "--batch-size", 8, "--backbone", "resnet_mini"]
+    options += ["--last-stage", "stem", "--labels", "tests.test_pretraining.column", "--n-envs", 4]
+    start = ("pretrain", "--env", "ThreeGrey-v0", "-o", tmp_path / "w.safetensors", *options)
+    status, text, error = run_command(*start, "--frame-channels", 1)
+    assert status == 0, error
+    assert "adapter='per_frame', frame_channels=1" in " ".join(text.split())
+    del gym.envs.registration.registry["ThreeGrey-v0"]
+
+
 def test_the_command_reads_a_replay_buffer_and_code_in_it_needs_trust(tiny_id, tmp_path):
     model = make_model(extractor={"backbone": "resnet_mini"}, replay_buffer_class=ReplayBuffer)
     model.learn(60)

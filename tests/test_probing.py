@@ -12,17 +12,24 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
 
+import sb3_resnet.probing
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.common.labels import ResetInfos
-from sb3_resnet.diagnosis.readout import read_out, split_episodes
+from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
 from sb3_resnet.envs import make_atari_vec_env
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
 from sb3_resnet.pretraining import pretrain
-from sb3_resnet.probing import probe, record
+from sb3_resnet.probing import Recording, Row, check_probe, probe, record
 from tests.helpers import DictGame, TinyGame, make_model, run_command
 
 ROWS = 1200
 ANY = {"dqn": DQN, "ppo": PPO, "sac": SAC, "ddpg": DDPG}
+
+
+# Rows of scores, the first four in the order of -3.0, 0.7, 0.5, 0.2.
+SCORES = [{"x": -3.0, "action": 0.9}, {"x": 0.7}, {"action": 0.5}, {"x": None, "action": 0.2}, {"action": None}, {}]
+REST = ("episodes", "actions", "labels")
+SMALLEST = gym.spaces.Box(0, 255, (4, 12, 12), np.uint8)
 
 
 def tiny_labels(env):
@@ -154,6 +161,12 @@ def test_spread_rows_are_pieces_of_a_longer_recording():
     assert np.array_equal(pieces.labels["delta_clock"][~begins], whole.labels["delta_clock"][kept][~begins])
     _, numbers = np.unique(whole.episodes[kept], return_inverse=True)
     assert np.array_equal(pieces.episodes, numbers + 1)
+
+
+def test_progress_of_a_recording_counts_steps_of_each_environment():
+    told = []
+    record(make_vec_env(TinyGame, 2), 60, labels=tiny_labels, spread=2, progress=lambda *part: told.append(part))
+    assert told == [(step, 60) for step in range(1, 61)]
 
 
 def test_a_model_plays_all_but_epsilon_of_the_actions():
@@ -381,6 +394,79 @@ def test_a_probe_scores_what_an_extractor_of_its_own_gives(recording):
     assert row.scores["column"].value > 0.9
     again = probe(recording, **options, adapter=["per_frame"], backbone="resnet_tiny")
     assert [one.scores for one in again] == [one.scores for one in rows]
+
+
+def test_ends_of_which_images_leave_nothing_are_left_out(recording):
+    options = {"adapter": "conv1x1", "backbone": "resnet_mini"}
+    rows = probe(recording, last_stage=["layer3", "layer4"], pooling=["avg", "spatial_softmax"], **options)
+    ends = {("layer3", "avg"), ("layer3", "spatial_softmax"), ("layer4", "avg")}
+    assert {(row.last_stage, row.pooling) for row in rows} == ends
+    with pytest.raises(ValueError, match="32x32 are too small for a ResNet up to layer4 with pooling='spatial_softma"):
+        probe(recording, last_stage="layer4", pooling="spatial_softmax", **options)
+    tiny = Recording(recording.observations[:, :, :12, :12], *(getattr(recording, name) for name in REST), SMALLEST)
+    assert {row.last_stage for row in probe(tiny, pooling="avg", **options)} == {"layer1", "layer2", "layer3"}
+
+
+def test_without_numbers_the_best_f1_of_actions_is_first_and_what_is_not_known_last():
+    def row(**scores):
+        return {name: Score(value, "R2" if name == "x" else "F1") for name, value in scores.items()}
+
+    marks = [Row("random", "layer1", "avg", "conv1x1", 1, 1.0, row(**scores)).mark for scores in SCORES]
+    assert marks[:4] == [-3.0, 0.7, 0.5, 0.2]
+    assert np.isnan(marks[4:]).all()
+
+
+@pytest.mark.parametrize("labels", [tiny_labels, lambda env: {}])
+def test_rows_are_ordered_by_their_mark(labels, monkeypatch):
+    recording = record(make_vec_env(TinyGame, 4), 200, labels=labels)
+    given = iter(SCORES)
+
+    def scores_of(*arguments):
+        return {name: Score(value, "R2" if name == "x" else "F1") for name, value in next(given).items()}
+
+    monkeypatch.setattr(sb3_resnet.probing, "scores_of", scores_of)
+    rows = probe(
+        recording,
+        last_stage=["stem", "layer1", "layer2"],
+        pooling=["avg", "grid"],
+        backbone="resnet_mini",
+        adapter="conv1x1",
+    )
+    assert [row.mark for row in rows[:4]] == [0.7, 0.5, 0.2, -3.0]
+    assert np.isnan([row.mark for row in rows[4:]]).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"last_stage": "layer9"}, ValueError, "last_stage must be one of .*, got 'layer9'"),
+        ({"pooling": "max"}, ValueError, "pooling must be one of"),
+        ({"adapter": ["conv"]}, ValueError, "adapter must be one of"),
+        ({"backbone": "resnet99"}, ValueError, "backbone must be one of"),
+        ({"frame_channels": 2}, ValueError, "frame_channels must be 1"),
+        ({"weights": "none.pth"}, FileNotFoundError, "none.pth'?: no such file"),
+        ({"last_stage": []}, ValueError, "last_stage names none: write one of stem, .*, or leave it out"),
+        ({"pooling": 3}, TypeError, "pooling must be a list of names, got 3"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_probed_is_refused_before_anything_is_played(options, error, words):
+    with pytest.raises(error, match=words):
+        check_probe(make_vec_env(NeverPlayedTiny, 2), **{"backbone": "resnet_mini", **options})
+
+
+def test_the_command_checks_before_it_plays(tiny_id, monkeypatch):
+    monkeypatch.setattr("sb3_resnet.cli.probe.record", None)
+    status, _, error = run_command("probe", "--env", tiny_id, "--weights", "none.pth")
+    assert status == 1
+    assert "no such file" in error
+
+
+def test_too_few_episodes_or_steps_are_refused_before_anything_is_encoded(monkeypatch):
+    monkeypatch.setattr(sb3_resnet.probing, "features_at", None)
+    for envs, steps, words in ((2, 10, "needs at least 3 episodes"), (3, 3, "too few steps to be probed: record st")):
+        with pytest.raises(ValueError, match=words):
+            probe(record(make_vec_env(TinyGame, envs), steps, labels=tiny_labels), backbone="resnet_mini")
 
 
 def test_memory_of_games_is_read_and_other_environments_have_none():

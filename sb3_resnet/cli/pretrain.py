@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
-from sb3_resnet.cli.options import Device, EnvId, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, FrameChannels, Packages, Trust, Wrapper
 from sb3_resnet.cli.pickles import read_pickle
 from sb3_resnet.cli.show import gigabytes
 from sb3_resnet.common.arguments import integer
@@ -47,6 +47,7 @@ def command(
     last_stage: Annotated[str, typer.Option(metavar="STAGE", help="the highest stage that is trained")] = "layer2",
     adapter: Adapter = None,
     pooling: Annotated[str, typer.Option(metavar="NAME", help="of the last map")] = "spatial_softmax",
+    frame_channels: FrameChannels = None,
     image_size: Annotated[int | None, typer.Option(metavar="PIXELS", help="resize to this")] = None,
     imagenet_norm: Annotated[bool, typer.Option(help="normalise with the ImageNet statistics")] = True,
     frames: Annotated[int, typer.Option(metavar="N", help="frames to train on, kept in memory")] = 50_000,
