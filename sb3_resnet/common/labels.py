@@ -54,10 +54,7 @@ class LabelReader:
     """
 
     def __init__(self, env: VecEnv, labels: Callable[[Any], Mapping[str, Any]], keys: Sequence[str]) -> None:
-        if not callable(labels):
-            raise TypeError(
-                f"labels must be a function of the innermost environment that returns a dict, got {shown(labels)}"
-            )
+        check_labels(labels)
         self._labels, self._keys = labels, keys
         self._resets = ResetInfos(env)
         self._names: list[str] | None = None
@@ -87,6 +84,17 @@ class LabelReader:
                 "such as -1 where one is not seen"
             )
         return {**found, **_from_info(self._resets.of(index) if first else info, self._keys, first)}
+
+
+def check_labels(labels: Any) -> None:
+    """
+    :param labels: what the user passed
+    :raises TypeError: if it cannot be called
+    """
+    if not callable(labels):
+        raise TypeError(
+            f"labels must be a function of the innermost environment that returns a dict, got {shown(labels)}"
+        )
 
 
 def _refuse_taken(names: Sequence[str], keys: Sequence[str]) -> None:

@@ -48,7 +48,9 @@ def read_card(path: str | Path) -> dict[str, Any] | None:
         with safe_open(path, "pt") as file:
             text = (file.metadata() or {}).get(KEY)
     except SafetensorError as error:
-        raise ValueError(f"{str(path)!r} is not a whole safetensors file ({error}): copy or write it again") from error
+        raise ValueError(
+            f"{str(path)!r} is not a whole safetensors file ({error}): copy or write it again, or delete it"
+        ) from error
     if text is None:
         return None
     try:

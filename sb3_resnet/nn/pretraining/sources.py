@@ -17,10 +17,17 @@ Report = Callable[[float], None]
 
 
 def play(
-    env: VecEnv, capacity: int, frame_channels: int, seed: int, model: Any, epsilon: float, told: Report
+    env: VecEnv,
+    capacity: int,
+    frame_channels: int,
+    seed: int,
+    model: Any,
+    epsilon: float,
+    told: Report,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> Frames:
     """
-    Play until so many frames are there.
+    Play until so many frames are there, or time is up.
 
     :param env: environments of uint8 images, channels first
     :param capacity: frames to keep
@@ -29,6 +36,7 @@ def play(
     :param model: an SB3 model whose greedy actions are played; ``None``: random actions
     :param epsilon: share of random actions beside those of the model
     :param told: called with the share that is done
+    :param has_time: whether to play on
     :return: the frames
     """
     shape: Any = env.observation_space.shape
@@ -50,6 +58,8 @@ def play(
                 writer.act(index, int(action) - _first(env.action_space))
         observations, _, starts, _ = env.step(actions)
         told(writer.used / capacity)
+        if not has_time():
+            return writer.finished()
 
 
 def from_buffer(buffer: Any, capacity: int, frame_channels: int, space: Any, told: Report) -> Frames:
