@@ -778,7 +778,9 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     ]
     status, text, error = run_command("pretrain", "--env", tiny_id, "-o", path, *options)
     assert status == 0, error
-    assert "160 frames of 32x32 and 120 held-out observations take at most 0.7 MB" in text
+    said = " ".join(text.split())
+    assert "160 frames of 32x32 and 120 held-out observations take 0.7 MB" in said
+    assert "The network's activations come on top: about 2 GB for a batch of 512" in said
     used = f"weights='{path}', backbone='resnet_mini', last_stage='layer1', adapter='per_frame'"
     assert f"Use: features_extractor_kwargs=dict({used}, pooling='spatial_softmax')" in " ".join(text.split())
     assert "random weights had" in text

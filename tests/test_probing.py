@@ -1,6 +1,7 @@
 import csv
 import itertools
 import math
+import tracemalloc
 from functools import partial
 
 import gymnasium as gym
@@ -15,6 +16,8 @@ from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTr
 import sb3_resnet.probing
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.common.labels import ResetInfos
+from sb3_resnet.diagnosis import features
+from sb3_resnet.diagnosis.features import features_at
 from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
 from sb3_resnet.envs import make_atari_vec_env
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
@@ -394,6 +397,39 @@ def test_a_probe_scores_what_an_extractor_of_its_own_gives(recording):
     assert row.scores["column"].value > 0.9
     again = probe(recording, **options, adapter=["per_frame"], backbone="resnet_tiny")
     assert [one.scores for one in again] == [one.scores for one in rows]
+
+
+def test_neither_recording_nor_encoding_copies_all_observations():
+    tracemalloc.start()
+    recording = record(make_vec_env(partial(TinyGame, (4, 64, 64)), 4), 400, labels=tiny_labels)
+    size = recording.observations.nbytes
+    assert tracemalloc.get_traced_memory()[1] < 1.3 * size
+    tracemalloc.stop()
+    network = ResNetExtractor(recording.space, backbone="resnet_mini", last_stage="stem").eval()
+    tracemalloc.start()
+    ((*_, found, _),) = features_at(network, recording.observations, [("stem", "avg")])
+    assert tracemalloc.get_traced_memory()[1] < 0.4 * size
+    tracemalloc.stop()
+    assert found.shape == (400, 8)
+
+
+def test_each_image_is_encoded_once_and_each_row_gets_its_own(recording):
+    network = ResNetExtractor(recording.space, backbone="resnet_mini", last_stage="stem").eval()
+    passed = []
+    network.backbone.conv1.register_forward_hook(lambda module, seen, made: passed.append(len(made)))
+    rows = [0, 5, 0, 9, 5]
+    ((*_, found, _),) = features_at(network, recording.observations[rows], [("stem", "avg")])
+    ((*_, apart, _),) = features_at(network, recording.observations[[0, 5, 9]], [("stem", "avg")])
+    assert passed == [3, 3]
+    assert np.allclose(found, apart[[0, 1, 0, 2, 1]], atol=1e-6)
+
+
+def test_a_gpu_is_waited_for_before_the_clock_is_read(monkeypatch):
+    calls = []
+    monkeypatch.setattr(th.cuda, "synchronize", calls.append)
+    for name in ("cpu", "cuda"):
+        features._now(th.device(name))
+    assert calls == [th.device("cuda")]
 
 
 def test_ends_of_which_images_leave_nothing_are_left_out(recording):
