@@ -21,7 +21,9 @@ from typing import Any
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_resnet.common.arguments import listed
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
+from sb3_resnet.common.labels import check_labels
 from sb3_resnet.diagnosis.readout import split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
@@ -31,7 +33,7 @@ from sb3_resnet.nn.pretraining.board import tensorboard
 from sb3_resnet.nn.pretraining.checks import check_memory, check_player, read_output
 from sb3_resnet.nn.pretraining.frames import Frames
 from sb3_resnet.nn.pretraining.identity import source_of
-from sb3_resnet.nn.pretraining.run import CHECKPOINT, Probe, Run, Told, refuse_other
+from sb3_resnet.nn.pretraining.run import CHECKPOINT, CLOCK, Probe, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
 from sb3_resnet.nn.pretraining.trainer import Trainer
@@ -41,6 +43,7 @@ _HELD_OUT_SEED = 1_000_003  # added to the seed: other episodes
 _SPREAD = 4  # with eight environments and 2,400 rows each shows 1,200 steps
 _SPLITS = 3  # ways to split the episodes held out, since one alone scores by luck
 _IDENTITY = "arguments"  # key in the metadata of the file of frames
+_IS_WHOLE = "is_whole"  # likewise
 _LABEL = "label."
 _FRAMES = "frames.safetensors"
 
@@ -101,8 +104,9 @@ def pretrain(
     """
     began = time.monotonic()
     chosen = Settings.read(settings)
-    path = read_output(output)
+    path, info_keys = read_output(output), listed("info_keys", info_keys)
     check_played_images(env)
+    check_labels(labels)
     needed = chosen.frame_bytes(chosen.images(env.observation_space))
     check_player(chosen, env, model, replay_buffer)
     source = source_of(env, model, replay_buffer, labels, info_keys)
@@ -118,13 +122,14 @@ def pretrain(
     remove_left_overs(folder)
     run = Run(folder, chosen, identity, began)
     collecting = {**source, **chosen.plain(only_collecting=True)}
-    if not _is_stored(folder / _FRAMES, collecting):
-        held_out = _held_out(env, chosen, model, labels, info_keys, told)
-        _store(folder / _FRAMES, _collected(env, model, replay_buffer, chosen, told), held_out, collecting)
-    # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
-    frames, held_out = _stored(folder / _FRAMES, env.observation_space)
-    trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
-    with tensorboard(tensorboard_log) as log:
+    with tensorboard(tensorboard_log, run.next_update) as log:
+        if not _is_stored(folder / _FRAMES, collecting, run):
+            held_out = _held_out(env, run, model, labels, info_keys, told)
+            _store(folder / _FRAMES, _collected(env, model, replay_buffer, run, told), held_out, collecting)
+            del held_out
+        # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
+        frames, held_out = _stored(folder / _FRAMES, env.observation_space)
+        trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
         run.train(trainer, _probe_of(held_out, chosen), told, log)
     return _written(path, run, trainer, {**identity, **budget})
 
@@ -140,7 +145,7 @@ def _written(path: Path, run: Run, trainer: Trainer, arguments: Mapping[str, Any
 
 def _remove(folder: Path) -> None:
     """Remove what a run has written into its folder, and nothing else that may be there."""
-    for name in (CHECKPOINT, _FRAMES):
+    for name in (CHECKPOINT, CLOCK, _FRAMES):
         (folder / name).unlink(missing_ok=True)
     with suppress(OSError):
         folder.rmdir()
@@ -155,45 +160,67 @@ def _finished(path: Path, identity: Mapping[str, Any]) -> Result:
 
 
 def _held_out(
-    env: VecEnv, settings: Settings, model: Any, labels: LabelFunction, info_keys: Sequence[str], told: Told
+    env: VecEnv, run: Run, model: Any, labels: LabelFunction, info_keys: Sequence[str], told: Told
 ) -> Recording:
-    told("Playing episodes to be held out", 0.0, "")
+    settings = run.settings
+
+    def report(done: int, total: int) -> None:
+        told("Playing episodes to be held out", done / total, "")
+        run.note_time()
+
     seed = settings.seed + _HELD_OUT_SEED
-    recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys, _SPREAD)
+    recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys, _SPREAD, report)
     led = recording.actions >= 0
     if not all((split & led).any() for split in split_episodes(recording.episodes)):  # better found now
         raise ValueError(f"held_out={settings.held_out} are too few steps to be probed: write held_out=2400 or so")
     return recording
 
 
-def _collected(env: VecEnv, model: Any, replay_buffer: Any, settings: Settings, told: Told) -> Frames:
+def _collected(env: VecEnv, model: Any, replay_buffer: Any, run: Run, told: Told) -> tuple[Frames, bool]:
+    """:return: the frames, and whether these are all that were asked for, time not counted"""
+    settings = run.settings
     channels = settings.images(env.observation_space).frame_channels
 
     def report(share: float) -> None:
         told("Collecting frames", share, "")
+        run.note_time()
 
     if replay_buffer is not None:
-        return from_buffer(replay_buffer, settings.frames, channels, env.observation_space, report)
-    return play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report)
+        return from_buffer(replay_buffer, settings.frames, channels, env.observation_space, report), True
+    frames = play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report, run.may_collect)
+    used = len(frames.pixels)
+    is_whole = used + frames.parts.shape[1] > settings.frames
+    if not is_whole:
+        warnings.warn(
+            f"Half of the minutes left are spent, and {used:,} of {settings.frames:,} frames are there: these are "
+            "trained on. Write fewer frames, or more minutes.",
+            stacklevel=3,
+        )
+    return frames, is_whole
 
 
-def _store(path: Path, frames: Frames, held_out: Recording, identity: Mapping[str, Any]) -> None:
+def _store(path: Path, collected: tuple[Frames, bool], held_out: Recording, identity: Mapping[str, Any]) -> None:
     from safetensors.torch import save_file
 
     arrays = {"observations": held_out.observations, "episodes": held_out.episodes, "actions": held_out.actions}
     arrays |= {f"{_LABEL}{name}": values for name, values in held_out.labels.items()}
     tensors = {f"held_out.{name}": th.from_numpy(values) for name, values in arrays.items()}
+    frames, is_whole = collected
+    metadata = {_IDENTITY: json.dumps(identity), _IS_WHOLE: json.dumps(is_whole)}
     with written_whole(path) as (temporary,):
-        save_file({**frames.tensors(), **tensors}, temporary, metadata={_IDENTITY: json.dumps(identity)})
+        save_file({**frames.tensors(), **tensors}, temporary, metadata=metadata)
 
 
-def _is_stored(path: Path, identity: Mapping[str, Any]) -> bool:
+def _is_stored(path: Path, identity: Mapping[str, Any], run: Run) -> bool:
     from safetensors import safe_open
 
     if not path.exists():
         return False
     with safe_open(path, "pt") as file:
-        return bool(json.loads(file.metadata()[_IDENTITY]) == identity)
+        metadata = file.metadata()
+    # Frames for which there was no time are for the checkpoint that was trained on them: another attempt may have more.
+    is_whole = json.loads(metadata.get(_IS_WHOLE, "true")) or run.next_update is not None
+    return bool(is_whole and json.loads(metadata[_IDENTITY]) == identity)
 
 
 def _stored(path: Path, space: Any) -> tuple[Frames, Recording]:

@@ -7,37 +7,38 @@ features of every combination of weights, depth, pooling and adapter with a line
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise, product
+from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import torch as th
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_resnet.common.arguments import choice, integer, number
-from sb3_resnet.common.labels import ResetInfos, checked_labels, label_columns, labels_from_info
-from sb3_resnet.common.playing import next_actions
+from sb3_resnet.common.arguments import integer, listed, number
+from sb3_resnet.common.labels import LabelReader, label_columns
+from sb3_resnet.common.playing import check_model, next_actions
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
+from sb3_resnet.diagnosis.features import features_at
+from sb3_resnet.diagnosis.playing import Progress, played
 from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
-from sb3_resnet.nn.backbones import STAGES
 from sb3_resnet.nn.image_spaces import check_played_images
-from sb3_resnet.nn.pooling import POOLINGS, Pooling
 
-__all__ = ["Recording", "Row", "probe", "record"]
+__all__ = ["Recording", "Row", "check_probe", "probe", "record"]
 
 Array = NDArray[Any]
-#: Labels of one environment, given the innermost environment: numbers, or classes as ``int`` and ``bool``.
+#: Labels of one environment by name, given the innermost environment; the same names at each step. ``float`` is a
+#: number, ``bool`` a class, and ``int`` a class where it has up to 20 different values, else a number.
 LabelFunction = Callable[[Any], Mapping[str, Any]]
 
-_BATCH = 64
+_LAST_STAGES = ("layer1", "layer2", "layer3", "layer4")
+_POOLINGS = ("avg", "grid", "spatial_softmax")
 _FEW_REWARDS = 5  # different values up to which rewards are classes
-_SUCCESSIVE = 16  # steps that are kept together
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Recording:
 
     :param observations: as the environment gives them, ``(rows, C, H, W)``
     :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, ``(rows,)``; -1 in rows that are not scored; 0 for numbers
+    :param actions: the action that led to the observation, counted from 0 whatever the ``start`` of the action space,
+        ``(rows,)``; -1 in rows that are not scored; 0 for numbers
     :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
     :param space: of the observations
     """
@@ -86,6 +88,12 @@ class Row:
         """Mean R² of the numbers among the labels; NaN where there are none."""
         return mean_r2(self.scores)
 
+    @property
+    def mark(self) -> float:
+        """By which rows are ordered: the mean R²; the F1 of the actions where there are no numbers; else NaN."""
+        action = self.scores["action"].value if "action" in self.scores else None
+        return self.mean if action is None or not math.isnan(self.mean) else action
+
 
 def record(
     env: VecEnv,
@@ -96,13 +104,15 @@ def record(
     labels: LabelFunction = ram_labels,
     info_keys: Sequence[str] = (),
     spread: int = 1,
+    progress: Progress = lambda done, total: None,
 ) -> Recording:
     """
     Play an environment, and keep what is seen together with its labels.
 
     Labels are those of ``labels``, the keys of ``info_keys``, ``delta_<name>`` (difference from the step before) of
-    every number among both, ``reward``, and ``action``. The first observation of an episode is left out of the rows
-    that are scored, since nothing led to it; so is the second, where a reset lacks a number of ``info_keys``.
+    every number among both, ``reward``, and ``action``. Whole numbers of up to 20 different values are classes.
+    The first observation of an episode is left out of the rows that are scored, since nothing led to it; so is the
+    second, where a reset lacks a number of ``info_keys``.
 
     :param env: environments in this process of images, channels first; more of them give more episodes
     :param steps: observations in all
@@ -111,61 +121,44 @@ def record(
     :param epsilon: share of random actions beside those of the model
     :param labels: called with each innermost environment after each step; the default reads the annotated memory of
         Atari games (:mod:`sb3_resnet.envs.atari_ram`)
-    :param info_keys: keys of ``info`` that are labels
+    :param info_keys: keys of ``info`` that are labels; one may be written without a list
     :param spread: play so many times as long, and keep 16 successive steps of as many times 16
+    :param progress: called with the steps done of each environment, and their number in all
     :return: the recording, ordered by environment and time
     :raises ValueError: for values that cannot work, other than images channels first, environments in other processes,
-        labels that are no numbers, and a key that ``info`` does not have
+        a model of other observations or actions, labels that are no numbers or not finite, names that are taken or
+        differ between steps, and a key that ``info`` does not have
+    :raises TypeError: for wrong types
     """
-    _check(env)
-    steps = integer("steps", steps, 1)
+    _check(env, model)
+    steps, spread = integer("steps", steps, 1), integer("spread", spread, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
-    rng = np.random.default_rng(seed)
+    reader = LabelReader(env, labels, listed("info_keys", info_keys))
     env.seed(seed)
     env.action_space.seed(seed)
-    observations: Any = env.reset()
-    resets = ResetInfos(env)
-    tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
-    starts = np.ones(env.num_envs, bool)
-    choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
-    infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
-    episodes = np.zeros(env.num_envs, int)
-    each = -(-steps // env.num_envs)
-    for step in range(each * spread):
-        episodes += starts
-        for index, inner in enumerate(env.get_attr("unwrapped")):
-            if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
-                continue
-            first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
-            # At a start the info of the step is that of the episode before.
-            info = resets.of(index) if starts[index] else infos[index]
-            known = {**checked_labels(labels(inner)), **labels_from_info(info, info_keys, bool(starts[index]))}
-            seen = {"observation": observations[index].copy(), "episode": int(episodes[index]), "first": first}
-            then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
-            tracks[index].append({**seen, **then})
-        actions = next_actions(env, observations, model, epsilon, rng)
-        choices = actions if actions.ndim == 1 else np.zeros(env.num_envs, int)  # numbers are no classes
-        observations, rewards, starts, infos = env.step(actions)
-    return _joined(tracks, env.observation_space)
+    act = partial(next_actions, env, model=model, epsilon=epsilon, rng=np.random.default_rng(seed))
+    observations, tracks = played(env, act, reader, -(-steps // env.num_envs), spread, progress)
+    return _joined(observations, tracks, env.observation_space)
 
 
 def probe(
     recording: Recording,
     weights: Sequence[str] = (RANDOM,),
-    last_stage: Sequence[str] = ("layer1", "layer2", "layer3", "layer4"),
-    pooling: Sequence[str] = ("avg", "grid", "spatial_softmax"),
+    last_stage: Sequence[str] = _LAST_STAGES,
+    pooling: Sequence[str] = _POOLINGS,
     adapter: Sequence[str] | None = None,
     seed: int = 0,
     backbone: str = "resnet18",
     device: str = "cpu",
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
     frame_channels: int | None = None,
 ) -> list[Row]:
     """
     Read every label from the features of every combination.
 
     :param recording: of :func:`record`
-    :param weights: ``"random"``, ``"pretrained"``, or paths of weights files
+    :param weights: ``"random"``, ``"pretrained"``, or paths of weights files; of these and the next three, one may be
+        written without a list
     :param last_stage: where the trunk is cut
     :param pooling: of the last map
     :param adapter: how frames reach the trunk; ``None``: ``"conv1x1"`` and ``"per_frame"``, only ``"conv1x1"`` for RGB
@@ -174,27 +167,58 @@ def probe(
     :param backbone: a torchvision ResNet
     :param device: where features are computed
     :param progress: called with the observations done and their number in all
-    :param frame_channels: channels of one frame, as :class:`~sb3_resnet.ResNetExtractor` takes it
-    :return: a row per combination, the best mean R² first; weights of :func:`~sb3_resnet.pretraining.pretrain` are
-        read as they were trained, and left out of combinations with another adapter or a higher stage
+    :param frame_channels: channels of one frame, as :class:`~sb3_resnet.ResNetExtractor` takes it; for weights of a
+        pretraining those with which they were trained
+    :return: a row per combination, the best :attr:`Row.mark` first; weights of
+        :func:`~sb3_resnet.pretraining.pretrain` are read as they were trained, and left out of combinations with
+        another adapter or a higher stage; so are stages and poolings for which images of this size are too small
     :raises ValueError: for values that cannot work
+    :raises TypeError: for wrong types
+    :raises FileNotFoundError: if weights are not there
     """
-    for name in last_stage:
-        choice("last_stage", name, STAGES)
-    for name in pooling:
-        choice("pooling", name, POOLINGS)
+    found = combinations(recording.space, weights, adapter, last_stage, pooling, backbone, frame_channels)
+    if not all((split & (recording.actions >= 0)).any() for split in split_episodes(recording.episodes, seed)):
+        raise ValueError("These are too few steps to be probed: record steps=2400 or so")
     rows: list[Row] = []
-    found = combinations(recording.space, weights, adapter, last_stage, backbone, frame_channels)
     for index, one in enumerate(found):
 
         def report(done: int, first: int = index) -> None:
             progress(first * len(recording.actions) + done, len(found) * len(recording.actions))
 
         extractor = one.extractor(recording.space, seed).to(device)
-        for stage, pool, features, rate in _features(extractor, recording, one.stages, pooling, report):
+        for stage, pool, features, rate in features_at(extractor, recording.observations, one.ends, report):
             scores = scores_of(recording, features, seed)
             rows.append(Row(one.source, stage, pool, one.adapter, features.shape[1], rate, scores))
-    return sorted(rows, key=lambda row: (-np.nan_to_num(row.mean, nan=-1.0), row.features))
+    return sorted(rows, key=lambda row: (math.isnan(row.mark), -np.nan_to_num(row.mark), row.features))
+
+
+def check_probe(
+    env: VecEnv,
+    weights: Sequence[str] = (RANDOM,),
+    last_stage: Sequence[str] = _LAST_STAGES,
+    pooling: Sequence[str] = _POOLINGS,
+    adapter: Sequence[str] | None = None,
+    backbone: str = "resnet18",
+    frame_channels: int | None = None,
+) -> None:
+    """
+    Find before an environment is played what :func:`probe` would refuse, weights that cannot be read included.
+
+    :param env: environments that are to be played
+    :param weights: as for :func:`probe`, and so are the others
+    :param last_stage: where the trunk is cut
+    :param pooling: of the last map
+    :param adapter: how frames reach the trunk
+    :param backbone: a torchvision ResNet
+    :param frame_channels: channels of one frame
+    :raises ValueError: for values that cannot work
+    :raises TypeError: for wrong types
+    :raises FileNotFoundError: if weights are not there
+    """
+    check_played_images(env)
+    space = env.observation_space
+    for one in combinations(space, weights, adapter, last_stage, pooling, backbone, frame_channels):
+        one.extractor(space, seed=0)
 
 
 def features_of(recording: Recording, extractor: ResNetExtractor) -> Array:
@@ -203,8 +227,8 @@ def features_of(recording: Recording, extractor: ResNetExtractor) -> Array:
     :param extractor: in eval mode, without a projection
     :return: the pooled features of every observation, ``(rows, n)``
     """
-    stage = extractor.stages[-1]
-    ((_, _, features, _),) = _features(extractor, recording, [stage], [extractor.pooling], lambda done: None)
+    end = (extractor.stages[-1], extractor.pooling)
+    ((_, _, features, _),) = features_at(extractor, recording.observations, [end])
     return features
 
 
@@ -224,13 +248,14 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
 
 
-def _check(env: VecEnv) -> None:
+def _check(env: VecEnv, model: Any) -> None:
     check_played_images(env)
     if isinstance(env.unwrapped, SubprocVecEnv):
         raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
+    check_model(model, env)
 
 
-def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:
+def _joined(observations: Array, tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:
     """One row per observation, environment after environment, with the labels that need a step before."""
     rows = [row for track in tracks for row in track]
     firsts = np.array([row["first"] or index == 0 for track in tracks for index, row in enumerate(track)])
@@ -241,40 +266,4 @@ def _joined(tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Record
     actions[firsts | unknown] = -1
     kinds, which = np.unique(rewards := np.array([row["reward"] for row in rows]), return_inverse=True)
     labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
-    observations = np.stack([row["observation"] for row in rows])
     return Recording(observations, np.cumsum(begins), actions, labels, space)
-
-
-@th.inference_mode()
-def _features(
-    extractor: ResNetExtractor,
-    recording: Recording,
-    stages: Sequence[str],
-    poolings: Sequence[str],
-    report: Callable[[int], None],
-) -> Iterator[tuple[str, str, Array, float]]:
-    """All depths and poolings in one pass: stage, pooling, features ``(rows, n)``, and images per second."""
-    images = extractor.preprocessing.as_images(th.as_tensor(recording.observations)).numpy()
-    # Stacks share frames, and each is encoded once.
-    alike = np.ascontiguousarray(images).reshape(len(images), -1)
-    _, first, which = np.unique(
-        alike.view(np.dtype((np.void, alike[0].nbytes))), return_index=True, return_inverse=True
-    )
-    found: dict[tuple[str, str], list[Array]] = {key: [] for key in product(stages, poolings)}
-    seconds = dict.fromkeys(stages, 0.0)
-    for start in range(0, len(first), _BATCH):
-        batch = th.as_tensor(images[first[start : start + _BATCH]], device=extractor.input_mean.device)
-        began, spent = time.perf_counter(), 0.0
-        x = extractor.preprocessing.unit_images(batch)
-        for stage in extractor.stages:
-            x = extractor.run_stages(x, [stage])
-            spent += time.perf_counter() - began
-            if stage in seconds:
-                seconds[stage] += spent
-                for pooling in poolings:
-                    found[stage, pooling].append(Pooling(pooling)(x).cpu().numpy())
-            began = time.perf_counter()
-        report((start + len(batch)) * len(recording.observations) // len(first))
-    for (stage, pooling), parts in found.items():
-        features = np.concatenate(parts)[which.ravel()].reshape(len(recording.observations), -1)
-        yield stage, pooling, features, len(first) / seconds[stage]

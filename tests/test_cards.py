@@ -151,6 +151,36 @@ def test_a_damaged_card_is_named(text, tmp_path):
         read_card(path)
 
 
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "w.safetensors"
+    path.write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"w\.safetensors' is not a whole safetensors file .*: copy or write it again"):
+        read_card(path)
+    with pytest.raises(ValueError, match="is not a whole safetensors file"):
+        probe(recorded(4), [str(path)], backbone="resnet_mini")
+
+
+@pytest.mark.parametrize(
+    ("card", "used", "channels", "frame_channels"),
+    [
+        ({}, {"size": 48}, 4, None),
+        ({"observed_size": [40, 40]}, {"size": 48}, 4, None),
+        ({}, {}, 3, None),
+        ({}, {}, 3, 1),
+        ({}, {"size": 48}, 6, None),
+        ({"channels": 6, "frame_channels": 3}, {}, 3, None),
+    ],
+)
+def test_a_probe_shows_pretrained_weights_the_images_they_know(card, used, channels, frame_channels, tmp_path):
+    if channels == 3 and card:
+        card = {**card, "adapter": "none", "channels": 3}
+    path = str(write(tmp_path / "w.safetensors", **card))
+    recording = recorded(channels, **used)
+    options = {"last_stage": "layer1", "pooling": "avg", "frame_channels": frame_channels}
+    (row,) = probe(recording, path, **options)
+    assert row.features == (8 if card.get("adapter") == "none" else 8 * channels)
+
+
 def test_other_files_have_no_card(tmp_path):
     save_file({"conv1.weight": th.zeros(1)}, tmp_path / "w.safetensors", metadata={"format": "pt"})
     assert read_card(tmp_path / "w.safetensors") is None
@@ -158,15 +188,15 @@ def test_other_files_have_no_card(tmp_path):
     assert read_card(tmp_path / "w.pth") is None
 
 
-def recorded(channels):
+def recorded(channels, size=32):
     rng = np.random.default_rng(0)
     rows = 60
     return Recording(
-        rng.integers(0, 256, (rows, channels, 32, 32), dtype=np.uint8),
+        rng.integers(0, 256, (rows, channels, size, size), dtype=np.uint8),
         np.repeat(np.arange(6), 10),
         np.where(np.arange(rows) % 10 == 0, -1, rng.integers(0, 2, rows)),
         {"noise": rng.normal(size=rows)},
-        space(channels),
+        space(channels, size),
     )
 
 

@@ -498,6 +498,84 @@ def test_minutes_count_the_time_of_earlier_attempts(tmp_path, monkeypatch):
     assert small(path, **options).card["updates"] == 6
 
 
+class SlowGame(TinyGame):
+    """Each step of one environment takes a second of the clock of the test."""
+
+    now = None
+
+    def step(self, action):
+        self.now[0] += 1.0
+        return super().step(action)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(SlowGame, "now", now)
+    return now
+
+
+def test_collecting_ends_when_half_of_the_minutes_are_spent(tmp_path, clock, monkeypatch):
+    step = Trainer.step
+
+    def slow(self):
+        clock[0] += 50.0
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", slow)
+    # Held-out steps take 480 seconds of 990, and each step of four environments takes 4.
+    path = tmp_path / "w.safetensors"
+    words = r"Half of the minutes .* spent, and \d+ of 5,000 frames are there: .* Write fewer frames, or more minutes"
+    with pytest.warns(UserWarning, match=words):
+        card = small(path, SlowGame, frames=5_000, updates=None, minutes=990 / 60).card
+    assert (card["updates"], card["frames"]) == (10, 4 * 4 + 4)
+    clock[0] = 0.0
+    whole = small(tmp_path / "whole.safetensors", SlowGame, minutes=1e6)
+    assert_same_weights(whole.path, small(tmp_path / "never.safetensors", SlowGame).path)
+
+
+def test_minutes_count_the_time_of_attempts_that_were_killed_while_they_collected(tmp_path, clock):
+    path = tmp_path / "w.safetensors"
+    options = {"env": SlowGame, "frames": 5_000, "updates": None}
+
+    def cut(what, share, figures):
+        if clock[0] > 700:
+            raise CutError
+
+    with pytest.raises(CutError):
+        small(path, minutes=100, told=cut, **options)
+    assert [file.name for file in Path(f"{path}.run").iterdir()] == ["seconds.json"]
+    clock[0] = 0.0
+    with pytest.warns(UserWarning, match="Half of the minutes"), pytest.raises(CutError):
+        # Of 1,700 seconds about 700 are spent, and half of the others are for collecting.
+        small(path, minutes=1700 / 60, told=stop_at_update(1), **options)
+    assert 490 < clock[0] < 515
+    clock[0] = 0.0
+    Path(f"{path}.run", "checkpoint.pt").unlink()
+    with pytest.warns(UserWarning, match="Half of the minutes"), pytest.raises(CutError):
+        # Not of the same run; and frames for which there was no time are collected again.
+        small(path, minutes=1700 / 60, told=stop_at_update(1), **options, patience=9)
+    assert 845 < clock[0] < 870
+
+
+def assert_same_weights(one, other):
+    left, right = load_file(one), load_file(other)
+    assert all(th.equal(value, right[key]) for key, value in left.items())
+
+
+def test_frames_for_which_there_was_no_time_are_kept_for_their_checkpoint(tmp_path, clock):
+    path = tmp_path / "w.safetensors"
+    options = {"env": SlowGame, "frames": 5_000, "minutes": 2000 / 60, "updates": 6}
+    with pytest.warns(UserWarning, match="Half of the minutes"):
+        whole = small(tmp_path / "whole.safetensors", **options)
+    clock[0] = 0.0
+    with pytest.warns(UserWarning, match="Half of the minutes"), pytest.raises(CutError):
+        small(path, told=stop_at_update(3), **options)
+    assert_same_weights(small(path, **options).path, whole.path)
+    assert not Path(f"{path}.run").exists()
+
+
 def stop_at_update(number):
     seen = []
 
@@ -558,6 +636,11 @@ def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_l
         ({"batchsize": 4}, TypeError, "pretrain has no argument 'batchsize'; did you mean 'batch_size'"),
         ({"objective": "byol"}, ValueError, "objective must be one of 'atc', 'barlow'"),
         ({"updates": 0}, ValueError, "updates must be finite and >= 1"),
+        (
+            {"labels": 3.0},
+            TypeError,
+            "labels must be a function of the innermost environment that returns a dict, got 3",
+        ),
         ({"minutes": 0}, ValueError, "minutes must be finite and > 0"),
         ({"dtype": "float16"}, ValueError, "dtype must be one of"),
         ({"device": "gpu"}, ValueError, "device must be 'auto', 'cpu' or 'cuda', got 'gpu'"),
@@ -607,6 +690,9 @@ def box_of_floats():
 
 def test_files_that_are_no_pretraining_are_not_overwritten(tmp_path):
     path = tmp_path / "w.safetensors"
+    path.write_bytes(b"abc")
+    with pytest.raises(ValueError, match=r"is not a whole safetensors file .* or delete it"):
+        small(path)
     save_file({"conv1.weight": th.zeros(3)}, path)
     before = path.read_bytes()
     with pytest.raises(ValueError, match="exists and is no file of a pretraining: write another output"):
@@ -639,9 +725,13 @@ def test_a_replay_buffer_of_others_is_refused_before_the_environment_is_played(o
 
     monkeypatch.setattr(sb3_resnet.pretraining, "_held_out", play)
     same = TinyGame().action_space
-    for other in (filled(RGBGame().observation_space, same), same):
-        with pytest.raises(ValueError, match=r"The replay buffer has .*, and the environment Box.*same wrappers"):
-            small(tmp_path / "w.safetensors", objective=objective, replay_buffer=other)
+    other = filled(RGBGame().observation_space, same)
+    with pytest.raises(ValueError, match=r"The replay buffer has Box.*, and the environment Box.*same wrappers"):
+        small(tmp_path / "w.safetensors", objective=objective, replay_buffer=other)
+    with pytest.raises(
+        TypeError, match=r"replay_buffer must be a ReplayBuffer of SB3, got 'm.pkl': load it first, such"
+    ):
+        small(tmp_path / "w.safetensors", objective=objective, replay_buffer="m.pkl")
     for actions in (spaces.Discrete(same.n + 1), spaces.Discrete(same.n, start=1)):
         error = ValueError if objective == "barlow" else PlayedError
         with pytest.raises(error, match="The replay buffer has the actions Discrete" if error is ValueError else None):
@@ -661,6 +751,25 @@ def test_tensorboard_shows_loss_score_and_collapse(tmp_path):
     assert len(events.Scalars("pretrain/effective_rank")) == len(events.Scalars("pretrain/spread")) == 4
 
 
+def test_a_run_that_goes_on_takes_back_what_it_will_log_again(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = {"path": tmp_path / "w.safetensors", "tensorboard_log": tmp_path / "board"}
+    with pytest.raises(CutError):
+        small(told=stop_at_update(3), **options)
+    small(**options)
+    events = EventAccumulator(str(tmp_path / "board")).Reload()
+    assert [event.step for event in events.Scalars("pretrain/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("pretrain/score")] == [0, 2, 4, 6]
+
+
+def test_a_missing_tensorboard_is_found_before_anything_is_played(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr(sb3_resnet.pretraining, "record", None)
+    with pytest.raises(ImportError, match="tensorboard_log needs TensorBoard: pip install"):
+        small(tmp_path / "w.safetensors", tensorboard_log=tmp_path / "board")
+
+
 def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe_and_check_take(tiny_id, tmp_path):
     path = tmp_path / "tiny.safetensors"
     options = [
@@ -669,7 +778,9 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     ]
     status, text, error = run_command("pretrain", "--env", tiny_id, "-o", path, *options)
     assert status == 0, error
-    assert "160 frames of 32x32 and 120 held-out observations take at most 0.7 MB" in text
+    said = " ".join(text.split())
+    assert "160 frames of 32x32 and 120 held-out observations take 0.7 MB" in said
+    assert "The network's activations come on top: about 2 GB for a batch of 512" in said
     used = f"weights='{path}', backbone='resnet_mini', last_stage='layer1', adapter='per_frame'"
     assert f"Use: features_extractor_kwargs=dict({used}, pooling='spatial_softmax')" in " ".join(text.split())
     assert "random weights had" in text
@@ -687,6 +798,17 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     status, text, _ = run_command(*check)
     assert status == 1
     assert "write adapter='per_frame'" in " ".join(text.split())
+
+
+def test_the_command_takes_three_grey_frames(tmp_path):
+    gym.register("ThreeGrey-v0", RGBGame)
+    options = ["--updates", 1, "--frames", 160, "--held-out", 120, "--batch-size", 8, "--backbone", "resnet_mini"]
+    options += ["--last-stage", "stem", "--labels", "tests.test_pretraining.column", "--n-envs", 4]
+    start = ("pretrain", "--env", "ThreeGrey-v0", "-o", tmp_path / "w.safetensors", *options)
+    status, text, error = run_command(*start, "--frame-channels", 1)
+    assert status == 0, error
+    assert "adapter='per_frame', frame_channels=1" in " ".join(text.split())
+    del gym.envs.registration.registry["ThreeGrey-v0"]
 
 
 def test_the_command_reads_a_replay_buffer_and_code_in_it_needs_trust(tiny_id, tmp_path):

@@ -151,6 +151,52 @@ def test_the_newest_frames_of_a_buffer_are_kept():
     assert int(values.max()) >= 115
 
 
+def stacks(first, count):
+    """Successive stacks of four frames, the frames numbered from ``first`` on."""
+    return [
+        np.repeat(np.arange(first + step, first + step + 4, dtype=np.uint8), 64).reshape(1, *SPACE.shape)
+        for step in range(count)
+    ]
+
+
+def shared_buffer(observations):
+    options = {"optimize_memory_usage": True, "handle_timeout_termination": False, "device": "cpu"}
+    buffer = ReplayBuffer(len(observations) + 1, SPACE, spaces.Discrete(3), **options)
+    for now in observations:
+        # What follows is overwritten by the next observation that is added.
+        buffer.add(now, now, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+    return buffer
+
+
+def test_where_next_observations_are_not_kept_a_stack_that_does_not_continue_begins_an_episode():
+    buffer = shared_buffer([*stacks(10, 6), *stacks(60, 5)])
+    frames = from_buffer(buffer, 500, 1, SPACE, quiet)
+    assert frames.episodes.tolist() == [0] * 6 + [1] * 5
+    newest = frames.images(th.arange(11), newest_only=True)[:, 0, 0, 0]
+    assert newest.tolist() == [*range(13, 19), *range(63, 68)]
+
+
+def test_channels_that_are_no_stack_of_frames_tell_nothing_of_episodes():
+    rng = np.random.default_rng(0)
+    buffer = shared_buffer(list(rng.integers(0, 256, (8, 1, *SPACE.shape), dtype=np.uint8)))
+    assert len(from_buffer(buffer, 500, 1, SPACE, quiet).episodes.unique()) == 1
+
+
+def test_the_newest_are_kept_where_stacks_share_few_frames_and_no_room_is_left():
+    buffer = ReplayBuffer(60, SPACE, spaces.Discrete(3), device="cpu")
+    for episode in range(12):
+        seen = stacks(10 * episode, 4)
+        for step in range(3):
+            buffer.add(seen[step], seen[step + 1], np.zeros((1, 1)), np.zeros(1), np.array([step == 2]), [{}])
+    # An episode of three steps has six frames, and its last two steps have five.
+    for capacity, rows, used in ((100, 36, 72), (72, 36, 72), (71, 35, 71), (70, 34, 70), (69, 33, 66), (3, 0, 0)):
+        frames = from_buffer(buffer, capacity, 1, SPACE, quiet)
+        assert (len(frames.episodes), len(frames.pixels)) == (rows, used)
+        expected = [frame[0] for episode in range(12) for frame in stacks(10 * episode, 3)]
+        images = frames.images(th.arange(rows), newest_only=False).numpy()
+        assert np.array_equal(images, np.array(expected[36 - rows :]).reshape(images.shape))
+
+
 def test_an_empty_buffer_is_refused():
     with pytest.raises(ValueError, match="is empty"):
         from_buffer(filled_buffer(ReplayBuffer, 5, 0), 50, 1, SPACE, quiet)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from stable_baselines3 import A2C, DQN, PPO, HerReplayBuffer
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.buffers import DictReplayBuffer
 
 from sb3_resnet.cli.extras import import_extra
@@ -23,28 +23,33 @@ from sb3_resnet.extractor_combined import ResNetCombinedExtractor
 
 #: An attribute that only the saved data of this algorithm has, or of it and those above.
 _MARKS = {"qrdqn": "n_quantiles", "dqn": "exploration_initial_eps", "ppo": "clip_range", "a2c": "normalize_advantage"}
+# Likewise of algorithms whose models these commands can let play, and no more.
+_PLAYS = {"sac": "target_entropy", "td3": "policy_delay"}
 # What a model needs for training alone is kept small.
 _SMALL: dict[str, Any] = {"buffer_size": 1, "n_envs": 1, "tensorboard_log": None, "verbose": 0}
 
 
-def load_model(path: str | Path, device: str = "cpu", trust: bool = False, takes_dict: bool = False) -> Any:
+def load_model(
+    path: str | Path, device: str = "cpu", trust: bool = False, takes_dict: bool = False, only_plays: bool = False
+) -> Any:
     """
     Load a model that Stable-Baselines3 saved, without a replay buffer of its size and without its environment.
 
     Tensors are read with ``weights_only=True``. SB3 would unpickle the rest, and so run code that the file may hold.
     Here only the classes that an ordinary model needs are accepted.
 
-    :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C
+    :param path: a ``.zip`` of DQN, QRDQN, PPO or A2C; where it only plays, also of SAC, TD3 or DDPG
     :param device: device of the model: ``"auto"``, ``"cpu"`` or ``"cuda"``
     :param trust: also run code that the file holds, such as a learning rate that is a function
     :param takes_dict: whether a model that sees a Dict will do
+    :param only_plays: whether a model without a ResNet will do
     :return: the model
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if it is not such a model, has no ResNet, or names other code than ``trust`` allows
     """
     device = read_device(device)
     path = model_file(path)
-    algorithm = algorithm_class(algorithm_name(path))
+    algorithm = algorithm_class(algorithm_name(path, only_plays))
     content = path.read_bytes()  # once: what is looked at is what is loaded
     parts = None if trust else unpickled_data(content, path)
     try:
@@ -54,7 +59,8 @@ def load_model(path: str | Path, device: str = "cpu", trust: bool = False, takes
             model = algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **options)
     except Exception as error:  # damaged archives and foreign pickles raise almost anything
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
-    (extractors_of if takes_dict else extractor_of)(model, str(path))
+    if not only_plays:
+        (extractors_of if takes_dict else extractor_of)(model, str(path))
     return model
 
 
@@ -136,10 +142,11 @@ def model_file(path: str | Path) -> Path:
     raise FileNotFoundError(f"{path} is {'a folder, not a model' if path.is_dir() else 'no file'}{hint}")
 
 
-def algorithm_name(path: Path) -> str:
+def algorithm_name(path: Path, only_plays: bool = False) -> str:
     """
     :param path: a saved model
-    :return: ``"dqn"``, ``"qrdqn"``, ``"ppo"`` or ``"a2c"``
+    :param only_plays: whether an algorithm that these commands do not know further will do
+    :return: ``"dqn"``, ``"qrdqn"``, ``"ppo"`` or ``"a2c"``, and ``"sac"`` or ``"td3"`` where it only plays
     :raises ValueError: for any other file
     """
     try:
@@ -150,9 +157,10 @@ def algorithm_name(path: Path) -> str:
         raise ValueError(f"{path} is no model of Stable-Baselines3 ({one_line(error)})") from error
     if not isinstance(data, dict) or "policy.pth" not in names:
         raise ValueError(f"{path} is a zip, but no model of Stable-Baselines3: it lacks 'data' or 'policy.pth'")
-    found = next((name for name, mark in _MARKS.items() if mark in data), None)
+    marks = {**_MARKS, **(_PLAYS if only_plays else {})}
+    found = next((name for name, mark in marks.items() if mark in data), None)
     if found is None:
-        raise ValueError(f"{path} was saved by another algorithm than {', '.join(_MARKS)}")
+        raise ValueError(f"{path} was saved by another algorithm than {', '.join(marks)}")
     return found
 
 
@@ -164,4 +172,4 @@ def algorithm_class(name: str) -> Any:
     """
     if name == "qrdqn":
         return import_extra("sb3_contrib", "contrib").QRDQN
-    return {"dqn": DQN, "ppo": PPO, "a2c": A2C}[name]
+    return {"dqn": DQN, "ppo": PPO, "a2c": A2C, "sac": SAC, "td3": TD3}[name]

@@ -15,6 +15,7 @@ Packages = Annotated[
 Wrapper = Annotated[
     str | None, typer.Option(metavar="PATH", help="class that wraps the environment: package.module.Class")
 ]
+FrameChannels = Annotated[int | None, typer.Option(metavar="N", help="write 1 for three stacked grey frames")]
 Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu or cuda")]
 Trust = Annotated[bool, typer.Option("--trust", help="also run code that the file holds: only if you know who made it")]
 Strict = Annotated[bool, typer.Option("--strict", help="exit status 1 for warnings too")]

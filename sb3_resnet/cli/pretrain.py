@@ -14,7 +14,7 @@ from rich.text import Text
 
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
-from sb3_resnet.cli.options import Device, EnvId, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, FrameChannels, Packages, Trust, Wrapper
 from sb3_resnet.cli.pickles import read_pickle
 from sb3_resnet.cli.show import gigabytes
 from sb3_resnet.common.arguments import integer
@@ -47,6 +47,7 @@ def command(
     last_stage: Annotated[str, typer.Option(metavar="STAGE", help="the highest stage that is trained")] = "layer2",
     adapter: Adapter = None,
     pooling: Annotated[str, typer.Option(metavar="NAME", help="of the last map")] = "spatial_softmax",
+    frame_channels: FrameChannels = None,
     image_size: Annotated[int | None, typer.Option(metavar="PIXELS", help="resize to this")] = None,
     imagenet_norm: Annotated[bool, typer.Option(help="normalise with the ImageNet statistics")] = True,
     frames: Annotated[int, typer.Option(metavar="N", help="frames to train on, kept in memory")] = 50_000,
@@ -83,7 +84,7 @@ def command(
     n_envs = integer("--n-envs", n_envs, 1)
     envs.import_packages(gym_packages or [])
     sources: dict[str, Any] = {
-        "model": None if model is None else load_model(model, device, trust),
+        "model": None if model is None else load_model(model, device, trust, only_plays=True),
         "replay_buffer": None if replay_buffer is None else read_pickle(replay_buffer, trust),
         "labels": ram_labels if labels is None else envs.class_of("--labels", labels),
         "info_keys": info_key or (),
@@ -135,6 +136,8 @@ def _say_memory(context: typer.Context, settings: Settings, space: Any) -> None:
     images = settings.images(space)
     needed, left = settings.frame_bytes(images), available_bytes()
     size = "x".join(map(str, images.observed_size))
-    told = f"{settings.frames:,} frames of {size} and {settings.held_out:,} held-out observations take at most"
+    told = f"{settings.frames:,} frames of {size} and {settings.held_out:,} held-out observations take"
     rest = "" if left is None else f" of {gigabytes(left)} that are left"
-    context.obj.print(f"{told} {gigabytes(needed)}{rest}.", highlight=False)
+    # The figure of docs/guides/pretraining.md.
+    on_top = "The network's activations come on top: about 2 GB for a batch of 512 in bfloat16 at 84x84."
+    context.obj.print(f"{told} {gigabytes(needed)}{rest}. {on_top}", highlight=False)

@@ -16,18 +16,17 @@ from rich.text import Text
 
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
-from sb3_resnet.cli.options import Device, EnvId, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, FrameChannels, Packages, Trust, Wrapper
 from sb3_resnet.cli.plot import refuse_bad_picture
 from sb3_resnet.cli.probe_plot import draw
 from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.envs.atari_ram import ram_labels
-from sb3_resnet.probing import Row, probe, record
+from sb3_resnet.probing import Row, check_probe, probe, record
 
 Weights = Annotated[
     list[str] | None, typer.Option(metavar="NAME|FILE", help="random, pretrained, or a weights file; repeat")
 ]
 LastStage = Annotated[list[str] | None, typer.Option(metavar="STAGE", help="where the trunk is cut; repeat")]
-FrameChannels = Annotated[int | None, typer.Option(metavar="N", help="write 1 for three stacked grey frames")]
 Model = Annotated[Path | None, typer.Option(metavar="MODEL.zip", help="plays greedily; default: random actions")]
 Labels = Annotated[
     str | None, typer.Option(metavar="PATH", help="function of the innermost environment: package.module.name")
@@ -64,6 +63,7 @@ def command(
 
     The state of an Atari game is its annotated memory. Scores are of episodes that the readout has not seen.
     """
+    device = read_device(device)
     steps, n_envs = integer("--steps", steps, 1), integer("--n-envs", n_envs, 1)
     epsilon = number("--epsilon", epsilon, 0.0, 1.0)
     if output is not None and output.suffix != ".csv":
@@ -71,21 +71,21 @@ def command(
     if plot is not None:
         refuse_bad_picture(plot)
     envs.import_packages(gym_packages or [])
-    agent = None if model is None else load_model(model, device, trust)
+    agent = None if model is None else load_model(model, device, trust, only_plays=True)
     reads = ram_labels if labels is None else envs.class_of("--labels", labels)
-    with contextlib.closing(envs.make_env(env, n_envs, seed, wrapper=wrapper)) as game:
-        recording = record(game, steps, seed, agent, epsilon, reads, info_key or ())
     given = {"weights": weights, "last_stage": last_stage, "pooling": pooling, "adapter": adapter}
     chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
+    chosen |= {"backbone": backbone, "frame_channels": frame_channels}
+    with contextlib.closing(envs.make_env(env, n_envs, seed, wrapper=wrapper)) as game:
+        check_probe(game, **chosen)
+        recording = record(game, steps, seed, agent, epsilon, reads, info_key or ())
     with Progress(console=context.obj, transient=True) as bar:
         task = bar.add_task("Encoding")
         rows = probe(
             recording,
             **chosen,
             seed=seed,
-            backbone=backbone,
-            frame_channels=frame_channels,
-            device=read_device(device),
+            device=device,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
     show(context, rows)

@@ -188,6 +188,22 @@ def read_device(value: Any) -> str:
     return str(device)
 
 
+def listed(name: str, value: Any) -> list[Any]:
+    """
+    Read several names; a single one counts as a list of one.
+
+    :param name: argument name for the error
+    :param value: what the user passed
+    :return: the names
+    :raises TypeError: if it is no list
+    """
+    if isinstance(value, (str, os.PathLike)):
+        return [value]
+    if not isinstance(value, Iterable):
+        raise TypeError(f"{name} must be a list of names, got {shown(value)}")
+    return [*value]
+
+
 def no_unknown(
     owner: str, given: Iterable[str], allowed: Iterable[str], elsewhere: Iterable[str] = (), place: str = ""
 ) -> None:

@@ -8,6 +8,28 @@ import numpy as np
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
+from sb3_resnet.common.arguments import shown
+
+
+def check_model(model: Any, env: VecEnv) -> None:
+    """
+    :param model: an SB3 model that shall play, or ``None``
+    :param env: environments
+    :raises TypeError: for other than a model
+    :raises ValueError: for a model of other observations or actions
+    """
+    if model is None:
+        return
+    if not all(hasattr(model, name) for name in ("predict", "observation_space", "action_space")):
+        raise TypeError(f"model must be an SB3 model, got {shown(model)}: load it first, such as with DQN.load(path)")
+    for kind in ("observation", "action"):
+        own, given = (getattr(one, f"{kind}_space") for one in (model, env))
+        if own != given:
+            raise ValueError(
+                f"The model has the {kind}s {own}, and the environment {given}: give the environment of its training, "
+                "with the same wrappers"
+            )
+
 
 def next_actions(env: VecEnv, observations: Any, model: Any, epsilon: float, rng: np.random.Generator) -> NDArray[Any]:
     """

@@ -122,20 +122,18 @@ def _score(solver: _Ridge, values: Array, splits: tuple[Array, Array, Array]) ->
         classes = np.unique(values[fit])
         targets = (values[fit][:, None] == classes).astype(np.float64)
     else:
+        # By a power of two, which changes no score, so that no square is infinite or 0.
+        values = np.ldexp(values, -np.frexp(np.abs(values).max())[1])
         targets = values[fit].astype(np.float64)[:, None]
     centre = targets.mean(axis=0)
-    best: tuple[float, float] = (-np.inf, -np.inf)
-    for chosen, scored in solver.predict(targets - centre):
+    marks = []
+    for predictions in solver.predict(targets - centre):
+        pairs = zip((choose, score), predictions, strict=True)
         if is_class:
-            marks = [
-                _macro_f1(values[split], classes[(found + centre).argmax(axis=1)])
-                for split, found in ((choose, chosen), (score, scored))
-            ]
+            marks.append([_macro_f1(values[split], classes[(found + centre).argmax(axis=1)]) for split, found in pairs])
         else:
-            marks = [_r2(values[split], (found + centre)[:, 0]) for split, found in ((choose, chosen), (score, scored))]
-        if marks[0] > best[0]:
-            best = (marks[0], marks[1])
-    return Score(best[1], kind)
+            marks.append([_r2(values[split], (found + centre)[:, 0]) for split, found in pairs])
+    return Score(max(marks, key=lambda mark: mark[0])[1], kind)
 
 
 def _r2(truth: Array, found: Array) -> float:

@@ -37,15 +37,20 @@ def read_card(path: str | Path) -> dict[str, Any] | None:
     """
     :param path: a weights file that can be read
     :return: its card; ``None`` for a file without one, which every file is that this package has not pretrained
-    :raises ValueError: for a card that is damaged
+    :raises ValueError: for a file or a card that is damaged
     """
     path = Path(path).expanduser()
     if path.suffix.lower() != ".safetensors":
         return None
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, "pt") as file:
-        text = (file.metadata() or {}).get(KEY)
+    try:
+        with safe_open(path, "pt") as file:
+            text = (file.metadata() or {}).get(KEY)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is not a whole safetensors file ({error}): copy or write it again, or delete it"
+        ) from error
     if text is None:
         return None
     try:
@@ -102,20 +107,21 @@ def check_card(card: Mapping[str, Any], source: str, backbone: str, seen: Mappin
         )
 
 
-def extractor_arguments(card: Mapping[str, Any]) -> dict[str, Any]:
+def extractor_arguments(card: Mapping[str, Any], space: Any = None) -> dict[str, Any]:
     """
     :param card: of a file
-    :return: arguments of a :class:`~sb3_resnet.ResNetExtractor` beside ``weights`` that fit it, for observations of the
-        size and the number of channels that it was trained on
+    :param space: observation space; ``None``: of the size and the number of channels that it was trained on
+    :return: arguments of a :class:`~sb3_resnet.ResNetExtractor` beside ``weights`` that fit it
     """
+    channels, *size = (card["channels"], *card["observed_size"]) if space is None else space.shape
     arguments: dict[str, Any] = {"backbone": card["backbone"], "last_stage": card["last_stage"]}
     if card["adapter"] != "none":
         arguments |= {"adapter": card["adapter"]}
-    if card["frame_channels"] == 1 and card["channels"] % 3 == 0:
+    if card["frame_channels"] == 1 and channels % 3 == 0:
         arguments["frame_channels"] = 1
     if card["adapter"] == "inflate" and _keeps_colours(card):
         arguments["frame_channels"] = 3
-    if [*card["image_size"]] != [*card["observed_size"]]:
+    if [*card["image_size"]] != size:
         arguments["image_size"] = [*card["image_size"]]
     if card["input_mean"] is None:
         arguments["use_imagenet_norm"] = False

@@ -11,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
 from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
 
+from sb3_resnet.common.arguments import shown
 from sb3_resnet.common.vec_normalize import INSTEAD
 from sb3_resnet.nn.backbones import smallest_size
 
@@ -75,8 +76,11 @@ def check_played_images(env: VecEnv) -> None:
     Refuse environments for a probe or a pretraining, where no SB3 algorithm transposes the images.
 
     :param env: environments
+    :raises TypeError: for other than a ``VecEnv``
     :raises ValueError: for other than images, and for images whose channels come last
     """
+    if not isinstance(env, VecEnv):
+        raise TypeError(f"env must be a VecEnv, got {shown(env)}: write DummyVecEnv([lambda: env])")
     space = env.observation_space
     if isinstance(space, spaces.Dict):
         raise ValueError("This looks at one image, not at a Dict: take the image out in a wrapper")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import path_of, shown
 from sb3_resnet.common.memory import available_bytes
+from sb3_resnet.common.playing import check_model
 from sb3_resnet.nn.pretraining.settings import OBJECTIVES, Settings
 from sb3_resnet.nn.pretraining.sources import n_actions
 
@@ -38,8 +40,9 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
     :param env: environments
     :param model: an SB3 model that shall play there, or ``None``
     :param replay_buffer: of a run there, or ``None``
-    :raises ValueError: for an objective that lacks actions, a model or buffer of other observations, and a buffer of
-        other actions where the objective looks at them
+    :raises ValueError: for an objective that lacks actions, a model of other observations or actions, a buffer of other
+        observations, and one of other actions where the objective looks at them
+    :raises TypeError: for other than a model or a buffer
     """
     needs_actions = OBJECTIVES[settings.objective].needs_actions
     if needs_actions and n_actions(env.action_space) is None:
@@ -47,18 +50,18 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
             f"objective={settings.objective!r} asks which action was taken, and actions here are no choice among "
             "several: write objective='atc'"
         )
-    if model is not None and model.observation_space != env.observation_space:
-        raise ValueError(
-            f"The model plays {model.observation_space}, and the environment gives {env.observation_space}: give the "
-            "environment of its training, with the same wrappers"
-        )
+    check_model(model, env)
     if replay_buffer is None:
         return
-    if getattr(replay_buffer, "observation_space", None) != env.observation_space:
-        has = getattr(replay_buffer, "observation_space", type(replay_buffer).__name__)
+    if not isinstance(replay_buffer, ReplayBuffer):
+        raise TypeError(
+            f"replay_buffer must be a ReplayBuffer of SB3, got {shown(replay_buffer)}: load it first, such as with "
+            "stable_baselines3.common.save_util.load_from_pkl(path)"
+        )
+    if replay_buffer.observation_space != env.observation_space:
         raise ValueError(
-            f"The replay buffer has {has}, and the environment {env.observation_space}: give the environment of that "
-            "run, with the same wrappers"
+            f"The replay buffer has {replay_buffer.observation_space}, and the environment {env.observation_space}: "
+            "give the environment of that run, with the same wrappers"
         )
     if needs_actions and replay_buffer.action_space != env.action_space:
         raise ValueError(

@@ -24,20 +24,21 @@ Told = Callable[[str, float, str], None]
 #: Told a name, a value and an update.
 Log = Callable[[str, float, int], None]
 
-#: Its name in the folder of a run.
-CHECKPOINT = "checkpoint.pt"
+#: Their names in the folder of a run.
+CHECKPOINT, CLOCK = "checkpoint.pt", "seconds.json"
 # What a run did whose arguments lack these names; files of version 0.1.0 do.
 _WITHOUT = {"neighbours": 1, "shift_probability": 1.0}
 # What such files do not tell, so that it is not compared.
 _NOT_TOLD = {"wrappers", "labels_module"}
 _SAVE_SECONDS = 60.0  # between checkpoints, beside those of the probes
+_CLOCK_SECONDS = 10.0  # between notes of the time, before there is a checkpoint
 
 
 class Run:
     """
     One pretraining, from its first update or from where an earlier attempt was stopped.
 
-    :param folder: of the checkpoint
+    :param folder: of the checkpoint, and of the time that is spent before there is one
     :param settings: what was chosen
     :param identity: what must be the same for a checkpoint to be gone on from
     :param began: second of ``time.monotonic()`` at which this attempt began
@@ -47,8 +48,10 @@ class Run:
     def __init__(self, folder: Path, settings: Settings, identity: Mapping[str, Any], began: float) -> None:
         #: Of the checkpoint.
         self.folder = folder
-        self._path = folder / CHECKPOINT
-        self._settings, self._identity, self._began = settings, dict(identity), began
+        self._path, self._clock = folder / CHECKPOINT, folder / CLOCK
+        #: What was chosen.
+        self.settings = settings
+        self._identity, self._began = dict(identity), began
         #: By probe: update, mean loss since the one before, score, spread, effective rank; the first of random weights.
         self.history: list[dict[str, Any]] = []
         #: Update, score, scores and weights of the best probe of trained weights.
@@ -60,6 +63,28 @@ class Run:
         self._trained: dict[str, Any] | None = None
         if self._path.exists():
             self._read()
+        elif self._clock.exists():
+            noted = json.loads(self._clock.read_text())
+            if noted["identity"] == self._identity:
+                self._began -= noted["seconds"]
+        self._begun_with = self.seconds
+
+    @property
+    def next_update(self) -> int | None:
+        """Before ``train()``: the first that it will make; ``None`` where there is no checkpoint."""
+        return None if self._trained is None else int(self._trained["update"]) + 1
+
+    def may_collect(self) -> bool:
+        """:return: whether half of the minutes that this attempt began with is still to come"""
+        minutes = self.settings.minutes
+        return minutes is None or 2 * self.seconds < self._begun_with + 60.0 * minutes
+
+    def note_time(self) -> None:
+        """Write down the time spent, now and then, as checkpoints do later."""
+        if time.monotonic() - self._saved > _CLOCK_SECONDS:
+            with written_whole(self._clock) as (temporary,):
+                temporary.write_text(json.dumps({"identity": self._identity, "seconds": self.seconds}))
+            self._saved = time.monotonic()
 
     @property
     def seconds(self) -> float:
@@ -88,7 +113,7 @@ class Run:
                 self._losses.append(trainer.step())
                 log("loss", self._losses[-1], trainer.update)
                 log("learning_rate", rate, trainer.update)
-                if trainer.update % self._settings.probe_every == 0:
+                if trainer.update % self.settings.probe_every == 0:
                     self._probe(trainer, probe, log)
                     self._save(trainer)
                 elif time.monotonic() - self._saved > _SAVE_SECONDS:
@@ -98,17 +123,18 @@ class Run:
                 self._probe(trainer, probe, log)
                 self._save(trainer)
         except CollapseError:
-            self._path.unlink(missing_ok=True)  # whoever tries other settings needs none of it
+            for path in (self._path, self._clock):  # whoever tries other settings needs none of it
+                path.unlink(missing_ok=True)
             raise
 
     def _is_over(self, update: int) -> bool:
         if update == 0:
             return False
         stale = sum(entry["update"] > self.best["update"] for entry in self.history) if self.best else 0
-        return self._share(update) >= 1.0 or stale >= self._settings.patience
+        return self._share(update) >= 1.0 or stale >= self.settings.patience
 
     def _share(self, update: int) -> float:
-        chosen = self._settings
+        chosen = self.settings
         shares = [0.0 if chosen.updates is None else update / chosen.updates]
         shares.append(0.0 if chosen.minutes is None else self.seconds / (60.0 * chosen.minutes))
         return max(shares)

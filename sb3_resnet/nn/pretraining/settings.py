@@ -31,7 +31,8 @@ class Settings:
     Keyword arguments of :func:`~sb3_resnet.pretraining.pretrain`.
 
     :param updates: gradient updates; the run ends before, where the budget of minutes is spent
-    :param minutes: budget of time, playing and probing included, all attempts together; 30 where neither is given
+    :param minutes: budget of time, playing and probing included, all attempts together; 30 where neither is given.
+        Collecting frames ends where half of what an attempt begins with is spent
     :param objective: ``"atc"``: temporal contrast (arXiv 2009.08319); ``"barlow"``: Barlow Twins with inverse dynamics
         (arXiv 2208.12345), for environments with a choice among actions
     :param backbone: a torchvision ResNet

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from gymnasium import spaces
+from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.playing import next_actions
@@ -16,10 +17,17 @@ Report = Callable[[float], None]
 
 
 def play(
-    env: VecEnv, capacity: int, frame_channels: int, seed: int, model: Any, epsilon: float, told: Report
+    env: VecEnv,
+    capacity: int,
+    frame_channels: int,
+    seed: int,
+    model: Any,
+    epsilon: float,
+    told: Report,
+    has_time: Callable[[], bool] = lambda: True,
 ) -> Frames:
     """
-    Play until so many frames are there.
+    Play until so many frames are there, or time is up.
 
     :param env: environments of uint8 images, channels first
     :param capacity: frames to keep
@@ -28,6 +36,7 @@ def play(
     :param model: an SB3 model whose greedy actions are played; ``None``: random actions
     :param epsilon: share of random actions beside those of the model
     :param told: called with the share that is done
+    :param has_time: whether to play on
     :return: the frames
     """
     shape: Any = env.observation_space.shape
@@ -49,11 +58,18 @@ def play(
                 writer.act(index, int(action) - _first(env.action_space))
         observations, _, starts, _ = env.step(actions)
         told(writer.used / capacity)
+        if not has_time():
+            return writer.finished()
 
 
 def from_buffer(buffer: Any, capacity: int, frame_channels: int, space: Any, told: Report) -> Frames:
     """
     Read a replay buffer, the newest transitions where not all fit.
+
+    An episode ends where a transition says so, and where a run was stopped and went on: there an observation is not the
+    one that the transition before promised. With ``optimize_memory_usage`` promises are not kept. Then a stack
+    of frames that does not continue the one before begins an episode; single images tell nothing, and a pair may cross
+    a stop.
 
     :param buffer: SB3's ``ReplayBuffer`` or one derived from it, as ``save_replay_buffer`` wrote it, of such
         observations
@@ -67,26 +83,48 @@ def from_buffer(buffer: Any, capacity: int, frame_channels: int, space: Any, tol
     rows = _in_time(buffer)
     if len(rows) < 2:
         raise ValueError("The replay buffer is empty: give one that was saved with save_replay_buffer after training")
-    # Each transition brings about one frame of its own.
-    rows = rows[-max(capacity // buffer.n_envs, 1) :]
+    starts = _newest(buffer, rows, capacity, frame_channels)
+    rows = rows[len(rows) - len(starts) :]
     writer = FrameWriter(capacity, space.shape, frame_channels, buffer.n_envs)
     is_choice = n_actions(buffer.action_space) is not None
-    starts = np.ones(buffer.n_envs, bool)
     for done, row in enumerate(rows):
-        observations = np.asarray(buffer.observations[int(row)])
-        if done and not buffer.optimize_memory_usage:
-            # A run that went on after a stop began a new episode, and no transition says so.
-            promised = np.asarray(buffer.next_observations[int(rows[done - 1])])
-            starts |= (promised != observations).reshape(len(observations), -1).any(axis=1)
-        for env, observation in enumerate(observations):
-            if writer.is_full:
-                return writer.finished()
-            writer.add(env, observation, bool(starts[env]))
+        for env, observation in enumerate(np.asarray(buffer.observations[int(row)])):
+            writer.add(env, observation, bool(starts[done, env]))
             if is_choice:
                 writer.act(env, int(buffer.actions[row, env].item()) - _first(buffer.action_space))
-        starts = np.asarray(buffer.dones[row]) > 0
         told((done + 1) / len(rows))
     return writer.finished()
+
+
+def _newest(buffer: Any, rows: Any, capacity: int, frame_channels: int) -> NDArray[np.bool_]:
+    """:return: where episodes begin, ``(n, n_envs)``, in as many of the newest rows as have room"""
+    starts: list[Any] = []
+    breaks: list[Any] = []
+    used, later, later_alone = 0, np.empty(0), np.empty(0)
+    for row in reversed(rows):
+        seen = np.asarray(buffer.observations[int(row)])
+        frames = seen.reshape(len(seen), -1, frame_channels, *seen.shape[2:])
+        alone = 1 + (frames[:, 1:] != frames[:, :-1]).any(axis=(2, 3, 4)).sum(axis=1)  # as the writer stores a stack
+        if starts:
+            broken = (frames[:, 1:] != later[:, :-1]).any(axis=(1, 2, 3, 4))
+            begins = np.asarray(buffer.dones[row]) > 0
+            if not buffer.optimize_memory_usage:
+                promised = np.asarray(buffer.next_observations[int(row)]).reshape(later.shape)
+                begins |= (promised != later).any(axis=(1, 2, 3, 4))
+            used += int(np.where(begins | broken, later_alone, 1).sum())
+            starts[-1], breaks[-1] = begins, broken & ~begins
+        if used + alone.sum() > capacity:
+            break
+        starts.append(np.ones(buffer.n_envs, bool))
+        breaks.append(np.zeros(buffer.n_envs, bool))
+        later, later_alone = frames, alone
+    found = np.array(starts[::-1], bool).reshape(-1, buffer.n_envs)
+    found[:1] = True  # whatever was before, there was no room for it
+    broken = np.array(breaks[::-1], bool).reshape(found.shape)
+    # Where few continue, channels are no stack of frames, and tell nothing of episodes.
+    if buffer.optimize_memory_usage and 2 * broken.sum() < (~found).sum():
+        found |= broken
+    return found
 
 
 def n_actions(space: Any) -> int | None:

@@ -39,8 +39,8 @@ class Trainer:
             self._starts = self._starts[frames.actions[self._starts] >= 0]
         if not len(self._starts):
             raise ValueError(
-                f"No two observations of an episode are {objective.gap} steps apart: write more frames, or use an "
-                "environment with longer episodes"
+                f"No two observations of an episode are {objective.gap} steps apart: write more frames (and more "
+                "minutes, if these left no time for them), or use an environment with longer episodes"
             )
         with th.random.fork_rng(devices=[]):
             th.manual_seed(settings.seed)

@@ -1,0 +1,55 @@
+"""Play environments step by step, and keep what each shows and tells."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_resnet.common.labels import LabelReader
+
+Array = NDArray[Any]
+#: Called with what is done and how much there is in all.
+Progress = Callable[[int, int], None]
+
+_SUCCESSIVE = 16  # steps that are kept together
+
+
+def played(
+    env: VecEnv, act: Callable[[Any], Array], reader: LabelReader, each: int, spread: int, progress: Progress
+) -> tuple[Array, list[list[dict[str, Any]]]]:
+    """
+    :param env: environments in this process, with their seed
+    :param act: gives the actions for observations
+    :param reader: of labels
+    :param each: observations of each environment
+    :param spread: play so many times as long, and keep 16 successive steps of as many times 16
+    :param progress: called after each step
+    :return: observations, ``(rows, C, H, W)``, and by environment what is known about each
+    """
+    observations: Any = env.reset()
+    kept = np.empty((env.num_envs, each, *observations.shape[1:]), observations.dtype)
+    tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
+    starts = np.ones(env.num_envs, bool)
+    choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
+    infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
+    episodes = np.zeros(env.num_envs, int)
+    for step in range(each * spread):
+        episodes += starts
+        for index, inner in enumerate(env.get_attr("unwrapped")):
+            if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
+                continue
+            first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
+            known = reader.read(index, inner, infos[index], bool(starts[index]))
+            then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
+            kept[index, len(tracks[index])] = observations[index]
+            tracks[index].append({"episode": int(episodes[index]), "first": first, **then})
+        actions = act(observations)
+        # Numbers are no classes.
+        choices = actions - getattr(env.action_space, "start", 0) if actions.ndim == 1 else np.zeros(env.num_envs, int)
+        observations, rewards, starts, infos = env.step(actions)
+        progress(step + 1, each * spread)
+    return kept.reshape(-1, *kept.shape[2:]), tracks
