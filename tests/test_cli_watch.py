@@ -5,12 +5,13 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch as th
+from stable_baselines3 import DQN
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_resnet.cli import pictures
 from sb3_resnet.cli.envs import env_for
 from sb3_resnet.cli.watch import play
-from tests.helpers import TinyGame, make_model, q_values, run_command
+from tests.helpers import DictGame, TinyGame, make_dict_model, make_model, q_values, run_command
 
 
 class DrawnGame(TinyGame):
@@ -48,7 +49,7 @@ def test_an_episode_is_played_greedily_with_the_pictures_of_the_environment(draw
     film = play(model, env_for(model, drawn_id, seed=3), 100)
     assert film.is_over
     assert len(film.frames) == len(film.actions) == 13
-    assert (film.actions == q_values(model, film.observations).argmax(dim=1).numpy()).all()
+    assert (film.actions == q_values(model, np.stack(film.observations)).argmax(dim=1).numpy()).all()
     # A picture shows the state that the agent saw when it chose, which the reward is for.
     columns = np.array([int(frame[0, :, 0].argmax()) // 16 for frame in film.frames])
     assert (film.rewards == (film.actions == columns)).all()
@@ -65,6 +66,41 @@ def test_epsilon_is_the_share_of_actions_at_random_and_the_seed_decides_them(dra
     assert actions(1.0, 1) == actions(1.0, 1)
     assert len({tuple(actions(1.0, seed)) for seed in range(4)}) == 4
     assert actions(0.0, 1) == actions(0.0, 2)
+
+
+def test_any_model_is_watched_and_a_heat_map_needs_a_resnet(drawn_id, tmp_path):
+    DQN("MlpPolicy", DrawnGame(), buffer_size=10).save(tmp_path / "plain.zip")
+    words = ("watch", tmp_path / "plain.zip", "--env", drawn_id, "-o", tmp_path / "film.gif")
+    assert run_command(*words)[0] == 0
+    assert len(imageio.mimread(tmp_path / "film.gif")) == 13
+    status, _, error = run_command(*words, "--gradcam")
+    assert status == 1
+    assert "sees with FlattenExtractor, not with ResNetExtractor" in error
+
+
+class DrawnDictGame(DictGame):
+    """Draws one grey picture."""
+
+    metadata = {"render_modes": ["rgb_array"]}  # noqa: RUF012  # as gymnasium declares it
+
+    def __init__(self, render_mode=None):
+        super().__init__()
+        self.render_mode = render_mode
+
+    def render(self):
+        return np.full((32, 32, 3), 100, np.uint8)
+
+
+def test_an_agent_of_a_dict_is_watched(tmp_path):
+    gym.register("DrawnDict-v0", "tests.test_cli_watch:DrawnDictGame")
+    try:
+        make_dict_model(env=DrawnDictGame()).save(tmp_path / "model.zip")
+        words = ("watch", tmp_path / "model.zip", "--env", "DrawnDict-v0", "-o", tmp_path / "film.gif")
+        status, printed, error = run_command(*words)
+        assert status == 0, error
+        assert "film.gif: return " in printed
+    finally:
+        del gym.envs.registration.registry["DrawnDict-v0"]
 
 
 def test_an_atari_game_is_played_to_its_end_by_an_agent_that_never_serves():

@@ -37,7 +37,7 @@ def make_env(
     :param seed: seed of the first one
     :param frame_stack: frames per observation; ``None``: 4 for Atari games, 1 for others
     :param wrapper: dotted path of a further wrapper class
-    :param serves: whether a lost life ends an Atari episode, though not the game, so that FIRE is pressed as in training
+    :param serves: whether a lost life ends an Atari episode, though not the game: then FIRE is pressed as in training
     :return: the environments, with images channels first
     :raises ValueError: if they cannot be made, with the reason in one line
     """

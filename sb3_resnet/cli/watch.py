@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch as th
 import typer
 
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.explain import default_layer, heat_maps
 from sb3_resnet.cli.loading import load_model
-from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer, number
 
@@ -41,7 +39,11 @@ def command(
     device: Device = "auto",
     trust: Trust = False,
 ) -> None:
-    """Play an episode with the greedy actions, write its frames as a film, and print the return."""
+    """
+    Play an episode with the greedy actions, write its frames as a film, and print the return.
+
+    Any model of Stable-Baselines3's DQN, PPO, A2C, SAC and TD3, and of QR-DQN, will do; --gradcam needs a ResNet.
+    """
     # An episode may take minutes, so wrong options are refused before it.
     steps, epsilon = integer("--steps", steps, 1), number("--epsilon", epsilon, 0.0, 1.0)
     if output.suffix.lower() not in FORMATS:
@@ -50,13 +52,13 @@ def command(
         raise ValueError(f"--output {output} is a folder: write the name of a file in it")
     pictures.refuse_unwritable(output.parent)
     envs.import_packages(gym_packages or [])
-    agent = load_model(model, device, trust)
+    agent = load_model(model, device, trust, only_plays=not gradcam)
     # An agent of Atari has not learned to go on after a lost life: the wrappers of its training press FIRE for it.
     with contextlib.closing(envs.env_for(agent, env, seed, wrapper, serves=True)) as game:
         film = play(agent, game, steps, epsilon, seed, env)
     frames: Iterable[Array] = film.frames
     if gradcam:
-        heat = heat_maps(agent, film.observations, film.actions, layer=default_layer(agent))
+        heat = heat_maps(agent, np.stack(film.observations), film.actions, layer=default_layer(agent))
         frames = (pictures.beside(frame, hot) for frame, hot in zip(film.frames, heat, strict=True))
     output.parent.mkdir(parents=True, exist_ok=True)
     pictures.write_film(output, frames)
@@ -69,14 +71,14 @@ class Film:
     """
     What was played.
 
-    :param steps: each with the frame, the observation, the action and the reward
+    :param steps: each with the frame, the observation (array, or dict of them), the action and the reward
     :param is_over: whether the episode ended
     """
 
-    def __init__(self, steps: list[tuple[Array, Array, int, float]], is_over: bool) -> None:
+    def __init__(self, steps: list[tuple[Array, Any, Any, float]], is_over: bool) -> None:
         frames, observations, actions, rewards = zip(*steps, strict=True)
         self.frames: list[Array] = [*frames]
-        self.observations: Array = np.stack(observations)
+        self.observations: list[Any] = [*observations]
         self.actions: Array = np.array(actions)
         self.rewards: Array = np.array(rewards)
         self.is_over = is_over
@@ -86,7 +88,7 @@ def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, 
     """
     Play one episode; of an Atari game all lives.
 
-    :param model: an SB3 model with a ResNet and discrete actions
+    :param model: an SB3 model
     :param env: one environment that fits the model, with SB3's ``Monitor``
     :param steps: largest number of steps
     :param epsilon: probability of an action at random, else the greedy one is taken
@@ -95,16 +97,16 @@ def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, 
     :return: the episode
     :raises ValueError: if the environment has no picture of itself
     """
-    network = ScoreNetwork(model).eval()
     random = np.random.default_rng(seed)
+    env.action_space.seed(seed)
     observation = env.reset()
-    played: list[tuple[Array, Array, int, float]] = []
+    played: list[tuple[Array, Any, Any, float]] = []
     done = False
     while not done and len(played) < steps:
         frame = _frame(env, name)
-        scores = network.of_policy(th.as_tensor(observation, device=model.device))
-        action = int(random.integers(network.n_actions)) if random.random() < epsilon else int(scores.argmax())
-        seen = observation[0]
+        greedy, _ = model.predict(observation, deterministic=True)
+        action = env.action_space.sample() if random.random() < epsilon else greedy[0]
+        seen = observation if isinstance(observation, dict) else observation[0]
         observation, rewards, dones, infos = env.step(np.array([action]))
         played.append((frame, seen, action, float(rewards[0])))
         done = bool(dones[0]) and "episode" in infos[0]  # Monitor's, of the whole game
