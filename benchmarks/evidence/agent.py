@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def export(run: Run, results: Path, checkpoints: Path, folder: Path) -> Path:
             raise ValueError(f"{small.name} would take {size / 1e6:.1f} MB, and {LARGEST / 1e6:g} MB are the limit")
         played = DQN.load(agent_file, device="cpu")
         returns = evaluate(played, run.suite, run.game, run.arm, run.plan.episodes, _SEED)
-        card_file.write_text(json.dumps(_card(run, result, returns, size), indent=1) + "\n")
+        card_file.write_text(json.dumps(_card(run, result, returns, size, results), indent=1) + "\n")
     return small
 
 
@@ -80,7 +81,8 @@ def save_small(model: DQN, path: Path) -> None:
         model.save(file, exclude=_EXCLUDED)
 
 
-def _card(run: Run, result: dict[str, Any], returns: list[float], size: int) -> dict[str, Any]:
+def _card(run: Run, result: dict[str, Any], returns: list[float], size: int, results: Path) -> dict[str, Any]:
+    place = os.path.relpath(results)
     return {
         "environment": suite_of(run.suite).env_id(run.game),
         "arm": run.arm,
@@ -94,8 +96,8 @@ def _card(run: Run, result: dict[str, Any], returns: list[float], size: int) -> 
             [one["step"], round(float(np.mean(one["returns"])), 2)] for one in result["evaluations"]
         ],
         "trained by": result["command"],
-        "written by": f"python benchmarks/atari.py agent {' '.join(run.named_options())}",
-        "result": f"{run.folder}/{run.name}.json",
+        "written by": f"python benchmarks/atari.py agent {' '.join(run.named_options())} --results {place}",
+        "result": f"{place}/{run.folder}/{run.name}.json",
         "pretraining": ((result["settings"].get("trunk") or {}).get("weights") or {}).get("pretraining"),
         "versions": result["versions"],
         "cpu": cpu_name(),
