@@ -639,9 +639,10 @@ def test_the_groups_of_a_file_are_those_of_the_model(tmp_path, algorithm):
 
 def test_commands_that_work_with_one_image_say_so(tmp_path, dict_id):
     seen = "sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
-    seen += "ResNetCnnPolicy (sb3-resnet groups, doctor, plot, check and explain work with a Dict)"
+    seen += "ResNetCnnPolicy (sb3-resnet groups, doctor, plot, check, explain and watch work with a Dict)"
     make_dict_model("ppo").save(tmp_path / "model.zip")
-    for command in (["export", tmp_path / "model.zip"], ["watch", tmp_path / "model.zip", "--env", dict_id]):
+    watch = ["watch", tmp_path / "model.zip", "--env", dict_id]
+    for command in (["export", tmp_path / "model.zip"], [*watch, "--gradcam"]):
         status, _, error = run_command(*command)
         assert status == 1
         assert error == f"Error: {tmp_path / 'model.zip'} {seen}\n"

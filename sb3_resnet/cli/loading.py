@@ -120,7 +120,7 @@ def extractor_of(model: Any, name: str = "The model") -> ResNetExtractor:
     if isinstance(eyes_of(model), ResNetCombinedExtractor):
         raise ValueError(
             f"{name} sees a Dict with ResNetCombinedExtractor, and this command works with one image: give a model of "
-            "ResNetCnnPolicy (sb3-resnet groups, doctor, plot, check and explain work with a Dict)"
+            "ResNetCnnPolicy (sb3-resnet groups, doctor, plot, check, explain and watch work with a Dict)"
         )
     return extractors_of(model, name)[""]
 
