@@ -101,9 +101,12 @@ def report(folder: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
-    found = {name: one for name, one in found.items() if one["probe"][0]["mean R2"] is not None}
     if not found:
         sys.exit(f"no results in {folder}")
+    found = {name: one for name, one in found.items() if one["probe"][0]["mean R2"] is not None}
+    if not found:
+        print(f"{folder}: no game with annotated memory, so nothing to draw")
+        return
     with (folder / "scores.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["run", "updates", "weights", "pooling", "mean R2"])

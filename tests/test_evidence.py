@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 import torch as th
 import torchvision
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.nn import cards
 from tests.helpers import make_model, observations
 
@@ -217,6 +219,26 @@ def test_an_evaluation_counts_whole_games_and_serves_after_each_lost_life(monkey
     assert [*map(float, whole[:2])] == returns
     assert lives.count(0) >= 2
     assert len(lives) > 2 * lives.count(0)  # those lost before the last of a game
+
+
+def test_what_a_checkpoint_lacks_is_encoded_before_the_clock_runs():
+    class Encode(BaseCallback):
+        def _on_rollout_start(self):
+            if self.num_timesteps == 24:  # none of these steps is encoded yet
+                recording.encode_stored(model)
+                done.append(len(model.replay_buffer.shared.cache))
+
+        def _on_step(self):
+            return True
+
+    done = []
+    model = make_model(extractor={"backbone": "resnet_mini", "adapter": "per_frame"})
+    model.learn(24)
+    model.learn(8, callback=[Encode(), FeatureCacheCallback()], reset_num_timesteps=False)
+    shared = model.replay_buffer.shared
+    stored = np.unique(shared.image_ids(model.replay_buffer.observations.obs_ids[:24].ravel()))
+    assert shared.cache.has(stored).all()
+    assert done[0] >= len(stored)
 
 
 def test_random_actions_of_an_evaluation_are_its_own():

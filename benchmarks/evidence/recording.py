@@ -113,14 +113,17 @@ def encode_stored(model: Any) -> None:
 
     :param model: in training; nothing happens to one without a features cache
     """
-    if getattr(model.policy, "encoding", None) is None:
+    shared = model.replay_buffer.shared
+    if shared.active is None:
         return
-    buffer = model.replay_buffer
-    for rows in np.array_split(np.arange(buffer.size()), -(-buffer.size() // 8) or 1):
-        pairs = np.repeat(rows, buffer.n_envs), np.tile(np.arange(buffer.n_envs), len(rows))
-        for column in (buffer.observations, buffer.next_observations):
-            if len(rows):
-                column[pairs]
+    rows = model.replay_buffer.size()
+    columns = (model.replay_buffer.observations, model.replay_buffer.next_observations)
+    stored = np.unique(np.concatenate([column.obs_ids[:rows].ravel() for column in columns]))
+    for start in range(0, len(stored), 64):
+        some = stored[start : start + 64]
+        if shared.cache is None:  # there was no memory
+            return
+        shared.guard(shared.cache.get, shared.image_ids(some[some >= 0]), shared.store)
 
 
 def _clocks() -> tuple[float, float, float]:
