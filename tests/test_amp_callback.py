@@ -116,8 +116,7 @@ def loop_with_grad_scaler(model, plan, updates, **scaling):
     ("algorithm", "optimizer"),
     [
         ("dqn", "AdamW"),
-        ("dqn", "two"),
-        *slowly(("dqn", "SGD"), ("dqn", "RMSprop"), ("dqn", "Adam"), ("qrdqn", "AdamW")),
+        *slowly(("dqn", "two"), ("dqn", "SGD"), ("dqn", "RMSprop"), ("dqn", "Adam"), ("qrdqn", "AdamW")),
     ],
 )
 def test_invariant_12_float16_equals_a_loop_with_grad_scaler(algorithm, optimizer, device, monkeypatch):

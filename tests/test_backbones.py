@@ -7,7 +7,7 @@ from torch import distributed as dist
 from torch import nn
 
 from sb3_resnet.nn import backbones
-from tests import helpers  # noqa: F401  # registers "resnet_tiny"
+from tests.helpers import slowly  # registers "resnet_tiny" too
 
 NAMES = [name for name in tvm.list_models(module=tvm) if name.startswith(("resnet", "resnext", "wide_resnet"))]
 
@@ -36,7 +36,11 @@ def test_all_of_torchvision_is_available():
     assert backbones.available() == sorted(backbones.available())
 
 
-@pytest.mark.parametrize("name", NAMES)
+#: Built in more than half a second.
+LARGE = ("resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d", "wide_resnet101_2")
+
+
+@pytest.mark.parametrize("name", [*(name for name in NAMES if name not in LARGE), *slowly(*LARGE)])
 def test_every_backbone_has_the_keys_and_shapes_of_torchvision(name):
     with th.device("meta"):
         built, original = backbones.build(name), getattr(tvm, name)()

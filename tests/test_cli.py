@@ -22,7 +22,7 @@ from sb3_resnet.cli.app import app
 from sb3_resnet.cli.envs import register_atari
 from sb3_resnet.cli.extras import import_extra, missing_extra
 from sb3_resnet.cli.loading import extractors_of, load_model
-from tests.helpers import TinyGame, assert_same, fill, make_actor_critic, make_model, run_command, snapshot
+from tests.helpers import TinyGame, assert_same, fill, make_actor_critic, make_model, run_command, slowly, snapshot
 
 pytestmark = pytest.mark.usefixtures("tiny_id")
 
@@ -637,7 +637,7 @@ def test_a_trial_that_fails_is_a_finding(monkeypatch):
     assert "backbone_no_decay" in text
 
 
-@pytest.mark.parametrize("text", ["[/x]", "[bold]c[/bold]", ":smile:", "[red]", "[link=a]"])
+@pytest.mark.parametrize("text", ["[/x]", ":smile:", *slowly("[bold]c[/bold]", "[red]", "[link=a]")])
 def test_paths_are_printed_as_they_are_written(text, tmp_path, dqn_zip):
     folder = tmp_path / text
     folder.mkdir(parents=True)

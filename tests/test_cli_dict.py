@@ -51,7 +51,7 @@ def report_of(model, buffer_size=None, callbacks=(), available=10**12):
     return checking.check(lambda: setups.Setup(model, 1000, buffer_size, callbacks), available)
 
 
-@pytest.mark.parametrize("algorithm", ["dqn", "qrdqn", "ppo", "a2c"])
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo", *slowly("qrdqn", "a2c")])
 def test_check_of_each_algorithm(algorithm, dict_id):
     options = ["--algo", algorithm, "--backbone", "resnet_mini", "--extractor-kwarg", "freeze_backbone=false"]
     options += [] if algorithm == "a2c" else ["--batch-size", 4]

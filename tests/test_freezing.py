@@ -6,7 +6,7 @@ import pytest
 import torch as th
 
 from sb3_resnet.nn.freezing import STAGES, FreezeBoundary
-from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
+from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, slowly, snapshot
 
 TRUNK = ("stem", "layer1", "layer2", "layer3", "layer4")
 
@@ -91,7 +91,7 @@ def test_invariant_5_frozen_means_frozen_after_1000_updates(norm, updates):
 
 
 @pytest.mark.parametrize("optimizer_class", ["AdamW", "SGD"])
-@pytest.mark.parametrize("norm", ["frozen", "batch", "sync", "group", "layer"])
+@pytest.mark.parametrize("norm", ["frozen", "batch", "group", *slowly("sync", "layer")])
 def test_invariant_5_below_the_boundary_nothing_moves_above_it_everything_does(norm, optimizer_class):
     optimizer = {"optimizer_class": optimizer_class, "weight_decay": 0.1, "lr_backbone": 1e-2}
     model = fill(make_model(extractor={"norm": norm}, learning_rate=1e-2, policy_kwargs=optimizer))

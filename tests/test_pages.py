@@ -61,6 +61,7 @@ SMALL = {
     "sb3-resnet pretrain": "--updates 2 --frames 400 --held-out 240 --n-envs 4 --batch-size 8 --probe-every 1",
     "python -m rl_zoo3.train": "-n 60 --eval-freq -1 -params learning_starts:20 buffer_size:200 batch_size:4",
     "python -m rl_zoo3.enjoy": "-n 20 --no-render",
+    "sb3-resnet check": "--batch-size 2",
     "sb3-resnet explain": "--steps 20 --frames 2",
     "sb3-resnet probe": "--steps 120",
     "sb3-resnet watch": "--steps 20",

@@ -47,6 +47,7 @@ from tests.helpers import (
     make_dict_model,
     run_command,
     scores,
+    slowly,
     snapshot,
 )
 
@@ -331,7 +332,7 @@ def test_actor_and_critic_may_have_resnets_of_their_own(tmp_path, algorithm):
     assert_same(model.policy.state_dict(), loaded.policy.state_dict())
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_a_checkpoint_holds_frozen_trunks_once(tmp_path, algorithm):
     model = make_dict_model(algorithm, extractor={"backbone": "resnet_tiny"})
     model.learn(24)

@@ -10,7 +10,7 @@ import pytest
 import torch as th
 from stable_baselines3 import DQN
 
-from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, snapshot
+from tests.helpers import ALGORITHMS, TinyGame, assert_same, fill, make_model, observations, q_values, slowly, snapshot
 
 
 def through_a_file(state):
@@ -23,7 +23,7 @@ def numbers(module):
     return sum(tensor.numel() for tensor in module.state_dict().values())
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_a_checkpoint_holds_a_frozen_trunk_once(tmp_path, algorithm):
     model = fill(make_model(algorithm, extractor={"backbone": "resnet18"}))
     model.train(2, 4)

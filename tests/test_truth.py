@@ -112,7 +112,7 @@ class WithDropout(ResNetExtractor):
         return self.own(super().forward(observations))
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_layers_of_a_subclass_follow_the_mode(algorithm):
     model = fill(make_model(algorithm, policy_kwargs={"features_extractor_class": WithDropout}))
     extractor = model.policy.online.features_extractor
@@ -167,7 +167,7 @@ def test_new_policy_kwargs_of_a_loaded_model_warn_and_name_both_values():
         assert again.policy.weight_decay == 0.5
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_a_loaded_model_warns_of_nothing_where_nothing_else_was_asked_for(algorithm):
     model = make_model(algorithm, policy_kwargs={"lr_backbone": 1e-5, "lr_decay_per_stage": 0.5})
     phase = {"at_timestep": 8, "unfreeze_from": "layer4", "lr_backbone": 3e-5}
@@ -234,7 +234,7 @@ def test_a_phase_that_never_began_is_said_once_in_a_run_of_several_pieces():
         model.learn(4, callback=UnfreezeCallback(phases), reset_num_timesteps=False)
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_looking_at_values_moves_nothing_and_equals_predict(algorithm):
     model = fill(make_model(algorithm, policy_kwargs={"dropout": 0.5}))
     model.train(2, 4)
@@ -257,7 +257,7 @@ def test_looking_at_values_moves_nothing_and_equals_predict(algorithm):
 
 
 @pytest.mark.parametrize("options", [{}, {"feature_norm": "layer", "dropout": 0.2}, {"feature_norm": "none"}])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", ["dqn", *slowly("qrdqn")])
 def test_a_network_alone_is_saved_and_loaded(tmp_path, algorithm, options):
     model = make_model(algorithm, policy_kwargs={**options, "net_arch": [16, 8]})
     model.learn(24)
