@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from torch.nn import functional as F
 
 from sb3_resnet.cli import pictures
 from sb3_resnet.cli.envs import env_for
-from sb3_resnet.cli.explain import default_layer, gradcam, heat_maps, play_greedily
+from sb3_resnet.cli.explain import cam_name, default_layer, gradcam, heat_maps, play_greedily
 from sb3_resnet.cli.export import random_observations
 from sb3_resnet.cli.network import ScoreNetwork
 from tests.helpers import TinyGame, make_model, q_values
@@ -30,10 +31,42 @@ def test_gradcam_of_a_linear_head_sums_to_the_score():
 
 
 @pytest.mark.parametrize("adapter", ["conv1x1", "per_frame"])
+def test_behind_a_spatial_softmax_each_place_has_its_own_weight(adapter):
+    """The mean gradient of each channel is zero there, and Grad-CAM's weights would be rounding errors."""
+    extractor = {"adapter": adapter, "last_stage": "layer2", "pooling": "spatial_softmax"}
+    model = make_model(policy_kwargs=LINEAR, extractor=extractor, env=TinyGame((4, 64, 64)))
+    network = ScoreNetwork(model).eval()
+    eyes, head = network.extractor, network.head[-1].weight
+    images = th.as_tensor(random_observations(model, 3)).float().requires_grad_()
+    targets = th.tensor([0, 1, 2])
+    seen = []
+    hook = eyes.stage_modules("layer2")[-1].register_forward_hook(lambda module, args, output: seen.append(output))
+    network(images)
+    hook.remove()
+    maps = seen[0].detach().reshape(3, -1, *seen[0].shape[-3:])[:, -1].double()  # of the newest frame
+    channels = maps.shape[1]
+    weights = head[targets].detach().double().reshape(3, -1, 2, channels)[:, -1]  # rows, columns
+    share = maps.flatten(2).softmax(dim=2).reshape(maps.shape)
+    row = th.linspace(-1, 1, maps.shape[2], dtype=th.double)[:, None].expand(maps.shape[2:])
+    expected = th.zeros(3, *maps.shape[2:], dtype=th.double)
+    for which, place in enumerate((row, row.T)):
+        mean = (share * place).sum(dim=(2, 3), keepdim=True)
+        expected += (weights[:, which, :, None, None] * maps * share * (place - mean)).sum(dim=1)
+    for relu in (False, True):
+        shown = expected.relu() if relu else expected
+        shown = F.interpolate(shown[:, None], images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
+        found = gradcam(network, images, targets, "layer2", relu=relu).detach().double()
+        th.testing.assert_close(found, shown, rtol=1e-3, atol=1e-3 * float(shown.abs().max()))
+    assert cam_name(model) == "HiResCAM"
+    assert cam_name(make_model()) == "Grad-CAM"
+
+
+@pytest.mark.parametrize("pooling", ["avg", "spatial_softmax"])
+@pytest.mark.parametrize("adapter", ["conv1x1", "per_frame"])
 @pytest.mark.parametrize("method", ["gradcam", "saliency"])
-def test_maps_are_hot_only_where_the_image_matters(method, adapter):
+def test_maps_are_hot_only_where_the_image_matters(method, adapter, pooling):
     """Behind a stem that sees the left half alone, the right half cannot matter."""
-    model = make_model(extractor={"adapter": adapter}, env=TinyGame((4, 64, 64)))
+    model = make_model(extractor={"adapter": adapter, "pooling": pooling}, env=TinyGame((4, 64, 64)))
     extractor = model.policy.online.features_extractor
     extractor.backbone.layer1.register_forward_pre_hook(lambda module, args: (args[0] * _left(args[0]),))
     observations = random_observations(model, 6)

@@ -70,7 +70,7 @@ def command(
         episode = play_greedily(agent, game, steps, image)
     heat = heat_maps(agent, episode.observations, episode.actions, method, layer, image, episode.features)
     output.mkdir(parents=True, exist_ok=True)
-    how = f"Grad-CAM at {layer}" if method == "gradcam" else "saliency"
+    how = f"{cam_name(agent, image)} at {layer}" if method == "gradcam" else "saliency"
     title = label(image, f"{how} of the greedy action's score")
     picture = pictures.sheet(episode, heat, frames, f"{env}: {title}")
     picture.save(output / "sheet.png", optimize=True)
@@ -145,6 +145,8 @@ def heat_maps(
     Compute where a change of the image would change the score of an action.
 
     Grad-CAM (arXiv 1610.02391) weighs the channels of a stage by their mean gradient, and shows what raises the score.
+    A spatial softmax does not change when a whole channel becomes brighter, so this mean is zero. With
+    ``pooling="spatial_softmax"`` each place has its own gradient as its weight instead (HiResCAM, arXiv 2011.08891).
     Saliency (arXiv 1312.6034) is the absolute gradient of each pixel, the largest over its channels.
 
     :param model: an SB3 model with a ResNet and discrete actions
@@ -192,6 +194,15 @@ def default_layer(model: Any, key: str = "") -> str:
     return large[-1] if large else stages[0]
 
 
+def cam_name(model: Any, key: str = "") -> str:
+    """
+    :param model: an SB3 model with a ResNet
+    :param key: which image of a Dict; ``""`` for a model of one image
+    :return: what :func:`gradcam` computes of it
+    """
+    return "HiResCAM" if extractors_of(model)[key].pooling == "spatial_softmax" else "Grad-CAM"
+
+
 def gradcam(
     network: ScoreNetwork,
     images: th.Tensor,
@@ -213,8 +224,13 @@ def gradcam(
     module = network.extractor.stage_modules(layer)[-1]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captum warns about its own hooks
-        method = captum.LayerGradCam(network, module)
-        maps = method.attribute(images, targets, additional_forward_args=beside, relu_attributions=relu)
+        if network.extractor.pooling == "spatial_softmax":
+            products = captum.LayerGradientXActivation(network, module)
+            maps = products.attribute(images, targets, additional_forward_args=beside).sum(dim=1, keepdim=True)
+            maps = maps.relu() if relu else maps
+        else:
+            method = captum.LayerGradCam(network, module)
+            maps = method.attribute(images, targets, additional_forward_args=beside, relu_attributions=relu)
     newest = maps.reshape(len(images), -1, *maps.shape[-2:])[:, -1:]
     return F.interpolate(newest, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
 
