@@ -521,6 +521,21 @@ def test_a_resnet50_for_a_resnet18_says_which_names_differ(tmp_path):
     assert len(message) < 1500
 
 
+@pytest.mark.parametrize("end", ["stem", "layer2"])
+def test_a_trunk_that_ends_below_says_where(end, source, tmp_path):
+    kept = ("conv1.", "bn1.", *backbones.stages_up_to(end))
+    th.save({key: value for key, value in source.items() if key.startswith(kept)}, tmp_path / "low.pth")
+    with pytest.raises(ValueError, match=rf"ends at {end}: write last_stage='{end}' or a lower one\."):
+        build(weights=tmp_path / "low.pth")
+    build(weights=tmp_path / "low.pth", last_stage=end)
+
+
+def test_a_trunk_with_a_gap_is_another_network(source, tmp_path):
+    th.save({key: value for key, value in source.items() if not key.startswith("layer3.")}, tmp_path / "gap.pth")
+    with pytest.raises(ValueError, match="Is backbone= the network"):
+        build(weights=tmp_path / "gap.pth")
+
+
 def test_a_bad_file_fails_at_construction(source, tmp_path):
     th.save(with_nan(source), tmp_path / "nan.pth")
     with pytest.raises(ValueError, match=r"nan\.pth does not fit the backbone. not finite: layer2"):

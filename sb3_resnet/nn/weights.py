@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import Enum
@@ -207,10 +207,24 @@ def load_into(resnet: nn.Module, state: Mapping[str, th.Tensor], source: str, pr
     if any(problems.values()):
         text = "; ".join(f"{kind}: {shorten(names)}" for kind, names in problems.items() if names)
         held = f" The file holds {shorten([*state])}." if 2 * len(missing) > len(wanted) else ""
-        raise ValueError(
-            f"{source} does not fit the backbone. {text}. Is backbone= the network that it was made for?{held}"
-        )
+        end = _end_of(given)
+        if [kind for kind, names in problems.items() if names] == ["missing"] and _all_above(end, missing):
+            hint = f"The file ends at {end}: write last_stage={end!r} or a lower one."
+        else:
+            hint = "Is backbone= the network that it was made for?"
+        raise ValueError(f"{source} does not fit the backbone. {text}. {hint}{held}")
     resnet.load_state_dict({**wanted, **given})
+
+
+def _end_of(state: Mapping[str, th.Tensor]) -> str:
+    """The highest of the stages that a trunk has weights of."""
+    return max(
+        (stage for stage in backbones.STAGES if any(key.startswith(f"{stage}.") for key in state)), default="stem"
+    )
+
+
+def _all_above(stage: str, keys: Sequence[str]) -> bool:
+    return all(key.startswith(backbones.STAGES[backbones.STAGES.index(stage) + 1 :]) for key in keys)
 
 
 def _broken(known: Mapping[str, tuple[th.Tensor, th.Tensor]]) -> dict[str, list[str]]:
