@@ -15,6 +15,8 @@ from sb3_resnet.common.arguments import integer, shown
 
 #: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
 FEATURE_NORMS = ("standardize", "layer", "none")
+#: Of standardisers in files that do not hold theirs.
+_OLD_EPS = 1e-5
 
 
 class FeatureStandardizer(nn.Module):
@@ -32,19 +34,23 @@ class FeatureStandardizer(nn.Module):
 
     :param dim: number of features
     :param horizon: after so many samples the average becomes an exponential one, to follow an unfrozen trunk
-    :param eps: added to the variance, as in BatchNorm
+    :param eps: added to the variance. BatchNorm's 1e-5 would be too much: behind ``pooling="spatial_softmax"`` features
+        of a random ResNet-18 vary with a standard deviation of 0.001, so they would stay four times too small. It is
+        saved with the statistics, so that a model keeps the one that it was trained with.
     :param clip: largest magnitude of a standardised feature, as SB3's ``VecNormalize``
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
     running_count: th.Tensor
+    saved_eps: th.Tensor
 
-    def __init__(self, dim: int, horizon: float = 100_000, eps: float = 1e-5, clip: float = 10.0) -> None:
+    def __init__(self, dim: int, horizon: float = 100_000, eps: float = 1e-8, clip: float = 10.0) -> None:
         super().__init__()
         self.horizon = horizon
-        self.eps = eps
         self.clip = clip
+        self.register_buffer("saved_eps", th.tensor(eps))
+        self.eps = float(self.saved_eps)  # a number, which no GPU has to be asked for
         self.register_buffer("running_mean", th.zeros(dim))
         self.register_buffer("running_var", th.ones(dim))
         # A float: SB3 multiplies these buffers by 0.0 in place before it copies them.
@@ -78,6 +84,11 @@ class FeatureStandardizer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_next": None, "join": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        state_dict.setdefault(f"{prefix}saved_eps", th.tensor(_OLD_EPS))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.eps = float(self.saved_eps)
 
     @th.no_grad()
     def _merged(self, features: th.Tensor) -> tuple[th.Tensor, ...]:
