@@ -26,8 +26,8 @@ class FeatureStandardizer(nn.Module):
     A frozen ResNet's features are mostly constant: on Pong a random one gives a mean of 0.7 and a standard deviation
     over frames of 0.09, and the head sees only what varies. Unlike BatchNorm1d, training normalises by the running
     statistics too, so that online and target network, training and acting compute the same function. The buffers'
-    names begin with ``running_``: SB3 copies such buffers to the target network. What is not finite comes out
-    as NaN.
+    names begin with ``running_``: SB3 copies such buffers to the target network, with its weights. Before the first
+    update there are no statistics, so features are clipped alone. What is not finite comes out as NaN.
 
     In train mode with gradients a batch is normalised by the statistics that include it. In a :class:`Head` these are
     kept in the backward pass only, so Q-values can be looked at in any mode and nothing moves.
