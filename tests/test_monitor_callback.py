@@ -19,9 +19,10 @@ from sb3_resnet.callbacks import (
     LRScheduleCallback,
     MonitorCallback,
     UnfreezeCallback,
+    monitor,
 )
 from sb3_resnet.common.step_hooks import after_step, before_step
-from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_model, slowly, snapshot, start
+from tests.helpers import POLICYS, TinyGame, assert_same, fill, make_actor_critic, make_model, slowly, snapshot, start
 
 
 class Log(Logger):
@@ -316,6 +317,34 @@ def test_measures_every_so_many_updates_and_is_gone_in_between():
     assert hooks_of(model) == clean
     assert before_step(model.policy.optimizer).keys == POLICYS
     assert not after_step(model.policy.optimizer).keys
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "every", "lines"),
+    [("ppo", 1, 5), ("ppo", 5, 5), ("ppo", 40, 2), ("dqn", 5, 5), *slowly(("a2c", 1, 5), ("a2c", 2, 3))],
+)
+def test_speed_is_that_of_whole_rollouts_and_their_updates(algorithm, every, lines, monkeypatch):
+    if algorithm == "dqn":  # large train() as well: 16 updates after each 32 steps
+        model = make_model(train_freq=32, gradient_steps=16, learning_starts=0)
+    else:
+        model = make_actor_critic(algorithm, n_steps=32)
+    updates = {"ppo": 16, "dqn": 16, "a2c": 1}[algorithm]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: model.num_timesteps + 0.5 * callback._updates.n)
+    callback = MonitorCallback(every=every)
+    model.set_logger(Log())
+    model.learn(160, callback=callback, log_interval=None)
+    per_step = 1 / (1 + 0.5 * updates / 32)
+    seen = model.logger.seen
+    assert seen["monitor/steps_per_second"] == pytest.approx([per_step] * lines)
+    assert seen["monitor/updates_per_second"] == pytest.approx([per_step * updates / 32] * lines)
+
+
+def test_a_learn_of_one_rollout_logs_its_speed():
+    model = make_actor_critic("ppo")
+    for _ in range(2):
+        model.set_logger(Log())
+        model.learn(8, callback=MonitorCallback(every=1), reset_num_timesteps=False, log_interval=None)
+        assert len(model.logger.seen["monitor/steps_per_second"]) == 1
 
 
 def test_a_new_callback_takes_the_place_of_one_whose_learn_was_interrupted():

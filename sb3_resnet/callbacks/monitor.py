@@ -65,7 +65,8 @@ class MonitorCallback(LendingCallback):
       ``cache_mb``: its memory
     * ``process_mb``, ``device_mb``: memory of the process (elsewhere than on Linux with psutil only, the ``monitor``
       extra), and of tensors on the GPU, in megabytes
-    * ``steps_per_second``, ``updates_per_second``: environment steps and gradient updates since the last measurement
+    * ``steps_per_second``, ``updates_per_second``: environment steps and gradient updates per second of whole rollouts
+      and the updates that follow them, since the last such line
 
     :param every: gradient updates between two measurements; 100 and 10 cost below 1 % of a step in
         phase A, 1 costs 5 % (``benchmarks/results/monitor.json``)
@@ -80,7 +81,8 @@ class MonitorCallback(LendingCallback):
         self._probe = Probe(self.every, self._log)
         self._updates = UpdateHook(self._before_update)
         self._episodes = EpisodeValues(min_gap=self.every)
-        self._window = (0.0, 0, 0)  # clock, timesteps and updates at the last measurement
+        self._window = (0.0, 0, 0)  # clock, timesteps and updates where the speed was measured last
+        self._measured = False  # an update, since then
         self._cache = (0, 0)  # hits and misses, likewise
 
     @refusals_end_the_search
@@ -94,7 +96,7 @@ class MonitorCallback(LendingCallback):
         if self.lending is not None:
             self.lending.when_closed(self, self._probe.pause)
         self._episodes.start()
-        self._window = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
+        self._window, self._measured = self._now(), False
         cache = self._feature_cache
         self._cache = (0, 0) if cache is None else (cache.hits, cache.misses)
 
@@ -104,12 +106,14 @@ class MonitorCallback(LendingCallback):
 
     def _on_rollout_start(self) -> None:
         self._probe.pause()  # acting is none of its business
+        self._log_speed()
 
     def _on_rollout_end(self) -> None:
         self._updates.follow(self.model)
         self._probe.prepare(self._updates.n)
 
     def _on_training_end(self) -> None:
+        self._log_speed()
         self._probe.end()
         self._updates.detach()
 
@@ -124,6 +128,18 @@ class MonitorCallback(LendingCallback):
                 if not key.startswith(GAUGES):
                     logger.record_mean(key, value)
         record(self.model, {**self._episodes.measured(self.model), **self._phase(), **self._costs()})
+        self._measured = True
+
+    def _now(self) -> tuple[float, int, int]:
+        return time.perf_counter(), self.model.num_timesteps, self._updates.n
+
+    def _log_speed(self) -> None:
+        """Only between ``train()`` and a rollout: a window that ends inside one of them lacks steps or updates."""
+        if self._measured:
+            before, self._window, self._measured = self._window, self._now(), False
+            seconds, steps, updates = (now - then for now, then in zip(self._window, before, strict=True))
+            speed = {"steps": steps, "updates": updates}
+            record(self.model, {f"monitor/{name}_per_second": n / max(seconds, 1e-9) for name, n in speed.items()})
 
     def _phase(self) -> dict[str, float]:
         policy: Any = self.model.policy
@@ -142,14 +158,8 @@ class MonitorCallback(LendingCallback):
         return getattr(getattr(buffer, "shared", None), "cache", None)
 
     def _costs(self) -> dict[str, float]:
-        """Speed, memory and cache, since the last measurement."""
-        now = (time.perf_counter(), self.model.num_timesteps, self._updates.n)
-        seconds = max(now[0] - self._window[0], 1e-9)
-        values = {
-            "monitor/steps_per_second": (now[1] - self._window[1]) / seconds,
-            "monitor/updates_per_second": (now[2] - self._window[2]) / seconds,
-        }
-        self._window = now
+        """Memory, and the cache since the last measurement."""
+        values: dict[str, float] = {}
         for name, size in {"process": process_bytes(), "device": device_bytes(self.model.device)}.items():
             if size is not None:
                 values[f"monitor/{name}_mb"] = size / 1e6
