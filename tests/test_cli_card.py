@@ -67,6 +67,17 @@ def test_the_card_holds_set_up_environment_scores_and_command(run):
         assert word not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "reward"),
+    [("best_model", "6.00 +/- 2.00"), ("best", "6.00 +/- 2.00"), ("rl_model_30_steps", "1.50 +/- 0.50")],
+)
+def test_the_hub_is_told_the_reward_of_the_very_model(run, name, reward):
+    (run / f"{ENV}.zip").rename(run / f"{name}.zip")
+    text = card(run)
+    assert f'"{name}.zip"' in text
+    assert metadata(text)["model-index"][0]["results"][0]["metrics"][0]["value"] == reward
+
+
 def test_the_hub_accepts_the_card(run):
     found = huggingface_hub.ModelCard(card(run))
     assert found.data.eval_results[0].metric_value == "1.50 +/- 0.50"

@@ -86,8 +86,8 @@ def _metadata(run: Run, algorithm: str, env_id: str) -> str:
     tags = [env_id, "deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3", "sb3_resnet"]
     data: dict[str, Any] = {"library_name": "stable-baselines3", "tags": tags}
     if len(run.evaluations):
-        last = run.results[-1]
-        metric = {"type": "mean_reward", "name": "mean_reward", "value": f"{last.mean():.2f} +/- {last.std():.2f}"}
+        shown = run.results[run.shown_evaluation]
+        metric = {"type": "mean_reward", "name": "mean_reward", "value": f"{shown.mean():.2f} +/- {shown.std():.2f}"}
         result = {
             "task": {"type": "reinforcement-learning", "name": "reinforcement-learning"},
             "dataset": {"name": env_id, "type": env_id},

@@ -59,6 +59,12 @@ class Run:
         best = [file for file in zips if file.stem == "best_model"]
         return next(iter([*final, *best, *zips[::-1]]), None)
 
+    @property
+    def shown_evaluation(self) -> int:
+        """Number of the evaluation that belongs to :attr:`model`: a best model is that of the best evaluation."""
+        is_best = self.model is not None and self.model.stem in ("best_model", "best")
+        return int(self.results.mean(axis=1).argmax()) if is_best else len(self.results) - 1
+
     def columns(self) -> dict[str, list[float | None]]:
         """:return: SB3's log by column; without one, its columns about rewards, made from the other files"""
         if self.progress:
