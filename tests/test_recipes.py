@@ -49,6 +49,36 @@ def test_the_recipe_runs_its_phases_and_keeps_the_best(tmp_path):
     assert {"best.zip", "best_frozen.zip", "best_layer4.zip", "best_layer3.zip"} <= {p.name for p in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("last_stage", "stages"),
+    [("stem", ["stem"]), ("layer1", ["layer1", "stem"]), ("layer2", ["layer2", "layer1"])],
+)
+def test_the_recipe_works_with_lower_trunks_and_after_a_resume(last_stage, stages, tmp_path):
+    model = make_model(extractor={"last_stage": last_stage})
+
+    def train(steps):
+        recipe = fine_tuning_callbacks(60, warmup_steps=5, ramp=2, save_path=tmp_path, last_stage=last_stage)
+        model.learn(steps, callback=[recipe, Rewards(range(9), eval_freq=10)], reset_num_timesteps=False)
+        return recipe.callbacks[1], model.policy.freeze_boundary
+
+    train(28)
+    model.save(tmp_path / "model")
+    model = type(model).load(tmp_path / "model", env=TinyGame(), device="cpu")
+    assert model.policy.freeze_boundary == stages[0]
+    callback, boundary = train(32)
+    assert [phase.unfreeze_from for phase in callback.phases] == stages
+    assert boundary == stages[-1]
+
+
+def test_a_trunk_that_ends_lower_says_what_to_write(tmp_path):
+    model = make_model(extractor={"last_stage": "layer2"})
+    recipe = fine_tuning_callbacks(40, save_path=tmp_path)
+    with pytest.raises(ValueError, match=r"ends at layer2.* with fine_tuning_callbacks write last_stage='layer2'"):
+        model.learn(20, callback=[recipe, Rewards(range(9), eval_freq=10)])
+    with pytest.raises(ValueError, match="last_stage must be one of 'stem'"):
+        fine_tuning_callbacks(40, last_stage="layer5")
+
+
 @pytest.mark.parametrize("written", ["guide", "docstring"])
 def test_the_documented_call_runs(written, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

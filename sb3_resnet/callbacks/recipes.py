@@ -13,7 +13,8 @@ from sb3_resnet.callbacks import (
     MonitorCallback,
     UnfreezeCallback,
 )
-from sb3_resnet.common.arguments import integer
+from sb3_resnet.common.arguments import choice, integer
+from sb3_resnet.nn.backbones import STAGES
 
 
 def fine_tuning_callbacks(
@@ -25,14 +26,16 @@ def fine_tuning_callbacks(
     save_path: str | Path | None = None,
     restore_best: bool = False,
     monitor_every: int | None = 100,
+    last_stage: str = "layer4",
 ) -> CallbackList:
     """
     Make the callbacks that train the head first and then unfreeze the upper stages.
 
-    The backbone stays frozen for the first 40 % of training. Then ``layer4`` trains, and from 70 % on ``layer3`` too;
-    the stages below detect edges and colours, and stay frozen. The backbone learns at a tenth of the head's rate, which
-    is the policy's default. Gradients are clipped, checkpoints and the best models are saved, and loss, learning rates,
-    gradient norms and memory are logged; the evaluation reward is logged by an ``EvalCallback`` beside them. Example::
+    The backbone stays frozen for the first 40 % of training. Then its highest stage trains, and from 70 % on the one
+    below too; the stages below those detect edges and colours, and stay frozen. The backbone learns at a tenth of the
+    head's rate, which is the policy's default. Gradients are clipped, checkpoints and the best models are saved, and
+    loss, learning rates, gradient norms and memory are logged; the evaluation reward is logged by an ``EvalCallback``
+    beside them. Example::
 
         recipe = sb3_resnet.fine_tuning_callbacks(1_000_000, save_path="logs")
         model.learn(1_000_000, callback=[recipe, EvalCallback(eval_env)])
@@ -52,10 +55,14 @@ def fine_tuning_callbacks(
     :param restore_best: whether to begin each phase with the best model of the phase before it
     :param monitor_every: gradient updates between two measurements of the :class:`MonitorCallback`; ``None``: without
         one, such as beside a ``MonitorCallback`` of your own
+    :param last_stage: the highest stage, as in the model's ``features_extractor_kwargs``; with ``"layer2"`` the phases
+        begin at ``layer2`` and ``layer1``, and with ``"stem"`` there is one
     :return: a list of callbacks, to pass to ``learn()``
     :raises ValueError: for values that cannot work
     """
     total = integer("total_timesteps", total_timesteps, 10)
+    top = STAGES.index(choice("last_stage", last_stage, STAGES))
+    upper = STAGES[max(0, top - 1) : top + 1][::-1]
     common = {"ramp": ramp, "restore_best": restore_best}
     monitor = [] if monitor_every is None else [MonitorCallback(every=monitor_every)]
     return CallbackList(
@@ -63,8 +70,8 @@ def fine_tuning_callbacks(
             LRScheduleCallback(warmup_steps=warmup_steps),
             UnfreezeCallback(
                 phases=[
-                    {"at_timestep": int(0.4 * total), "unfreeze_from": "layer4", **common},
-                    {"at_timestep": int(0.7 * total), "unfreeze_from": "layer3", **common},
+                    {"at_timestep": int(share * total), "unfreeze_from": stage, **common}
+                    for share, stage in zip((0.4, 0.7), upper, strict=False)  # "stem" is alone
                 ]
             ),
             GradientClipCallback(max_norm=max_norm),
