@@ -740,6 +740,29 @@ def test_a_frozen_random_backbone_warns_once_and_not_at_load(name, tmp_path):
     assert frozen_random_warnings(lambda: type(model.policy).load(tmp_path / "policy.pth"))[1] == []
 
 
+def test_a_grid_above_the_map_warns_once_and_not_at_load(tmp_path):
+    def caught(function):
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            result = function()
+        return result, [str(warning.message) for warning in found if "repeats values" in str(warning.message)]
+
+    def model_of(**extractor):
+        kwargs = own_policy_kwargs()
+        kwargs["features_extractor_kwargs"] |= {"pooling": "grid", **extractor}
+        env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=1, channel_first=True)
+        return DQN("ResNetCnnPolicy", env, buffer_size=4, policy_kwargs=kwargs)
+
+    model, (message,) = caught(model_of)
+    assert message.startswith("pooling='grid' with grid_size=4 repeats values: the map of layer4 is 3x3.")
+    assert "Write grid_size=3 or less, pooling='flatten', or a lower last_stage" in message
+    model.save(tmp_path / "model")
+    assert caught(lambda: DQN.load(tmp_path / "model"))[1] == []
+    for fits in ({"grid_size": 3}, {"last_stage": "layer3"}):
+        assert caught(lambda fits=fits: model_of(**fits))[1] == []
+    assert "is 1x1. Write pooling='avg'," in caught(lambda: build(pooling="grid", grid_size=2))[1][0]
+
+
 def test_what_learns_does_not_warn(trunk_file):
     for kwargs in ({"weights": trunk_file[0]}, {"freeze_backbone": False}):
         assert frozen_random_warnings(lambda kwargs=kwargs: build(**kwargs))[1] == []

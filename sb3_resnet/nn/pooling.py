@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch as th
@@ -47,6 +48,23 @@ class Pooling:
         """:return: length of the vector of a ``(channels, *size)`` map"""
         per_channel = {"flatten": size[0] * size[1], "spatial_softmax": 2, "grid": self.grid_size**2}
         return channels * per_channel.get(self.name, 1)
+
+
+def warn_if_grid_repeats(pooling: Pooling, size: tuple[int, int], last_stage: str) -> None:
+    """
+    Say what to write where a grid has more rows or columns than the map, so that its parts overlap.
+
+    :param pooling: what the user asked for
+    :param size: height and width of the last map
+    :param last_stage: the stage whose map it is
+    """
+    if pooling.name == "grid" and pooling.grid_size > min(size):
+        smaller = f"grid_size={min(size)} or less" if min(size) > 1 else "pooling='avg'"
+        warnings.warn(
+            f"pooling='grid' with grid_size={pooling.grid_size} repeats values: the map of {last_stage} is "
+            f"{size[0]}x{size[1]}. Write {smaller}, pooling='flatten', or a lower last_stage.",
+            stacklevel=3,  # where the extractor is constructed
+        )
 
 
 def _spatial_softmax(x: th.Tensor) -> th.Tensor:
