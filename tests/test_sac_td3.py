@@ -53,6 +53,21 @@ def heads(model):
 
 
 @algorithms
+def test_only_online_networks_see_augmented_images(algorithm):
+    model = build(algorithm, extractor={"augment": ["random_shift"]})
+    draws = dict.fromkeys(NETWORKS[algorithm], 0)
+    for name in draws:
+
+        def count(images, name=name):
+            draws[name] += 1
+            return images
+
+        getattr(model, name).features_extractor.augmentation = count
+    model.learn(20)
+    assert {name for name, times in draws.items() if times} == {"actor", "critic"}
+
+
+@algorithms
 def test_the_frozen_backbone_stays_as_it_is(algorithm):
     model = build(algorithm)
     before = {name: snapshot(getattr(model, name).features_extractor) for name in NETWORKS[algorithm]}
