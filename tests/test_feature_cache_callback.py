@@ -209,11 +209,12 @@ def test_a_stock_buffer_that_is_full_already_is_taken_over():
     assert th.equal(got.rewards, expected.rewards)
 
 
-def test_the_summary_at_the_end(capsys):
+@pytest.mark.parametrize(("adapter", "images"), [("conv1x1", "observations"), ("per_frame", "frames")])
+def test_the_summary_at_the_end_names_what_it_counts(adapter, images, capsys):
     callback = FeatureCacheCallback(verbose=1)
-    make_model().learn(40, callback=callback)
+    make_model(extractor={"adapter": adapter}).learn(40, callback=callback)
     callback.on_training_end()  # as RL-Zoo does
-    assert capsys.readouterr().out.count("sampled observations were encoded before") == 1
+    assert capsys.readouterr().out.count(f"sampled {images} were encoded before") == 1
 
 
 def test_invariant_10_what_would_not_be_exact_is_refused_with_the_reason():

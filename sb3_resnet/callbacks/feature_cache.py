@@ -124,7 +124,8 @@ class FeatureCacheCallback(LendingCallback):
         cache = self._cache
         if cache is not None and self.verbose:
             total = cache.hits + cache.misses
-            print(f"FeatureCache: {cache.hits / max(1, total):.1%} of {total} sampled observations were encoded before")
+            images = "frames" if cache.per_frame else "observations"
+            print(f"FeatureCache: {cache.hits / max(1, total):.1%} of {total} sampled {images} were encoded before")
         model: Any = self.model
         if self._shared is not None:
             self._shared.encodes = False

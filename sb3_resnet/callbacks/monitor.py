@@ -61,8 +61,8 @@ class MonitorCallback(LendingCallback):
     * ``freeze_boundary``: number of the lowest stage that trains (0 adapter, 1 stem, 2 to 5 ``layer1`` to ``layer4``,
       6 none); ``phase``: 0 while only the head trains, 1 from then on; ``trained_share``: share of the parameters that
       train
-    * ``cache_hits``: share of sampled observations that the feature cache had, since the last measurement;
-      ``cache_mb``: its memory
+    * ``cache_hits``: share of sampled observations (frames, with ``adapter="per_frame"``) that the feature cache had,
+      since the last measurement; ``cache_mb``: its memory
     * ``process_mb``, ``device_mb``: memory of the process (elsewhere than on Linux with psutil only, the ``monitor``
       extra), and of tensors on the GPU, in megabytes
     * ``steps_per_second``, ``updates_per_second``: environment steps and gradient updates per second of whole rollouts
