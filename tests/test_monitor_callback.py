@@ -425,6 +425,13 @@ def test_expected_and_realised_returns_belong_to_the_same_episodes():
     assert len({round(value, 6) for value, _ in finished}) > 1
 
 
+def test_an_adapter_that_trains_below_a_frozen_trunk_moves_no_boundary():
+    seen = watch(fill(make_model(extractor={"train_adapter": True})), MonitorCallback())
+    assert (seen["monitor/freeze_boundary"], seen["monitor/phase"]) == ([6.0], [0.0])
+    assert seen["update_ratio/backbone"][0] > 0
+    assert "``train_adapter=True``, moves neither" in MonitorCallback.__doc__
+
+
 def test_wrong_use_is_refused():
     with pytest.raises(ValueError, match="every must be"):
         MonitorCallback(every=0)

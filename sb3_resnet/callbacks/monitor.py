@@ -59,8 +59,8 @@ class MonitorCallback(LendingCallback):
       units with nearly no activation (arXiv 2302.12902); ``batchnorm_drift``: largest distance of a layer's batch mean
       from its running mean, in standard deviations (only where BatchNorm is live)
     * ``freeze_boundary``: number of the lowest stage that trains (0 adapter, 1 stem, 2 to 5 ``layer1`` to ``layer4``,
-      6 none); ``phase``: 0 while only the head trains, 1 from then on; ``trained_share``: share of the parameters that
-      train
+      6 none); ``phase``: 0 while it is 6, 1 from then on. An adapter that trains below a frozen trunk, with
+      ``train_adapter=True``, moves neither. ``trained_share``: share of the parameters that train
     * ``cache_hits``: share of sampled observations (frames, with ``adapter="per_frame"``) that the feature cache had,
       since the last measurement; ``cache_mb``: its memory
     * ``process_mb``, ``device_mb``: memory of the process (elsewhere than on Linux with psutil only, the ``monitor``
