@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from sb3_resnet.diagnosis.columns import Columns, enough, keys_with, last_third, logged, median, recent
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
-
-#: Logged values by key, one per line of the log; ``None`` where a line has no such value. NaN is a logged NaN.
-Columns = Mapping[str, Sequence[float | None]]
-
-_ALL_FROZEN = 6.0  # of monitor/freeze_boundary
+from sb3_resnet.diagnosis.reward_rules import overfitting, q_overestimation, slow_curve
 
 
 def history_findings(columns: Columns, finished: bool = False, slow_after: int | None = None) -> list[Finding]:
@@ -30,9 +26,9 @@ def history_findings(columns: Columns, finished: bool = False, slow_after: int |
         _loss_explodes(columns),
         _q_explodes(columns),
         _loss_oscillates(columns),
-        _slow_curve(columns, limit),
-        _overfitting(columns),
-        _q_overestimation(columns),
+        slow_curve(columns, limit),
+        overfitting(columns),
+        q_overestimation(columns),
         _dead(columns, "dead_features", "features of the backbone do not vary over a batch"),
         _dead(columns, "dormant_units", "hidden units of the head are dormant (nearly no activation)"),
         _gradients_vanish(columns),
@@ -51,7 +47,7 @@ def _loss_explodes(columns: Columns) -> Finding | None:
     if len(loss) and not np.isfinite(loss[-1]):
         seen = f"The loss is {loss[-1]:g} after {len(loss)} logged values."
         return Finding("loss_explodes", seen, "The weights are lost.", change, "error")
-    if len(loss) < _enough():
+    if len(loss) < enough():
         return None
     first, middle, last = (float(np.median(part)) for part in np.array_split(loss, 3))
     # Below 1, where Huber's loss is a square, errors are smaller than one clipped reward.
@@ -62,9 +58,9 @@ def _loss_explodes(columns: Columns) -> Finding | None:
 
 
 def _q_explodes(columns: Columns) -> Finding | None:
-    bound = _values(columns, "monitor/q_bound")
-    extremes = [np.abs(_recent(columns, key)) for key in ("monitor/q_max", "monitor/q_min")]
-    largest = max((float(np.median(values)) for values in extremes if len(values) >= _enough()), default=0.0)
+    bound = logged(columns, "monitor/q_bound")
+    extremes = [np.abs(recent(columns, key)) for key in ("monitor/q_max", "monitor/q_min")]
+    largest = max((float(np.median(values)) for values in extremes if len(values) >= enough()), default=0.0)
     if not len(bound) or not largest > THRESHOLDS["q_bound"].value * bound[-1]:
         return None
     return Finding(
@@ -77,12 +73,12 @@ def _q_explodes(columns: Columns) -> Finding | None:
 
 
 def _loss_oscillates(columns: Columns) -> Finding | None:
-    loss = _loss(columns)[-3 * int(_enough()) :]
+    loss = _loss(columns)[-3 * int(enough()) :]
     loss = loss[np.isfinite(loss) & (loss > 0)]
-    if len(loss) < _enough():
+    if len(loss) < enough():
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
-    error, reward = _median(columns, "monitor/td_p50"), _values(columns, "monitor/reward_max")
+    error, reward = median(columns, "monitor/td_p50"), logged(columns, "monitor/reward_max")
     if not math.isnan(error) and len(reward):
         ratio = error / reward[-1]
         sick = ratio > THRESHOLDS["td_size"].value and swing > THRESHOLDS["loss_swing"].value
@@ -99,69 +95,8 @@ def _loss_oscillates(columns: Columns) -> Finding | None:
     )
 
 
-def _slow_curve(columns: Columns, slow_after: float) -> Finding | None:
-    keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(_values(columns, key)) >= _enough()]
-    steps = _values(columns, "time/total_timesteps")
-    if not keys or not len(steps) or steps[-1] - steps[0] < slow_after:
-        return None
-    reward = _values(columns, keys[0])
-    first, _, last = np.array_split(reward, 3)
-    error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
-    gain = float(last.mean() - first.mean())
-    if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
-        return None
-    frozen = _values(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
-    unfreeze = (
-        "UnfreezeCallback([dict(at_timestep=..., unfreeze_from='layer4')]), since the whole backbone is frozen, or "
-    )
-    return Finding(
-        "slow_curve",
-        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
-        f"{last.mean():.4g} in the last.",
-        "The agent does not get better (ignore this if it is already as good as can be).",
-        f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
-    )
-
-
-def _overfitting(columns: Columns) -> Finding | None:
-    rewards, evaluations = columns.get("rollout/ep_rew_mean", ()), columns.get("eval/mean_reward", ())
-    pairs: list[tuple[float, float]] = []
-    train: float | None = None
-    for reward, evaluation in zip(rewards, evaluations, strict=False):
-        train = reward if reward is not None else train
-        if evaluation is not None and train is not None:
-            pairs.append((train, evaluation))
-    if len(pairs) < 5:
-        return None
-    table = np.array(pairs)
-    span = float(table.max() - table.min())
-    gaps = table[-3:, 0] - table[-3:, 1]
-    if span == 0 or not gaps.min() > THRESHOLDS["overfitting"].value * span:
-        return None
-    train_mean, evaluation_mean = table[-3:].mean(axis=0)
-    return Finding(
-        "overfitting",
-        f"In the last three evaluations the mean reward was {evaluation_mean:.4g}, in training {train_mean:.4g}.",
-        "The agent has memorised its training episodes.",
-        "Try dropout=0.1, weight_decay=1e-3, augmentation, or a lower boundary of what trains (freeze_backbone=True).",
-    )
-
-
-def _q_overestimation(columns: Columns) -> Finding | None:
-    expected, got = _median(columns, "monitor/q_start"), _median(columns, "monitor/return_start")
-    bound = _values(columns, "monitor/q_bound")
-    if not len(bound) or not expected - got > THRESHOLDS["q_overestimation"].value * bound[-1]:
-        return None
-    return Finding(
-        "q_overestimation",
-        f"At the start of episodes the agent expects {expected:.3g} and gets {got:.3g} (discounted).",
-        "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
-        "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
-    )
-
-
 def _dead(columns: Columns, name: str, what: str) -> Finding | None:
-    share = _median(columns, f"monitor/{name}")
+    share = median(columns, f"monitor/{name}")
     if not share > THRESHOLDS[name].value:
         return None
     change = {
@@ -173,8 +108,8 @@ def _dead(columns: Columns, name: str, what: str) -> Finding | None:
 
 
 def _gradients_vanish(columns: Columns) -> Finding | None:
-    for key in _keys(columns, "grad_norm/"):
-        norm = _median(columns, key)
+    for key in keys_with(columns, "grad_norm/"):
+        norm = median(columns, key)
         if norm < THRESHOLDS["vanishing"].value:
             return Finding(
                 "gradients_vanish",
@@ -187,8 +122,8 @@ def _gradients_vanish(columns: Columns) -> Finding | None:
 
 
 def _gradients_explode(columns: Columns) -> Finding | None:
-    before, after = (_recent(columns, key) for key in ("grad_norm/all", "grad_norm_clipped/all"))
-    if min(len(before), len(after)) < _enough():
+    before, after = (recent(columns, key) for key in ("grad_norm/all", "grad_norm_clipped/all"))
+    if min(len(before), len(after)) < enough():
         return None
     share = float(np.median(before) / max(float(np.median(after)), 1e-12))
     if np.isfinite(before).all() and share <= THRESHOLDS["exploding"].value:
@@ -203,13 +138,13 @@ def _gradients_explode(columns: Columns) -> Finding | None:
 
 
 def _lr_zero(columns: Columns) -> Finding | None:
-    keys = [*_keys(columns, "train/lr_"), *_keys(columns, "train/learning_rate")]
+    keys = [*keys_with(columns, "train/lr_"), *keys_with(columns, "train/learning_rate")]
     # Over a third of the log, since a schedule may well end at zero.
-    rates = [_last_third(columns, key) for key in keys]
-    rates = [rate for rate in rates if len(rate) >= _enough()]
+    rates = [last_third(columns, key) for key in keys]
+    rates = [rate for rate in rates if len(rate) >= enough()]
     highest = max((float(rate.max()) for rate in rates), default=math.inf)
-    ratios = [_last_third(columns, key) for key in _keys(columns, "update_ratio/")]
-    ratios = [ratio for ratio in ratios if len(ratio) >= _enough()]
+    ratios = [last_third(columns, key) for key in keys_with(columns, "update_ratio/")]
+    ratios = [ratio for ratio in ratios if len(ratio) >= enough()]
     moved = max((float(np.median(ratio)) for ratio in ratios), default=math.inf)
     if highest < THRESHOLDS["lr_zero"].value:
         seen = f"No learning rate exceeded {highest:.1e} in the last {max(map(len, rates))} logged updates."
@@ -222,9 +157,9 @@ def _lr_zero(columns: Columns) -> Finding | None:
 
 
 def _batchnorm_drift(columns: Columns) -> Finding | None:
-    drift = _recent(columns, "monitor/batchnorm_drift")
+    drift = recent(columns, "monitor/batchnorm_drift")
     # The smallest one, since running means begin at 0 and need about ten updates to adapt.
-    if len(drift) < _enough() or not drift.min() > THRESHOLDS["batchnorm_drift"].value:
+    if len(drift) < enough() or not drift.min() > THRESHOLDS["batchnorm_drift"].value:
         return None
     return Finding(
         "batchnorm_drift",
@@ -235,7 +170,7 @@ def _batchnorm_drift(columns: Columns) -> Finding | None:
 
 
 def _epsilon(columns: Columns) -> Finding | None:
-    rate = _values(columns, "rollout/exploration_rate")
+    rate = logged(columns, "rollout/exploration_rate")
     if not len(rate) or rate[-1] <= THRESHOLDS["final_epsilon"].value:
         return None
     return Finding(
@@ -256,7 +191,7 @@ def _amp_skips(columns: Columns) -> Finding | None:
     skipped, updates = (last - first for last, first in zip(known[-1], start, strict=True))
     if not skipped > THRESHOLDS["amp_skips"].value * updates:
         return None
-    scale = _values(columns, "train/amp_scale")
+    scale = logged(columns, "train/amp_scale")
     return Finding(
         "amp_skips",
         f"{skipped:.0f} of the last {updates:.0f} updates were skipped"
@@ -266,34 +201,7 @@ def _amp_skips(columns: Columns) -> Finding | None:
     )
 
 
-def _enough() -> float:
-    return THRESHOLDS["values"].value
-
-
 def _loss(columns: Columns) -> np.ndarray:
     """The monitor's mean over several updates, or else SB3's mean over the last ``train()``."""
-    measured = _values(columns, "monitor/loss")
-    return measured if len(measured) else _values(columns, "train/loss")
-
-
-def _recent(columns: Columns, key: str) -> np.ndarray:
-    return _values(columns, key)[-int(_enough()) :]
-
-
-def _median(columns: Columns, key: str) -> float:
-    """:return: median of the latest values; NaN, which exceeds no limit, if there are too few of them"""
-    values = _recent(columns, key)
-    return float(np.median(values)) if len(values) >= _enough() else math.nan
-
-
-def _last_third(columns: Columns, key: str) -> np.ndarray:
-    values = _values(columns, key)
-    return values[-max(int(_enough()), len(values) // 3) :]
-
-
-def _values(columns: Columns, key: str) -> np.ndarray:
-    return np.array([value for value in columns.get(key, ()) if value is not None], dtype=np.float64)
-
-
-def _keys(columns: Columns, prefix: str) -> list[str]:
-    return [key for key in columns if key.startswith(prefix)]
+    measured = logged(columns, "monitor/loss")
+    return measured if len(measured) else logged(columns, "train/loss")

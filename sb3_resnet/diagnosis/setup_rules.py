@@ -118,8 +118,8 @@ def _frozen_random(extractor: Any, unfrozen_from: str | None) -> Finding | None:
         "frozen_random_backbone",
         f"The stages {', '.join(frozen)} are frozen and their weights random.",
         "They stay random, so the agent sees little of the image and learns little.",
-        "Write pretrained=True or weights=PATH in features_extractor_kwargs (sb3-resnet pretrain makes such a file of "
-        "your environment's frames), or unfreeze: freeze_backbone=False, or an UnfreezeCallback down to "
+        "Write pretrained=True or weights=PATH in features_extractor_kwargs (sb3-resnet pretrain makes such a file "
+        "from frames of your environment), or unfreeze: freeze_backbone=False, or an UnfreezeCallback down to "
         "unfreeze_from='all'.",
     )
 

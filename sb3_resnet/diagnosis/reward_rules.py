@@ -1,0 +1,76 @@
+"""What a log says of the rewards: whether they rise, were memorised, or were expected to be higher."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from sb3_resnet.diagnosis.columns import Columns, enough, logged, median
+from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+
+_ALL_FROZEN = 6.0  # of monitor/freeze_boundary
+
+
+def slow_curve(columns: Columns, slow_after: float) -> Finding | None:
+    """Find rewards that do not rise."""
+    keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(logged(columns, key)) >= enough()]
+    steps = logged(columns, "time/total_timesteps")
+    if not keys or not len(steps) or steps[-1] - steps[0] < slow_after:
+        return None
+    reward = logged(columns, keys[0])
+    first, _, last = np.array_split(reward, 3)
+    error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
+    gain = float(last.mean() - first.mean())
+    if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
+        return None
+    frozen = logged(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
+    unfreeze = (
+        "UnfreezeCallback([dict(at_timestep=..., unfreeze_from='layer4')]), since the whole backbone is frozen, or "
+    )
+    return Finding(
+        "slow_curve",
+        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
+        f"{last.mean():.4g} in the last.",
+        "The agent does not get better (ignore this if it is already as good as can be).",
+        f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
+    )
+
+
+def overfitting(columns: Columns) -> Finding | None:
+    """Find evaluations far below training."""
+    rewards, evaluations = columns.get("rollout/ep_rew_mean", ()), columns.get("eval/mean_reward", ())
+    pairs: list[tuple[float, float]] = []
+    train: float | None = None
+    for reward, evaluation in zip(rewards, evaluations, strict=False):
+        train = reward if reward is not None else train
+        if evaluation is not None and train is not None:
+            pairs.append((train, evaluation))
+    if len(pairs) < 5:
+        return None
+    table = np.array(pairs)
+    span = float(table.max() - table.min())
+    gaps = table[-3:, 0] - table[-3:, 1]
+    if span == 0 or not gaps.min() > THRESHOLDS["overfitting"].value * span:
+        return None
+    train_mean, evaluation_mean = table[-3:].mean(axis=0)
+    return Finding(
+        "overfitting",
+        f"In the last three evaluations the mean reward was {evaluation_mean:.4g}, in training {train_mean:.4g}.",
+        "The agent has memorised its training episodes.",
+        "Try dropout=0.1, weight_decay=1e-3, augmentation, or a lower boundary of what trains (freeze_backbone=True).",
+    )
+
+
+def q_overestimation(columns: Columns) -> Finding | None:
+    """Find expectations far above what follows."""
+    expected, got = median(columns, "monitor/q_start"), median(columns, "monitor/return_start")
+    bound = logged(columns, "monitor/q_bound")
+    if not len(bound) or not expected - got > THRESHOLDS["q_overestimation"].value * bound[-1]:
+        return None
+    return Finding(
+        "q_overestimation",
+        f"At the start of episodes the agent expects {expected:.3g} and gets {got:.3g} (discounted).",
+        "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
+        "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
+    )
