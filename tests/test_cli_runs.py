@@ -166,6 +166,8 @@ def test_doctor_tells_what_the_log_shows(tmp_path):
     assert "1 error, 0 warnings" in text
     healthy = write_run(tmp_path / "healthy", [1], log="time/total_timesteps,train/loss\n1,0.5\n")
     assert invoke("doctor", healthy)[0] == 0
+    log = SICK.replace("train/loss", "train/loss,train/policy_gradient_loss").replace(".0\n", ".0,-0.01\n")
+    assert invoke("doctor", write_run(tmp_path / "ppo", [1], log=log))[0] == 0
     status, _, error = invoke("doctor", tmp_path)
     assert status == 1
     assert "holds several runs" in error

@@ -127,6 +127,17 @@ def test_epsilon_may_be_high_while_training_goes_on():
     assert history_findings({**HEALTHY, "rollout/exploration_rate": [1.0] * 30}) == []
 
 
+@pytest.mark.parametrize("key", ["train/policy_gradient_loss", "train/policy_loss"])
+def test_the_loss_of_an_actor_critic_may_grow_and_jump_but_not_be_nan(key):
+    """It follows the advantages of each rollout."""
+    columns = {key: noisy(-0.01), "monitor/loss": [], "monitor/td_p50": []}
+    for loss in (RISING, noisy(0.1, swing=40)):
+        assert history_findings({**HEALTHY, **columns, "train/loss": loss}) == []
+    (found,) = history_findings({**HEALTHY, **columns, "train/loss": [0.1, math.nan]})
+    assert (found.code, found.severity) == ("loss_explodes", "error")
+    assert "GradientClipCallback" not in found.change  # max_grad_norm is 0.5 already
+
+
 def test_a_slow_curve_is_advised_by_the_phase_and_forgiven_for_as_long_as_one_says():
     flat = {**HEALTHY, "eval/mean_reward": [], "rollout/ep_rew_mean": [-21.0] * 30}
     (frozen,) = history_findings(flat)

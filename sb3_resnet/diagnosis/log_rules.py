@@ -45,9 +45,10 @@ def _loss_explodes(columns: Columns) -> Finding | None:
     loss = _loss(columns)
     change = "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0)."
     if len(loss) and not np.isfinite(loss[-1]):
+        change = "Write a smaller learning_rate (a third)." if _is_actor_critic(columns) else change
         seen = f"The loss is {loss[-1]:g} after {len(loss)} logged values."
         return Finding("loss_explodes", seen, "The weights are lost.", change, "error")
-    if len(loss) < enough():
+    if len(loss) < enough() or _is_actor_critic(columns):
         return None
     first, middle, last = (float(np.median(part)) for part in np.array_split(loss, 3))
     # Below 1, where Huber's loss is a square, errors are smaller than one clipped reward.
@@ -75,7 +76,7 @@ def _q_explodes(columns: Columns) -> Finding | None:
 def _loss_oscillates(columns: Columns) -> Finding | None:
     loss = _loss(columns)[-3 * int(enough()) :]
     loss = loss[np.isfinite(loss) & (loss > 0)]
-    if len(loss) < enough():
+    if len(loss) < enough() or _is_actor_critic(columns):
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
     error, reward = median(columns, "monitor/td_p50"), logged(columns, "monitor/reward_max")
@@ -205,3 +206,8 @@ def _loss(columns: Columns) -> np.ndarray:
     """The monitor's mean over several updates, or else SB3's mean over the last ``train()``."""
     measured = logged(columns, "monitor/loss")
     return measured if len(measured) else logged(columns, "train/loss")
+
+
+def _is_actor_critic(columns: Columns) -> bool:
+    """Whether it is the log of PPO or A2C, whose loss falls and rises with the advantages of each rollout."""
+    return "train/policy_gradient_loss" in columns or "train/policy_loss" in columns
