@@ -126,15 +126,26 @@ def _gradients_explode(columns: Columns) -> Finding | None:
     before, after = (recent(columns, key) for key in ("grad_norm/all", "grad_norm_clipped/all"))
     if min(len(before), len(after)) < enough():
         return None
-    share = float(np.median(before) / max(float(np.median(after)), 1e-12))
-    if np.isfinite(before).all() and share <= THRESHOLDS["exploding"].value:
+    change = (
+        "Write a smaller learning_rate (a third) and weight_decay=1e-3, so that the weights grow more slowly, or scale "
+        "the rewards: VecNormalize(norm_obs=False)."
+    )
+    if not np.isfinite(before).all():
+        seen = f"The gradient norm is {np.median(before):.3g} before clipping and {np.median(after):.3g} after."
+        return Finding("gradients_explode", seen, "Such a gradient says nothing of what to change.", change)
+    first, middle, last = (float(np.median(part)) for part in np.array_split(logged(columns, "grad_norm/all"), 3))
+    growth, clip = THRESHOLDS["norm_growth"].value, float(np.median(after))
+    # A steady norm, however large, is the scale of the loss: QR-DQN's is a sum over quantiles.
+    if not (last > growth * first and last > math.sqrt(growth) * middle > math.sqrt(growth) * first):
+        return None
+    if last <= THRESHOLDS["exploding"].value * clip:
         return None
     return Finding(
         "gradients_explode",
-        f"The gradient norm is {np.median(before):.3g} before clipping and {np.median(after):.3g} after.",
-        "Clipping hides how large the steps would be: little of the gradient is left.",
-        "Write a smaller learning_rate (a third), scale the rewards (VecNormalize(norm_obs=False)), or lr_backbone "
-        "a hundredth of the head's.",
+        f"The gradient norm grew from {first:.3g} to {middle:.3g} and {last:.3g} (medians of the thirds of the log); "
+        f"clipping leaves {clip:.3g}.",
+        "Weights, errors or both run away, and clipping hides it.",
+        change,
     )
 
 
