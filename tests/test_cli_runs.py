@@ -173,6 +173,15 @@ def test_doctor_tells_what_the_log_shows(tmp_path):
     assert "holds several runs" in error
 
 
+def test_doctor_names_a_stage_that_this_trunk_has(tmp_path):
+    log = "time/total_timesteps,eval/mean_reward,monitor/freeze_boundary\n"
+    log += "".join(f"{100_000 * n},1.0,6\n" for n in range(20))
+    folder = write_run(tmp_path / "run", [1], log=log)
+    assert "unfreeze_from=STAGE" in " ".join(invoke("doctor", folder)[1].split())
+    make_model(extractor={"last_stage": "layer2"}).save(folder / "run.zip")
+    assert "unfreeze_from='layer2'" in " ".join(invoke("doctor", folder)[1].split())
+
+
 def test_strict_makes_warnings_errors(tmp_path):
     folder = write_run(tmp_path / "run", [1])
     make_model().save(folder / "run.zip")

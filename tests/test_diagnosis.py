@@ -154,8 +154,15 @@ def test_a_slow_curve_is_advised_by_the_phase_and_forgiven_for_as_long_as_one_sa
     flat = {**HEALTHY, "eval/mean_reward": [], "rollout/ep_rew_mean": [-21.0] * 30}
     (frozen,) = history_findings(flat)
     (open_,) = history_findings({**flat, "monitor/freeze_boundary": [0.0] * 30})
-    assert "UnfreezeCallback" in frozen.change
+    assert "unfreeze_from=STAGE" in frozen.change
+    assert "the last stage of your trunk" in frozen.change
     assert "UnfreezeCallback" not in open_.change
+    for model in (make_model(extractor={"last_stage": "layer2"}), make_dict_model(extractor={"last_stage": "layer2"})):
+        (found,) = history_findings(flat, model=model)
+        assert "UnfreezeCallback([dict(at_timestep=..., unfreeze_from='layer2')])" in found.change
+        model.policy.set_freeze_boundary("layer2")
+    (found,) = history_findings(flat, model=PPO("MlpPolicy", "CartPole-v1", device="cpu"))
+    assert "STAGE" in found.change
     assert history_findings(flat, slow_after=3_000_000) == []
 
 

@@ -263,6 +263,17 @@ def test_a_second_end_and_a_second_learn_repeat_nothing(capsys):
     assert before_step(model.policy.optimizer).keys == POLICYS
 
 
+def test_a_slow_curve_names_a_stage_that_this_trunk_has():
+    model = trained(make_model(extractor={"last_stage": "layer2"}))
+    doctor = DoctorCallback(verbose=0)
+    start(model, doctor)
+    for i in range(10):
+        doctor._note({"eval/mean_reward": 1.0, **doctor._context(), "time/total_timesteps": 1e6 * i})
+    with pytest.warns(UserWarning, match="unfreeze_from='layer2'"):
+        doctor._examine()
+    doctor.on_training_end()
+
+
 def test_it_can_be_driven_without_an_environment_and_a_logger():
     model = make_model(extractor=UNFROZEN)
     doctor = DoctorCallback(every=1, verbose=0)

@@ -157,7 +157,7 @@ class DoctorCallback(LendingCallback):
         self._rows += 1
 
     def _examine(self) -> None:
-        self._report(history_findings(self._columns, slow_after=self.slow_after))
+        self._report(history_findings(self._columns, slow_after=self.slow_after, model=self.model))
 
     def _report(self, found: list[Finding]) -> None:
         known = {finding.code for finding in self.findings}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -62,19 +62,19 @@ def examine(folder: str | Path, trust: bool = False) -> Examination:
     (run,) = runs
     if not (run.progress or len(run.episodes) or len(run.evaluations)):
         raise ValueError(f"{folder}: the logs hold no line, so nothing could be judged; let the run train for longer")
-    facts, findings = summary(run), history_findings(run.columns(), finished=True)
+    facts = summary(run)
     if not run.progress:
         facts.append(("log", "no progress.csv, so only rewards can be judged"))
+    model: Any = None
+    static: list[Finding] = []
     if run.model is not None:
-        # The replay buffer is loaded without its content, so its memory says nothing.
-        known = {"buffer_memory", *(finding.code for finding in findings)}
         try:
-            findings += [
-                found
-                for found in static_findings(load_model(run.model, trust=trust, takes_dict=True))
-                if found.code not in known
-            ]
+            model = load_model(run.model, trust=trust, takes_dict=True)
+            static = static_findings(model)
             facts.append(("model", str(run.model)))
         except (ValueError, ImportError) as error:
             facts.append(("model", f"not looked at: {one_line(error)}"))
-    return Examination(facts, findings)
+    findings = history_findings(run.columns(), finished=True, model=model)
+    # The replay buffer is loaded without its content, so its memory says nothing.
+    known = {"buffer_memory", *(finding.code for finding in findings)}
+    return Examination(facts, findings + [found for found in static if found.code not in known])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -11,7 +12,9 @@ from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 from sb3_resnet.diagnosis.reward_rules import overfitting, q_overestimation, slow_curve
 
 
-def history_findings(columns: Columns, finished: bool = False, slow_after: int | None = None) -> list[Finding]:
+def history_findings(
+    columns: Columns, finished: bool = False, slow_after: int | None = None, model: Any = None
+) -> list[Finding]:
     """
     Find what is wrong with a run from its log.
 
@@ -19,6 +22,7 @@ def history_findings(columns: Columns, finished: bool = False, slow_after: int |
         columns are missing finds nothing
     :param finished: whether the run has ended, so that epsilon must have reached its final value
     :param slow_after: environment steps after which the reward must have risen; ``None``: as in :data:`THRESHOLDS`
+    :param model: the SB3 model of the run, if it is at hand: advice then fits its trunk and algorithm
     :return: the findings
     """
     limit = THRESHOLDS["slow_after"].value if slow_after is None else slow_after
@@ -26,7 +30,7 @@ def history_findings(columns: Columns, finished: bool = False, slow_after: int |
         _loss_explodes(columns),
         _q_explodes(columns),
         _loss_oscillates(columns),
-        slow_curve(columns, limit),
+        slow_curve(columns, limit, model),
         overfitting(columns),
         q_overestimation(columns),
         _dead(columns, "dead_features", "features of the backbone do not vary over a batch"),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
 from sb3_resnet.diagnosis.columns import Columns, enough, logged, median
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+from sb3_resnet.diagnosis.setup_rules import eyes_of
 
 _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
 
 
-def slow_curve(columns: Columns, slow_after: float) -> Finding | None:
+def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Finding | None:
     """Find rewards that do not rise."""
     keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(logged(columns, key)) >= enough()]
     steps = logged(columns, "time/total_timesteps")
@@ -25,16 +27,21 @@ def slow_curve(columns: Columns, slow_after: float) -> Finding | None:
     if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
         return None
     frozen = logged(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
-    unfreeze = (
-        "UnfreezeCallback([dict(at_timestep=..., unfreeze_from='layer4')]), since the whole backbone is frozen, or "
-    )
     return Finding(
         "slow_curve",
         f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
         f"{last.mean():.4g} in the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
-        f"Try {unfreeze if frozen else ''}a learning_rate three times as high for the head.",
+        f"Try {_unfreeze(model) if frozen else ''}a learning_rate three times as high for the head.",
     )
+
+
+def _unfreeze(model: Any) -> str:
+    """:return: the advice to train the trunk's last stage, by its name where the model is known"""
+    stages = [] if model is None else getattr(eyes_of(model), "stages", [])
+    stage, which = (repr(stages[-1]), "") if stages else ("STAGE", " (STAGE: the last stage of your trunk)")
+    text = f"UnfreezeCallback([dict(at_timestep=..., unfreeze_from={stage})]){which}"
+    return f"{text}, since the whole backbone is frozen, or "
 
 
 def overfitting(columns: Columns) -> Finding | None:
