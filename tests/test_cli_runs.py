@@ -51,7 +51,9 @@ def test_a_real_run_of_sb3_is_read(tmp_path):
     assert run.episodes[:, 0].tolist() == [13.0 * n for n in range(1, 11)]
     assert run.evaluations.tolist() == [60, 120]
     assert run.results.shape == (2, 2)
-    assert run.columns() is run.progress
+    columns, lines = run.columns(), zip(run.columns()["time/episodes"], run.progress["time/episodes"], strict=True)
+    assert all(logged in (None, counted) for counted, logged in lines)
+    assert {**columns, "time/episodes": run.progress["time/episodes"]} == run.progress
     assert run.progress["time/total_timesteps"][-1] == 130
     assert run.model == folder / "run.zip"
     examination = examine(folder)
@@ -73,6 +75,7 @@ def test_rl_zoos_layout_has_steps_of_the_agent_and_columns_from_rewards(tmp_path
         "time/total_timesteps": [100, 200, 400, 800],
         "rollout/ep_rew_mean": [None, None, 1.5, 3.5],
         "eval/mean_reward": [2, 6, None, None],
+        "time/episodes": [1, 2, 4, 8],
     }
     facts = dict(summary(run))
     assert facts["best evaluation"] == "6 at step 200"
@@ -85,6 +88,12 @@ def test_episodes_of_several_environments_are_put_in_order(tmp_path):
     (folder / "0.monitor.csv").rename(folder / "1.monitor.csv")
     write_run(folder, [2, 4], start=100.2, length=5)
     assert find_runs(folder)[0].episodes.tolist() == [[10, 1], [15, 2], [25, 3], [30, 4]]
+
+
+def test_lost_lives_in_the_log_are_no_episodes(tmp_path):
+    log = "time/total_timesteps,time/episodes\n" + "".join(f"{100 * n},{15 * n}\n" for n in range(1, 5))
+    (run,) = find_runs(write_run(tmp_path / "run", range(8), length=200, log=log))
+    assert run.columns()["time/episodes"] == [2, 4, 6, 8]
 
 
 def test_half_a_last_line_is_left_out(tmp_path):

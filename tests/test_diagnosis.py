@@ -3,6 +3,7 @@
 import math
 import re
 
+import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DQN, PPO, SAC
@@ -14,6 +15,7 @@ from sb3_resnet.cache.sizes import growth_bytes
 from sb3_resnet.callbacks import MonitorCallback
 from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
 from sb3_resnet.diagnosis import setup_rules as diagnosis
+from sb3_resnet.diagnosis.rolling import episodes_at
 from sb3_resnet.diagnosis.setup_rules import has_random_weights
 from sb3_resnet.diagnosis.setup_rules import static_findings as static
 from tests.helpers import TinyGame, fill, make_dict_model, make_model, start, trained
@@ -164,6 +166,51 @@ def test_a_slow_curve_is_advised_by_the_phase_and_forgiven_for_as_long_as_one_sa
     (found,) = history_findings(flat, model=PPO("MlpPolicy", "CartPole-v1", device="cpu"))
     assert "STAGE" in found.change
     assert history_findings(flat, slow_after=3_000_000) == []
+
+
+def rolling_log(rewards, every, known_by):
+    """The log of some episodes: SB3's rolling mean of 100 in lines that share most of them."""
+    ends = np.arange(every, len(rewards) + 1, every)
+    steps = 1000.0 * ends
+    columns = {
+        "rollout/ep_rew_mean": [float(rewards[max(0, end - 100) : end].mean()) for end in ends],
+        "time/total_timesteps": steps.tolist(),
+        "time/episodes": ends.tolist(),
+        "rollout/ep_len_mean": [1000.0] * len(ends),
+    }
+    return {key: values for key, values in columns.items() if key in ("rollout/ep_rew_mean", *known_by)}
+
+
+@pytest.mark.parametrize(
+    ("episodes", "every", "known_by"),
+    [
+        *((*run, ["time/episodes"]) for run in ((800, 4), (800, 1), (2000, 130))),
+        *((*run, ["rollout/ep_len_mean"]) for run in ((800, 4), (800, 1), (2000, 130))),
+        (200, 4, []),  # SB3's interval, where nothing tells
+    ],
+)
+def test_a_flat_rolling_mean_is_no_gain_and_a_rise_is_one(episodes, every, known_by):
+    rng = np.random.default_rng(0)
+    runs = [rng.normal(size=episodes) for _ in range(60)]
+    for rise, few, many in ((0.0, 54, 60), (3.0, 0, 2)):
+        logs = [
+            rolling_log(run + np.linspace(0, rise, episodes), every, ["time/total_timesteps", *known_by])
+            for run in runs
+        ]
+        assert few <= sum(codes(history_findings(log, slow_after=1)) == ["slow_curve"] for log in logs) <= many
+
+
+def test_the_model_knows_the_window_and_a_count_that_begins_again_adds_up():
+    rewards = np.random.default_rng(1).normal(size=800)
+    log = rolling_log(rewards, 4, ["time/total_timesteps", "time/episodes"])
+    model = make_model(stats_window_size=1)
+    single = {**log, "rollout/ep_rew_mean": (rewards + np.linspace(0, 1, 800))[3::4].tolist()}
+    assert codes(history_findings(single, slow_after=1)) == ["slow_curve"]
+    assert history_findings(single, slow_after=1, model=model) == []
+    again = {**log, "time/episodes": [*log["time/episodes"][:100], *log["time/episodes"][:100]]}
+    assert episodes_at(again).tolist() == log["time/episodes"]
+    assert episodes_at({"rollout/ep_rew_mean": [1.0, None, 2.0], "time/episodes": [4.0]}).tolist() == [4, 4]
+    assert episodes_at({"rollout/ep_rew_mean": [1.0, None, 2.0]}).tolist() == [4, 8]
 
 
 def test_a_log_is_read_as_sb3_wrote_it(tmp_path):

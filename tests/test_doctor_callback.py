@@ -8,6 +8,7 @@ import pytest
 import torch as th
 from stable_baselines3 import DQN
 from stable_baselines3.common.callbacks import BaseCallback, CallbackList, EvalCallback
+from stable_baselines3.common.monitor import Monitor
 
 from sb3_resnet.callbacks import DoctorCallback, FeatureCacheCallback, LRScheduleCallback, UnfreezeCallback
 from sb3_resnet.common.step_hooks import before_step
@@ -272,6 +273,28 @@ def test_a_slow_curve_names_a_stage_that_this_trunk_has():
     with pytest.warns(UserWarning, match="unfreeze_from='layer2'"):
         doctor._examine()
     doctor.on_training_end()
+
+
+def test_it_counts_the_episodes_of_the_mean_and_no_lost_lives():
+    class Lives(gym.Wrapper):
+        """Every third step costs a life, and the game goes on."""
+
+        steps, over = 0, True
+
+        def step(self, action):
+            self.steps += 1
+            obs, reward, *ends, info = super().step(action)
+            self.over = any(ends)
+            return obs, reward, ends[0] or self.steps % 3 == 0, ends[1], info
+
+        def reset(self, **kwargs):
+            return super().reset(**kwargs) if self.over else (self.env.unwrapped.frames.copy(), {})
+
+    model = trained(make_model(env=Lives(Monitor(TinyGame()))))
+    doctor = watched(model, 60)
+    assert doctor._columns["time/episodes"][-1] == len(model.ep_info_buffer) < model._episode_num
+    doctor = watched(model, 20)
+    assert doctor._columns["time/episodes"][-1] == len(model.ep_info_buffer)
 
 
 def test_it_can_be_driven_without_an_environment_and_a_logger():

@@ -70,6 +70,7 @@ class DoctorCallback(LendingCallback):
         self._evaluations = Evaluations(None)
         self._columns: dict[str, list[float | None]] = {}
         self._rows = 0
+        self._finished = 0  # episodes
         self._looked = False
         self._ended = False
 
@@ -85,6 +86,7 @@ class DoctorCallback(LendingCallback):
         if self.lending is not None:
             self.lending.when_closed(self, self._probe.pause)
         self._episodes.start()
+        self._finished = max(self._finished, len(self.model.ep_info_buffer or ()))
         self._looked = self._ended = False
 
     def _on_rollout_start(self) -> None:
@@ -95,6 +97,7 @@ class DoctorCallback(LendingCallback):
 
     def _on_step(self) -> bool:
         self._episodes.step(self.model, self.locals)
+        self._finished += sum("episode" in info for info in self.locals.get("infos", ()))
         reward = self._evaluations.poll()
         if reward is not None:
             self._note({"eval/mean_reward": reward, **self._context()})
@@ -141,7 +144,8 @@ class DoctorCallback(LendingCallback):
         }
         episodes = [info["r"] for info in model.ep_info_buffer or ()]
         if episodes:
-            values["rollout/ep_rew_mean"] = float(safe_mean(episodes))
+            # SB3's own count takes each lost life for an episode, of which this mean knows nothing.
+            values.update({"rollout/ep_rew_mean": float(safe_mean(episodes)), "time/episodes": float(self._finished)})
         logger = host.logger_of(model)
         logged = {} if logger is None else logger.name_to_value
         # PPO's loss falls and rises with the advantages of each rollout.

@@ -66,9 +66,15 @@ class Run:
         return int(self.results.mean(axis=1).argmax()) if is_best else len(self.results) - 1
 
     def columns(self) -> dict[str, list[float | None]]:
-        """:return: SB3's log by column; without one, its columns about rewards, made from the other files"""
+        """
+        :return: SB3's log by column, with the episodes of ``monitor.csv``; without a log, its columns about rewards,
+            made from the other files
+        """
         if self.progress:
-            return self.progress
+            steps = self.progress.get("time/total_timesteps", [])
+            last = max((step for step in steps if step is not None), default=0.0)
+            # Steps of a monitor file may be those of a game that repeats actions.
+            return {**self.progress, **self._episodes_at(steps, last / max(self._trained, 1.0))}
         means = rolling_mean(self.episodes[:, 1], WINDOW)
         rows: list[tuple[float, str, float]] = [
             (float(self.episodes[index, 0]), "rollout/ep_rew_mean", float(means[index]))
@@ -83,7 +89,19 @@ class Run:
         table: dict[str, list[float | None]] = {"time/total_timesteps": [step for step, _, _ in rows]}
         for key in ("rollout/ep_rew_mean", "eval/mean_reward"):
             table[key] = [value if name == key else None for _, name, value in rows]
-        return table
+        return {**table, **self._episodes_at(table["time/total_timesteps"])}
+
+    @property
+    def _trained(self) -> float:
+        return float(self.episodes[-1, 0]) if len(self.episodes) else 0.0
+
+    def _episodes_at(self, steps: Sequence[float | None], scale: float = 1.0) -> dict[str, list[float | None]]:
+        """Episodes at each line. SB3's own count in the log takes each lost life for an episode."""
+        if not len(self.episodes):
+            return {}
+        ends = self.episodes[:, 0] * scale * (1.0 - 1e-9)  # an end and its line are at the same step
+        counts = [None if step is None else float(np.searchsorted(ends, step, side="right")) for step in steps]
+        return {"time/episodes": counts}
 
 
 def find_runs(folder: str | Path) -> list[Run]:

@@ -9,6 +9,7 @@ import numpy as np
 
 from sb3_resnet.diagnosis.columns import Columns, enough, logged, median
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
+from sb3_resnet.diagnosis.rolling import WINDOW, episodes_at, standard_error
 from sb3_resnet.diagnosis.setup_rules import eyes_of
 
 _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
@@ -22,7 +23,10 @@ def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Findin
         return None
     reward = logged(columns, keys[0])
     first, _, last = np.array_split(reward, 3)
-    error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
+    if keys[0] == "eval/mean_reward":
+        error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
+    else:
+        error = standard_error(reward, episodes_at(columns), getattr(model, "_stats_window_size", WINDOW))
     gain = float(last.mean() - first.mean())
     if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
         return None
