@@ -18,7 +18,7 @@ from sb3_resnet.diagnosis import setup_rules as diagnosis
 from sb3_resnet.diagnosis.rolling import episodes_at
 from sb3_resnet.diagnosis.setup_rules import has_random_weights
 from sb3_resnet.diagnosis.setup_rules import static_findings as static
-from tests.helpers import TinyGame, fill, make_dict_model, make_model, start, trained
+from tests.helpers import TinyGame, fill, make_actor_critic, make_dict_model, make_model, start, trained
 
 
 def codes(findings):
@@ -213,6 +213,46 @@ def test_the_model_knows_the_window_and_a_count_that_begins_again_adds_up():
     assert episodes_at({"rollout/ep_rew_mean": [1.0, None, 2.0]}).tolist() == [4, 8]
 
 
+@pytest.mark.parametrize(
+    ("expected", "got", "sick"),
+    [
+        (5.0, -2.0, True),  # Pong: a bound of 100, and returns of a few points
+        (0.1, -2.4, False),  # before the agent has learned to lose
+        (0.3, 0.0, False),
+        (1.4, 0.0, True),  # more than the largest reward there is, where most episodes have none
+        (50.0, 40.0, False),
+        (90.0, 40.0, True),
+    ],
+)
+def test_expectations_are_compared_with_the_returns_there_are(expected, got, sick):
+    columns = {"monitor/q_start": flat(expected), "monitor/return_start": flat(got)}
+    assert codes(history_findings({**HEALTHY, **columns})) == (["q_overestimation"] if sick else [])
+    assert history_findings({**HEALTHY, **columns, "monitor/return_start": flat(0.0), "monitor/reward_max": []}) == []
+
+
+def test_too_high_expectations_are_cured_by_what_the_algorithm_has():
+    high = {**HEALTHY, "monitor/q_start": flat(20.0)}
+
+    def advice(model=None, **columns):
+        (found,) = history_findings({**high, **columns}, model=model)
+        return found.change
+
+    assert advice() == (
+        "Write target_update_interval=10000 and a smaller learning_rate (a third), or train QRDQN instead of DQN."
+    )
+    assert "target_update_interval=20000 and" in advice(make_model(target_update_interval=10_000))
+    assert "train QRDQN" in advice(make_model())
+    assert "train QRDQN" not in advice(make_model("qrdqn"))
+    assert "n_steps=16 and" in advice(make_actor_critic("ppo", n_steps=8))
+    for text in (
+        advice(make_actor_critic("a2c")),
+        advice(**{"train/policy_loss": flat(0.1)}),
+    ):
+        assert "n_steps" in text
+        assert "target" not in text
+        assert "QRDQN" not in text
+
+
 def test_a_log_is_read_as_sb3_wrote_it(tmp_path):
     model = fill(make_model())
     model.set_logger(configure(str(tmp_path), ["csv"]))
@@ -381,7 +421,7 @@ LOG_LIMITS = {
     "q_bound": ("q_explodes", lambda x: {"monitor/q_min": flat(-100.0 * x)}),
     "q_overestimation": (
         "q_overestimation",
-        lambda x: {"monitor/q_start": flat(0.5 + 100 * x), "monitor/return_start": flat(0.5)},
+        lambda x: {"monitor/q_start": flat(5 * x), "monitor/return_start": [-5.0, *flat(-4.0, 29)]},
     ),
     "slow_after": (
         "slow_curve",

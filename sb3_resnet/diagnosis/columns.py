@@ -43,3 +43,8 @@ def logged(columns: Columns, key: str) -> np.ndarray:
 def keys_with(columns: Columns, prefix: str) -> list[str]:
     """:return: the keys that begin with ``prefix``"""
     return [key for key in columns if key.startswith(prefix)]
+
+
+def is_actor_critic(columns: Columns) -> bool:
+    """:return: whether it is a log of PPO or A2C, whose loss falls and rises with the advantages of each rollout"""
+    return "train/policy_gradient_loss" in columns or "train/policy_loss" in columns

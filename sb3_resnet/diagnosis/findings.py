@@ -48,7 +48,7 @@ THRESHOLDS: dict[str, Threshold] = {
     "loss_swing_alone": Threshold(10.0, "own measurement: 3.3 in a healthy run on Pong, where rewards are rare"),
     "td_size": Threshold(3.0, "own judgement: errors far beyond any reward come from bootstrapping; 0.1 on Pong"),
     "q_bound": Threshold(1.0, "share of reward / (1 - gamma); larger values have diverged: arXiv 1812.02648"),
-    "q_overestimation": Threshold(0.1, "own judgement, share of reward / (1 - gamma); measured as in arXiv 1509.06461"),
+    "q_overestimation": Threshold(1.0, "own judgement, share of the largest return seen; as in arXiv 1509.06461"),
     "slow_after": Threshold(200_000, "own judgement: long enough for the first gains on Atari's easy games"),
     "slow_curve": Threshold(2.0, "Welch's test at about 95 %: standard errors that a gain must exceed"),
     "overfitting": Threshold(0.25, "own judgement: share of the range of all rewards so far"),

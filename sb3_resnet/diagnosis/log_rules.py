@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sb3_resnet.diagnosis.columns import Columns, enough, keys_with, last_third, logged, median, recent
+from sb3_resnet.diagnosis.columns import Columns, enough, is_actor_critic, keys_with, last_third, logged, median, recent
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 from sb3_resnet.diagnosis.reward_rules import overfitting, q_overestimation, slow_curve
 
@@ -32,7 +32,7 @@ def history_findings(
         _loss_oscillates(columns),
         slow_curve(columns, limit, model),
         overfitting(columns),
-        q_overestimation(columns),
+        q_overestimation(columns, model),
         _dead(columns, "dead_features", "features of the backbone do not vary over a batch"),
         _dead(columns, "dormant_units", "hidden units of the head are dormant (nearly no activation)"),
         _gradients_vanish(columns),
@@ -49,10 +49,10 @@ def _loss_explodes(columns: Columns) -> Finding | None:
     loss = _loss(columns)
     change = "Write a smaller learning_rate (a third), and clip: GradientClipCallback(max_norm=2.0)."
     if len(loss) and not np.isfinite(loss[-1]):
-        change = "Write a smaller learning_rate (a third)." if _is_actor_critic(columns) else change
+        change = "Write a smaller learning_rate (a third)." if is_actor_critic(columns) else change
         seen = f"The loss is {loss[-1]:g} after {len(loss)} logged values."
         return Finding("loss_explodes", seen, "The weights are lost.", change, "error")
-    if len(loss) < enough() or _is_actor_critic(columns):
+    if len(loss) < enough() or is_actor_critic(columns):
         return None
     first, middle, last = (float(np.median(part)) for part in np.array_split(loss, 3))
     # Below 1, where Huber's loss is a square, errors are smaller than one clipped reward.
@@ -80,7 +80,7 @@ def _q_explodes(columns: Columns) -> Finding | None:
 def _loss_oscillates(columns: Columns) -> Finding | None:
     loss = _loss(columns)[-3 * int(enough()) :]
     loss = loss[np.isfinite(loss) & (loss > 0)]
-    if len(loss) < enough() or _is_actor_critic(columns):
+    if len(loss) < enough() or is_actor_critic(columns):
         return None
     swing = float(np.exp(np.median(np.abs(np.diff(np.log(loss))))))
     error, reward = median(columns, "monitor/td_p50"), logged(columns, "monitor/reward_max")
@@ -221,8 +221,3 @@ def _loss(columns: Columns) -> np.ndarray:
     """The monitor's mean over several updates, or else SB3's mean over the last ``train()``."""
     measured = logged(columns, "monitor/loss")
     return measured if len(measured) else logged(columns, "train/loss")
-
-
-def _is_actor_critic(columns: Columns) -> bool:
-    """Whether it is the log of PPO or A2C, whose loss falls and rises with the advantages of each rollout."""
-    return "train/policy_gradient_loss" in columns or "train/policy_loss" in columns

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from sb3_resnet.diagnosis.columns import Columns, enough, logged, median
+from sb3_resnet.diagnosis.columns import Columns, enough, is_actor_critic, logged, median
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 from sb3_resnet.diagnosis.rolling import WINDOW, episodes_at, standard_error
-from sb3_resnet.diagnosis.setup_rules import eyes_of
+from sb3_resnet.diagnosis.setup_rules import eyes_of, value_network_of
 
 _ALL_FROZEN = 6.0  # of monitor/freeze_boundary
 
@@ -73,15 +73,37 @@ def overfitting(columns: Columns) -> Finding | None:
     )
 
 
-def q_overestimation(columns: Columns) -> Finding | None:
+def q_overestimation(columns: Columns, model: Any = None) -> Finding | None:
     """Find expectations far above what follows."""
     expected, got = median(columns, "monitor/q_start"), median(columns, "monitor/return_start")
-    bound = logged(columns, "monitor/q_bound")
-    if not len(bound) or not expected - got > THRESHOLDS["q_overestimation"].value * bound[-1]:
+    returns, rewards = np.abs(logged(columns, "monitor/return_start")), logged(columns, "monitor/reward_max")
+    # No bound of what is possible: nobody earns the largest reward at each step. Losses are no reason to expect little.
+    if not len(rewards) or not len(returns):
         return None
+    largest = max(float(returns.max()), float(rewards[-1]))
+    if not expected - max(got, 0.0) > THRESHOLDS["q_overestimation"].value * largest:
+        return None
+    why, change = _too_high(columns, model)
     return Finding(
         "q_overestimation",
         f"At the start of episodes the agent expects {expected:.3g} and gets {got:.3g} (discounted).",
+        why,
+        change,
+    )
+
+
+def _too_high(columns: Columns, model: Any) -> tuple[str, str]:
+    """:return: why values are too high, and the arguments of this algorithm that help"""
+    network = None if model is None else value_network_of(model.policy)
+    if is_actor_critic(columns) or (model is not None and network is None):
+        steps = "a larger n_steps (twice)" if model is None else f"n_steps={2 * model.n_steps}"
+        return (
+            "The critic believes its own errors, so advantages are wrong by as much.",
+            f"Write {steps} and a smaller learning_rate (a third).",
+        )
+    interval = max(10_000, 2 * getattr(model, "target_update_interval", 0))
+    other = "" if network == "quantile_net" else ", or train QRDQN instead of DQN"
+    return (
         "The maximum in the target picks errors that are too high; a policy that believes them stops improving.",
-        "Write target_update_interval=10000 and a smaller learning_rate, or train QRDQN.",
+        f"Write target_update_interval={interval} and a smaller learning_rate (a third){other}.",
     )
