@@ -681,3 +681,25 @@ def test_findings_are_those_of_all_images():
     assert static_findings(model, 100, phases[0]) == []
     (found,) = static_findings(model, 100, phases[1])
     assert found.seen.startswith("The stages stem are frozen")
+
+
+@pytest.mark.parametrize("algorithm", ["dqn", "ppo"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_dead_features_are_those_of_images(algorithm, shared):
+    """Neither a one-hot that seldom changes nor a vector of large numbers is a feature of the backbone."""
+
+    class Large(DictGame):
+        def _observe(self):
+            return {**super()._observe(), "ticks": (self.np_random.normal(size=5) * 1e6).astype(np.float32)}
+
+    image = spaces.Box(0, 255, (3, 32, 32), np.uint8)
+    ticks = spaces.Box(-np.inf, np.inf, (5,), np.float32)
+    env = Large(left=image, right=image, ticks=ticks, cell=spaces.Discrete(400))
+    extractor = {"shared": shared, "standardize_vectors": False, "pooling": "flatten"}
+    model = make_dict_model(algorithm, env, extractor=extractor)
+    seen = []
+    monitor = MonitorCallback(every=1)
+    monitor._probe._sink = lambda values: seen.append(values["monitor/dead_features"])
+    model.learn(40, callback=monitor)
+    assert seen
+    assert max(seen) < 0.5

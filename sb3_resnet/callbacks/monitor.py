@@ -55,7 +55,7 @@ class MonitorCallback(LendingCallback):
     * ``target_lag``: distance between online and target network relative to the former's norm, of what trains
     * ``q_start``, ``return_start``: greedy Q-value at the start of an episode and the discounted return that followed
       (time-limited episodes left out), mean over up to 20 episodes
-    * ``dead_features``: share of the head's inputs that hardly vary over the batch; ``dormant_units``: share of hidden
+    * ``dead_features``: share of image features that hardly vary over the batch; ``dormant_units``: share of hidden
       units with nearly no activation (arXiv 2302.12902); ``batchnorm_drift``: largest distance of a layer's batch mean
       from its running mean, in standard deviations (only where BatchNorm is live)
     * ``freeze_boundary``: number of the lowest stage that trains (0 adapter, 1 stem, 2 to 5 ``layer1`` to ``layer4``,

@@ -9,7 +9,7 @@ from torch import nn
 
 #: A unit is dormant if its mean activation is below this share of its layer's mean (definition: arXiv 2302.12902).
 DORMANT = 0.025
-#: A feature is dead if it varies over the batch by less than this share of the mean spread of all features.
+#: A feature is dead if it varies over the batch by less than this share of the mean spread of its image's.
 DEAD = 1e-3
 
 
@@ -32,13 +32,16 @@ def relative_distance(pairs: Sequence[tuple[th.Tensor, th.Tensor]]) -> th.Tensor
         return distance / joint_norm([mine for mine, _ in pairs]).clamp_min(1e-12)
 
 
-def dead_features(features: th.Tensor) -> th.Tensor:
+def dead_features(images: Sequence[th.Tensor]) -> th.Tensor:
     """
-    :param features: features, ``(batch, dim)``
+    :param images: features of each image, ``(batch, dim)``
     :return: share of the features that hardly vary over the batch, and so carry no information
     """
-    spread = features.float().std(dim=0, unbiased=False)
-    return (spread <= DEAD * spread.mean()).float().mean()
+    dead = []
+    for features in images:
+        spread = features.float().std(dim=0, unbiased=False)
+        dead.append(spread <= DEAD * spread.mean())
+    return th.cat(dead).float().mean()
 
 
 def dormant_units(layers: Sequence[th.Tensor]) -> th.Tensor:

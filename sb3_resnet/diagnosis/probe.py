@@ -125,6 +125,8 @@ class _Armed:
         self._following: th.Tensor | None = None  # of the target network
         self._batch: Any = None
         self._buffer: Any = getattr(model, "replay_buffer", None)
+        eyes = model.policy.trained.features_extractor  # type: ignore[union-attr]  # a ResNet policy
+        self._widths = [one.features_dim for one in getattr(eyes, "resnets", {"": eyes}).values()]
         self._handles = self._register()
         # Of several ranks: what is clipped is the mean of their gradients.
         self._averages = ranks_of(model).after_average
@@ -212,7 +214,9 @@ class _Armed:
 
     def _see_head(self, module: Any, args: Any) -> None:
         if th.is_grad_enabled():
-            self._values["monitor/dead_features"] = dead_features(args[0].detach())
+            # Those of images come first. The rest, such as the one-hot of a Discrete, is none of the backbone's.
+            images = args[0].detach()[:, : sum(self._widths)].split(self._widths, dim=1)
+            self._values["monitor/dead_features"] = dead_features(images)
 
     def _see_units(self, module: Any, args: Any, output: th.Tensor) -> None:
         if th.is_grad_enabled():
