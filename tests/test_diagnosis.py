@@ -12,7 +12,7 @@ from stable_baselines3.common.logger import configure
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.buffers import FrameReplayBuffer
 from sb3_resnet.cache.sizes import growth_bytes
-from sb3_resnet.callbacks import MonitorCallback
+from sb3_resnet.callbacks import FeatureCacheCallback, MonitorCallback
 from sb3_resnet.diagnosis import THRESHOLDS, Finding, history_findings, read_log
 from sb3_resnet.diagnosis import setup_rules as diagnosis
 from sb3_resnet.diagnosis.rolling import episodes_at
@@ -211,6 +211,19 @@ def test_the_model_knows_the_window_and_a_count_that_begins_again_adds_up():
     assert episodes_at(again).tolist() == log["time/episodes"]
     assert episodes_at({"rollout/ep_rew_mean": [1.0, None, 2.0], "time/episodes": [4.0]}).tolist() == [4, 4]
     assert episodes_at({"rollout/ep_rew_mean": [1.0, None, 2.0]}).tolist() == [4, 8]
+
+
+def test_overfitting_is_cured_by_arguments_there_are_and_by_training_less():
+    columns = {**HEALTHY, "eval/mean_reward": [*range(20), *[12.0] * 10]}
+    (open_,) = history_findings({**columns, "monitor/freeze_boundary": flat(2.0)})
+    assert "augment=['random_shift']" in open_.change
+    assert "FeatureCacheCallback(augment_copies=4)" in open_.change
+    assert open_.change.endswith("or train fewer stages: a higher unfreeze_from, or freeze_backbone=True.")
+    (frozen,) = history_findings(columns)
+    assert "train fewer" not in frozen.change
+    extractor = {"augment": ["random_shift"]}
+    make_model(extractor=extractor, policy_kwargs={"dropout": 0.1, "weight_decay": 1e-3})
+    FeatureCacheCallback(augment_copies=4)
 
 
 @pytest.mark.parametrize(

@@ -30,14 +30,17 @@ def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Findin
     gain = float(last.mean() - first.mean())
     if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
         return None
-    frozen = logged(columns, "monitor/freeze_boundary")[-1:].tolist() == [_ALL_FROZEN]
     return Finding(
         "slow_curve",
         f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
         f"{last.mean():.4g} in the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
-        f"Try {_unfreeze(model) if frozen else ''}a learning_rate three times as high for the head.",
+        f"Try {_unfreeze(model) if _is_frozen(columns) else ''}a learning_rate three times as high for the head.",
     )
+
+
+def _is_frozen(columns: Columns) -> bool:
+    return bool((logged(columns, "monitor/freeze_boundary")[-1:] == _ALL_FROZEN).any())
 
 
 def _unfreeze(model: Any) -> str:
@@ -64,12 +67,14 @@ def overfitting(columns: Columns) -> Finding | None:
     gaps = table[-3:, 0] - table[-3:, 1]
     if span == 0 or not gaps.min() > THRESHOLDS["overfitting"].value * span:
         return None
+    fewer = ", or train fewer stages: a higher unfreeze_from, or freeze_backbone=True"
     train_mean, evaluation_mean = table[-3:].mean(axis=0)
     return Finding(
         "overfitting",
         f"In the last three evaluations the mean reward was {evaluation_mean:.4g}, in training {train_mean:.4g}.",
         "The agent has memorised its training episodes.",
-        "Try dropout=0.1, weight_decay=1e-3, augmentation, or a lower boundary of what trains (freeze_backbone=True).",
+        "Try dropout=0.1, weight_decay=1e-3, augment=['random_shift'] in features_extractor_kwargs (with the feature "
+        f"cache, FeatureCacheCallback(augment_copies=4)){'' if _is_frozen(columns) else fewer}.",
     )
 
 
