@@ -72,7 +72,8 @@ SICK = [
     ("dead_features", {"monitor/dead_features": noisy(0.7)}, "70%"),
     ("dormant_units", {"monitor/dormant_units": noisy(0.7)}, "70%"),
     ("gradients_vanish", {"grad_norm/backbone": noisy(1e-9)}, "of backbone is 1.00e-09"),
-    ("gradients_explode", {"grad_norm/all": RISING}, "grew from 1.14 to 7.06 and 43.7 (medians of the thirds"),
+    ("gradients_explode", {"grad_norm/all": noisy(50.0)}, "50.2 before clipping and 0.301 after"),
+    ("gradients_explode", {"grad_norm/all": RISING, "train/policy_loss": noisy(0.1)}, "log: 1.14, 7.06, 43.7)"),
     ("gradients_explode", {"grad_norm/all": [*noisy(0.3), math.inf]}, "before clipping"),
     ("lr_zero", {"train/lr_head": [0.0] * 30}, "No learning rate exceeded 0.0e+00"),
     ("lr_zero", {"train/lr_head": [], "train/learning_rate": [1e-12] * 30}, "exceeded 1.0e-12"),
@@ -148,8 +149,13 @@ def test_the_loss_of_an_actor_critic_may_grow_and_jump_but_not_be_nan(key):
         ([0.1] * 10 + [20.0] * 10 + [30.0] * 10, 2.0),  # the first rewards came late
     ],
 )
-def test_a_norm_far_above_the_clip_is_healthy_where_it_does_not_run_away(norms, clip):
-    assert history_findings({**HEALTHY, "grad_norm/all": norms, "grad_norm_clipped/all": [clip] * 30}) == []
+def test_a_norm_far_above_the_clip_is_healthy_where_the_loss_is_large_and_the_norm_does_not_run_away(norms, clip):
+    columns = {**HEALTHY, "grad_norm/all": norms, "grad_norm_clipped/all": [clip] * 30}
+    assert codes(history_findings(columns)) == ["gradients_explode"]
+    assert codes(history_findings(columns, model=make_model())) == ["gradients_explode"]
+    assert history_findings(columns, model=make_model("qrdqn")) == []
+    assert history_findings(columns, model=make_actor_critic("ppo")) == []
+    assert history_findings({**columns, "train/policy_loss": noisy(0.1)}) == []
 
 
 def test_a_slow_curve_is_advised_by_the_phase_and_forgiven_for_as_long_as_one_says():
@@ -461,11 +467,11 @@ LOG_LIMITS = {
     "dead_features": ("dead_features", lambda x: {"monitor/dead_features": flat(x)}),
     "dormant_units": ("dormant_units", lambda x: {"monitor/dormant_units": flat(x)}),
     "vanishing": ("gradients_vanish", lambda x: {"grad_norm/backbone": flat(x)}),
-    "exploding": (
+    "exploding": ("gradients_explode", lambda x: {"grad_norm/all": flat(0.5 * x), "grad_norm_clipped/all": flat(0.5)}),
+    "norm_growth": (
         "gradients_explode",
-        lambda x: {"grad_norm/all": grown(0.5 * x), "grad_norm_clipped/all": flat(0.5)},
+        lambda x: {"grad_norm/all": grown(8.0 * x, first=8.0), "train/policy_loss": flat(0.1)},
     ),
-    "norm_growth": ("gradients_explode", lambda x: {"grad_norm/all": grown(8.0 * x, first=8.0)}),
     "lr_zero": ("lr_zero", lambda x: {"train/lr_head": flat(x)}),
     "update_ratio": ("lr_zero", lambda x: {"update_ratio/head": flat(x)}),
     "batchnorm_drift": ("batchnorm_drift", lambda x: {"monitor/batchnorm_drift": flat(x)}),

@@ -116,12 +116,8 @@ def nothing_to_learn():
     return change(change(model, 0.0, "bias"), 0.0, "weight")
 
 
-def running_away():
-    return diverging(policy_kwargs={"net_arch": [64] * 3})  # each layer's gradient grows with the weights of the others
-
-
 def clipped_away():
-    return trained(make_model(max_grad_norm=1e-3, learning_rate=1e-4))
+    return trained(make_model(max_grad_norm=1e-3))
 
 
 def drifting():
@@ -150,7 +146,7 @@ SICK = {
     "dead_features": blind,
     "dormant_units": dormant,
     "gradients_vanish": nothing_to_learn,
-    "gradients_explode": running_away,
+    "gradients_explode": clipped_away,
     "batchnorm_drift": drifting,
     "amp_skips": skipping,
 }
@@ -169,7 +165,7 @@ def watched(made, steps=64, **kwargs):
 
 #: Trained for longer than the others.
 LONG = (
-    *("amp_skips", "slow_curve", "lr_zero ", "overfitting", "gradients_explode"),
+    *("amp_skips", "slow_curve", "lr_zero ", "overfitting"),
     "loss_explodes loss_oscillates q_explodes",
 )
 
@@ -206,10 +202,6 @@ def test_a_healthy_run_is_left_alone(algorithm, frozen, capsys):
     assert "Doctor: no findings" in capsys.readouterr().out
 
 
-def test_a_clip_that_leaves_little_of_a_steady_gradient_is_left_alone():
-    assert watched(clipped_away()).findings == []
-
-
 def test_a_coming_phase_cures_a_frozen_random_backbone():
     phases = UnfreezeCallback([{"at_timestep": 24, "unfreeze_from": "all"}], verbose=0)
     assert watched((make_model(learning_rate=1e-4), CallbackList([phases])), 40).findings == []
@@ -236,7 +228,7 @@ def test_stop_ends_training_at_the_first_finding():
     model = make_model()
     assert [finding.code for finding in watched(model, action="stop").findings] == ["frozen_random_backbone"]
     assert model.num_timesteps == 1
-    model = blind()
+    model = clipped_away()
     watched(model, 500, action="stop")
     assert model.num_timesteps < 60
 
@@ -253,7 +245,7 @@ def test_training_is_the_same_with_a_doctor():
 
 
 def test_a_second_end_and_a_second_learn_repeat_nothing(capsys):
-    model = overestimating()
+    model = clipped_away()
     doctor = watched(model)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -10,6 +10,7 @@ import numpy as np
 from sb3_resnet.diagnosis.columns import Columns, enough, is_actor_critic, keys_with, last_third, logged, median, recent
 from sb3_resnet.diagnosis.findings import THRESHOLDS, Finding
 from sb3_resnet.diagnosis.reward_rules import overfitting, q_overestimation, slow_curve
+from sb3_resnet.diagnosis.setup_rules import value_network_of
 
 
 def history_findings(
@@ -36,7 +37,7 @@ def history_findings(
         _dead(columns, "dead_features", "features of the backbone do not vary over a batch"),
         _dead(columns, "dormant_units", "hidden units of the head are dormant (nearly no activation)"),
         _gradients_vanish(columns),
-        _gradients_explode(columns),
+        _gradients_explode(columns, model),
         _lr_zero(columns),
         _batchnorm_drift(columns),
         _epsilon(columns) if finished else None,
@@ -126,31 +127,41 @@ def _gradients_vanish(columns: Columns) -> Finding | None:
     return None
 
 
-def _gradients_explode(columns: Columns) -> Finding | None:
+def _gradients_explode(columns: Columns, model: Any) -> Finding | None:
     before, after = (recent(columns, key) for key in ("grad_norm/all", "grad_norm_clipped/all"))
     if min(len(before), len(after)) < enough():
         return None
+    norm, clip = float(np.median(before)), float(np.median(after))
     change = (
         "Write a smaller learning_rate (a third) and weight_decay=1e-3, so that the weights grow more slowly, or scale "
         "the rewards: VecNormalize(norm_obs=False)."
     )
-    if not np.isfinite(before).all():
-        seen = f"The gradient norm is {np.median(before):.3g} before clipping and {np.median(after):.3g} after."
-        return Finding("gradients_explode", seen, "Such a gradient says nothing of what to change.", change)
-    first, middle, last = (float(np.median(part)) for part in np.array_split(logged(columns, "grad_norm/all"), 3))
-    growth, clip = THRESHOLDS["norm_growth"].value, float(np.median(after))
-    # A steady norm, however large, is the scale of the loss: QR-DQN's is a sum over quantiles.
-    if not (last > growth * first and last > math.sqrt(growth) * middle > math.sqrt(growth) * first):
+    limit = THRESHOLDS["exploding"].value
+    if np.isfinite(before).all() and (norm <= limit * clip or (_sums(columns, model) and not _grows(columns))):
         return None
-    if last <= THRESHOLDS["exploding"].value * clip:
-        return None
+    thirds = ", ".join(f"{value:.3g}" for value in _thirds(columns))
     return Finding(
         "gradients_explode",
-        f"The gradient norm grew from {first:.3g} to {middle:.3g} and {last:.3g} (medians of the thirds of the log); "
-        f"clipping leaves {clip:.3g}.",
-        "Weights, errors or both run away, and clipping hides it.",
+        f"The gradient norm is {norm:.3g} before clipping and {clip:.3g} after (medians of the thirds of the log: "
+        f"{thirds}).",
+        "Clipping hides how large the steps would be: little of the gradient is left.",
         change,
     )
+
+
+def _sums(columns: Columns, model: Any) -> bool:
+    """:return: whether the loss is not a mean of DQN's, so that a large norm says nothing: QR-DQN adds up quantiles"""
+    return is_actor_critic(columns) or (model is not None and value_network_of(model.policy) != "q_net")
+
+
+def _grows(columns: Columns) -> bool:
+    first, middle, last = _thirds(columns)
+    growth = THRESHOLDS["norm_growth"].value
+    return last > growth * first and last > math.sqrt(growth) * middle > math.sqrt(growth) * first
+
+
+def _thirds(columns: Columns) -> list[float]:
+    return [float(np.median(part)) for part in np.array_split(logged(columns, "grad_norm/all"), 3)]
 
 
 def _lr_zero(columns: Columns) -> Finding | None:
