@@ -210,6 +210,7 @@ def test_the_model_knows_the_window_and_a_count_that_begins_again_adds_up():
     rewards = np.random.default_rng(1).normal(size=800)
     log = rolling_log(rewards, 4, ["time/total_timesteps", "time/episodes"])
     model = make_model(stats_window_size=1)
+    model.learn(1)
     single = {**log, "rollout/ep_rew_mean": (rewards + np.linspace(0, 1, 800))[3::4].tolist()}
     assert codes(history_findings(single, slow_after=1)) == ["slow_curve"]
     assert history_findings(single, slow_after=1, model=model) == []

@@ -26,7 +26,8 @@ def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Findin
     if keys[0] == "eval/mean_reward":
         error = math.sqrt(first.var(ddof=1) / len(first) + last.var(ddof=1) / len(last))
     else:
-        error = standard_error(reward, episodes_at(columns), getattr(model, "_stats_window_size", WINDOW))
+        window = getattr(getattr(model, "ep_info_buffer", None), "maxlen", None) or WINDOW
+        error = standard_error(reward, episodes_at(columns), window)
     gain = float(last.mean() - first.mean())
     if not gain <= THRESHOLDS["slow_curve"].value * error:  # also for NaN
         return None
