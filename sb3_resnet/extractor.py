@@ -59,8 +59,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param pooling: ``"avg"``: mean over the last map; ``"flatten"``: the whole map; ``"spatial_softmax"``: expected
         row and column in -1..1 per channel (arXiv 1504.00702); ``"grid"``: means over ``grid_size`` x ``grid_size``
         parts of the map, of the same length for images of any size
-    :param grid_size: rows and columns of ``pooling="grid"``; more than the last map has repeat its values, with a
-        warning: at 84 pixels ``layer4`` has 3
+    :param grid_size: rows and columns of ``pooling="grid"``, up to those of the map: at 84 pixels ``layer4`` has 3
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm with 32 groups,
         ``"layer"``: LayerNorm over channels and space (GroupNorm with one group), both from scratch only
@@ -123,8 +122,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
         check_combination(has_weights, norm, flag("train_adapter", train_adapter), augment, images)
         check_size(images.size, pooling, choice("last_stage", last_stage, backbones.STAGES))
         trunk = backbones.build(backbone, norm, last_stage, images.trunk_channels, images.keeps_colours)
-        map_size = backbones.map_size(*images.size, last_stage)
-        pooled = images.n_frames * pool.dim(trunk.out_channels, map_size)
+        pooled = images.n_frames * pool.dim(trunk.out_channels, backbones.map_size(*images.size, last_stage))
         out = pooled if features_dim is None else integer("features_dim", features_dim, 1)
         super().__init__(observation_space, out)
 
@@ -152,10 +150,10 @@ class ResNetExtractor(BaseFeaturesExtractor):
         if not loads:
             warn_if_channels_may_be_last(observation_space)
             warn_that_it_learns_little(freeze_backbone and not has_weights)
-            warn_if_grid_repeats(pool, map_size, last_stage)
 
     def _join(self, last_stage: str, freezes: bool, frozen_dtype: FrozenDtype, pool: Pooling, normalizes: bool) -> None:
         """Make functions of the modules: the stages, and those that are frozen."""
+        warn_if_grid_repeats(pool, self.preprocessing.size, last_stage, quiet=checkpoint_follows())
         names = backbones.stages_up_to(last_stage)
         self.stages = names if self.adapter is None else ("adapter", *names)
         stages = {name: self.stage_modules(name) for name in self.stages}

@@ -61,21 +61,23 @@ def fine_tuning_callbacks(
     :raises ValueError: for values that cannot work
     """
     total = integer("total_timesteps", total_timesteps, 10)
-    top = STAGES.index(choice("last_stage", last_stage, STAGES))
-    upper = STAGES[max(0, top - 1) : top + 1][::-1]
-    common = {"ramp": ramp, "restore_best": restore_best}
+    phases = [
+        {"at_timestep": int(share * total), "unfreeze_from": stage, "ramp": ramp, "restore_best": restore_best}
+        for share, stage in zip((0.4, 0.7), _upper_two(last_stage), strict=False)
+    ]
     monitor = [] if monitor_every is None else [MonitorCallback(every=monitor_every)]
     return CallbackList(
         [
             LRScheduleCallback(warmup_steps=warmup_steps),
-            UnfreezeCallback(
-                phases=[
-                    {"at_timestep": int(share * total), "unfreeze_from": stage, **common}
-                    for share, stage in zip((0.4, 0.7), upper, strict=False)  # "stem" is alone
-                ]
-            ),
+            UnfreezeCallback(phases),
             GradientClipCallback(max_norm=max_norm),
             *monitor,
             BestCheckpointCallback(save_freq=save_freq, save_path=save_path),
         ]
     )
+
+
+def _upper_two(last_stage: str) -> list[str]:
+    """:return: this stage and the one below, which ``"stem"`` has not"""
+    top = STAGES.index(choice("last_stage", last_stage, STAGES))
+    return [*STAGES[max(0, top - 1) : top + 1]][::-1]

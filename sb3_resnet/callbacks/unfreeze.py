@@ -14,7 +14,7 @@ from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals
 from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, record
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, shown
-from sb3_resnet.nn.freezing import STAGES
+from sb3_resnet.nn.freezing import STAGES, refuse_absent
 from sb3_resnet.nn.image_spaces import policy_for
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import is_part, optimizer_of, recall, remember, set_lr_factor, set_lr_ratio
@@ -134,7 +134,7 @@ class UnfreezeCallback(LendingCallback):
             raise TypeError(f"UnfreezeCallback needs {needed}, which {type(policy).__name__} is not")
         stages = policy.trained.features_extractor.stages
         for phase in self.phases:
-            _refuse_absent(phase.unfreeze_from, stages)
+            refuse_absent(phase.unfreeze_from, stages)
         saved = recall(optimizer_of(self.model), _STATE)
         if self.phase > 0 and not saved:
             raise ValueError(
@@ -280,15 +280,6 @@ def _read_phase(index: int, phase: Any) -> Phase:
         patience=integer(f"{name}: patience", plateau.get("patience", 0)),
         min_delta=number(f"{name}: min_delta", plateau.get("min_delta", 0.0)),
     )
-
-
-def _refuse_absent(stage: str, stages: Sequence[str]) -> None:
-    if stage in STAGES and STAGES.index(stage) > STAGES.index(stages[-1]):
-        raise ValueError(
-            f"unfreeze_from must be one of {', '.join(map(repr, [*stages, 'all']))}, got {stage!r}: the trunk ends at "
-            f"{stages[-1]}. Name lower stages; with fine_tuning_callbacks write last_stage={stages[-1]!r}"
-        )
-    choice("unfreeze_from", stage, [*stages, "all"])
 
 
 def _refuse_bad_order(phases: Sequence[Phase]) -> None:

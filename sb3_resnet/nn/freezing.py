@@ -193,6 +193,20 @@ def set_boundaries(extractors: Sequence[Any], unfreeze_from: str | None, at_upda
         extractor.set_freeze_boundary(extractor.boundary.nearest(unfreeze_from), at_update)
 
 
+def refuse_absent(stage: str, stages: Sequence[str]) -> None:
+    """
+    :param stage: from which a phase is to train
+    :param stages: those of the model, from the input up
+    :raises ValueError: if it is none of them and not ``"all"``
+    """
+    if stage in STAGES and STAGES.index(stage) > STAGES.index(stages[-1]):
+        raise ValueError(
+            f"unfreeze_from must be one of {', '.join(map(repr, [*stages, 'all']))}, got {stage!r}: the trunk ends at "
+            f"{stages[-1]}. Name lower stages; with fine_tuning_callbacks write last_stage={stages[-1]!r}"
+        )
+    choice("unfreeze_from", stage, [*stages, "all"])
+
+
 def warn_that_it_learns_little(is_so: bool) -> None:
     """
     Say how to get a trunk that has learnt something, or does.

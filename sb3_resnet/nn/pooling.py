@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch as th
 from torch.nn import functional as F
 
+from sb3_resnet.nn.backbones import map_size
+
 _GRID = 4  # rows and columns of a grid
 #: ``avg`` throws position away (at 84 pixels ``layer4``'s map is 3x3); the others keep it.
 POOLINGS = ("avg", "flatten", "spatial_softmax", "grid")
@@ -50,20 +52,23 @@ class Pooling:
         return channels * per_channel.get(self.name, 1)
 
 
-def warn_if_grid_repeats(pooling: Pooling, size: tuple[int, int], last_stage: str) -> None:
+def warn_if_grid_repeats(pooling: Pooling, size: tuple[int, int], last_stage: str, quiet: bool) -> None:
     """
     Say what to write where a grid has more rows or columns than the map, so that its parts overlap.
 
     :param pooling: what the user asked for
-    :param size: height and width of the last map
-    :param last_stage: the stage whose map it is
+    :param size: height and width of an image
+    :param last_stage: the stage whose map is pooled
+    :param quiet: whether a model is loaded, whose grid is as it was trained
     """
-    if pooling.name == "grid" and pooling.grid_size > min(size):
-        smaller = f"grid_size={min(size)} or less" if min(size) > 1 else "pooling='avg'"
+    rows, columns = map_size(*size, last_stage)
+    most = min(rows, columns)
+    if pooling.name == "grid" and pooling.grid_size > most and not quiet:
+        smaller = f"grid_size={most} or less" if most > 1 else "pooling='avg'"
         warnings.warn(
             f"pooling='grid' with grid_size={pooling.grid_size} repeats values: the map of {last_stage} is "
-            f"{size[0]}x{size[1]}. Write {smaller}, pooling='flatten', or a lower last_stage.",
-            stacklevel=3,  # where the extractor is constructed
+            f"{rows}x{columns}. Write {smaller}, pooling='flatten', or a lower last_stage.",
+            stacklevel=4,  # where the extractor is constructed
         )
 
 
