@@ -90,37 +90,45 @@ def test_features_of_a_random_trunk_behind_a_spatial_softmax_come_out_with_unit_
     assert layer.eval()(features).std(dim=0).median() > 0.97
 
 
-def test_a_standardizer_keeps_the_eps_that_it_was_trained_with():
-    features = 1e-3 * th.randn(50, 3)
-    trained = FeatureStandardizer(3, eps=1e-5)
-    trained(features)
-    expected = trained.eval()(features)
-    assert expected.abs().max() < 1.0
-    state = trained.state_dict()
+def old_standardizer():
+    """As before the share was limited: BatchNorm's eps, whatever the variance."""
+    layer = FeatureStandardizer(3, eps_share=1e30)
+    layer(1e-3 * th.randn(50, 3))
+    return layer.eval()
+
+
+def test_a_standardizer_keeps_what_it_was_trained_with():
+    features, old = 1e-3 * th.randn(50, 3), old_standardizer()
+    th.testing.assert_close(old(features), (features - old.running_mean) / (old.running_var + 1e-5).sqrt())
+    assert old(features).std() < 0.5
     loaded = FeatureStandardizer(3)
-    loaded.load_state_dict(state)
-    assert loaded.eps == trained.eps
-    assert th.equal(loaded.eval()(features), expected)
-    assert loaded.saved_eps.dtype == th.float32
+    loaded.load_state_dict(old.state_dict())
+    assert th.equal(loaded.eval()(features), old(features))
 
 
-def test_files_from_before_eps_was_saved_compute_what_they_computed():
-    trained = FeatureStandardizer(3, eps=1e-5)
-    trained(1e-3 * th.randn(50, 3))
-    state = {key: value for key, value in trained.state_dict().items() if key != "saved_eps"}
+def test_files_from_before_the_share_was_saved_compute_what_they_computed():
+    old = old_standardizer()
+    state = {f"0.{key}": value for key, value in old.state_dict().items() if key != "eps_share"}
     loaded = nn.Sequential(FeatureStandardizer(3))
-    loaded.load_state_dict({f"0.{key}": value for key, value in state.items()})
+    loaded.load_state_dict(state)
     features = th.randn(4, 3)
-    assert th.equal(loaded.eval()(features), trained.eval()(features))
+    assert th.equal(loaded.eval()(features), old(features))
     loaded.load_state_dict(loaded.state_dict())
-    assert loaded[0].eps == trained.eps
+    assert th.equal(loaded(features), old(features))
+
+
+def test_a_feature_that_varies_like_the_others_of_large_ones_is_as_with_batch_norm():
+    x = th.randn(200, 4, generator=th.Generator().manual_seed(0))
+    layer = FeatureStandardizer(4)
+    layer(x)
+    th.testing.assert_close(layer.eval()(x), (x - x.mean(0)) / (x.var(0, unbiased=False) + 1e-5).sqrt())
 
 
 def test_constant_and_rare_features_stay_in_range():
     layer = trained(np.zeros((1000, 3), np.float32), clip=4.0)
     assert layer(th.zeros(2, 3)).tolist() == [[0.0] * 3] * 2
     layer.eval()
-    assert layer(th.tensor([[100.0, -100.0, 1e-3]])).tolist()[0] == pytest.approx([4.0, -4.0, 4.0])
+    assert layer(th.tensor([[100.0, -100.0, 1e-3]])).tolist()[0] == pytest.approx([4.0, -4.0, 1e-3 / 1e-5**0.5])
     assert FeatureStandardizer(1).eval()(th.tensor([[99.0]])) == 10.0
 
 

@@ -131,7 +131,7 @@ def test_invariant_5_frozen_means_frozen(algorithm, updates):
         assert any("layer4.0.bn1.running_mean" in key for key in moved)
         assert [key for key in moved if not key.startswith(("backbone.layer3", "backbone.layer4"))] == []
     after = model.policy.trained.features_extractor.vectors.state_dict()
-    assert [key for key, value in after.items() if th.equal(value, vectors[key])] == ["0.saved_eps"]
+    assert [key for key, value in after.items() if th.equal(value, vectors[key])] == ["0.eps_share"]
 
 
 @algorithms

@@ -15,8 +15,9 @@ from sb3_resnet.common.arguments import integer, shown
 
 #: ``standardize``: by mean and variance over observations; ``layer``: LayerNorm; ``none``.
 FEATURE_NORMS = ("standardize", "layer", "none")
-#: Of standardisers in files that do not hold theirs.
-_OLD_EPS = 1e-5
+#: Of standardisers in files that do not hold theirs: so large that ``eps`` is added in any case.
+_OLD_EPS_SHARE = 1e30
+_TINY = 1e-12  # against a division by zero
 
 
 class FeatureStandardizer(nn.Module):
@@ -34,23 +35,27 @@ class FeatureStandardizer(nn.Module):
 
     :param dim: number of features
     :param horizon: after so many samples the average becomes an exponential one, to follow an unfrozen trunk
-    :param eps: added to the variance. BatchNorm's 1e-5 would be too much: behind ``pooling="spatial_softmax"`` features
-        of a random ResNet-18 vary with a standard deviation of 0.001, so they would stay four times too small. It is
-        saved with the statistics, so that a model keeps the one that it was trained with.
+    :param eps: added to the variance, as in BatchNorm, or less:
+    :param eps_share: at most this share of the features' mean variance is added. Behind ``pooling="spatial_softmax"``
+        features of a random ResNet-18 vary with a standard deviation of 0.001 (measured on Pong), so that BatchNorm's
+        1e-5 alone would leave them four times too small. It is saved with the statistics: a model keeps the one that it
+        was trained with.
     :param clip: largest magnitude of a standardised feature, as SB3's ``VecNormalize``
     """
 
     running_mean: th.Tensor
     running_var: th.Tensor
     running_count: th.Tensor
-    saved_eps: th.Tensor
+    eps_share: th.Tensor
 
-    def __init__(self, dim: int, horizon: float = 100_000, eps: float = 1e-8, clip: float = 10.0) -> None:
+    def __init__(
+        self, dim: int, horizon: float = 100_000, eps: float = 1e-5, clip: float = 10.0, eps_share: float = 0.01
+    ) -> None:
         super().__init__()
         self.horizon = horizon
+        self.eps = eps
         self.clip = clip
-        self.register_buffer("saved_eps", th.tensor(eps))
-        self.eps = float(self.saved_eps)  # a number, which no GPU has to be asked for
+        self.register_buffer("eps_share", th.tensor(eps_share))
         self.register_buffer("running_mean", th.zeros(dim))
         self.register_buffer("running_var", th.ones(dim))
         # A float: SB3 multiplies these buffers by 0.0 in place before it copies them.
@@ -68,7 +73,9 @@ class FeatureStandardizer(nn.Module):
             self._next = mean, variance, _ = self._merged(features.detach())
             if not self.waits:
                 self.keep()
-        scaled = F.batch_norm(features, mean, variance, eps=self.eps)
+        share = self.eps_share * variance.mean()
+        added = th.where(share > 0, share, self.eps).clamp(max=self.eps)  # all of it if no feature varies
+        scaled = F.batch_norm(features, mean, variance + added, eps=_TINY)
         # Infinity x 0 is NaN: clamped, an overflow of the trunk would pass for a large feature and be trained on.
         return th.add(scaled.clamp(-self.clip, self.clip), features.detach(), alpha=0.0)
 
@@ -86,9 +93,8 @@ class FeatureStandardizer(nn.Module):
         return {**self.__dict__, "_next": None, "join": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        state_dict.setdefault(f"{prefix}saved_eps", th.tensor(_OLD_EPS))
+        state_dict.setdefault(f"{prefix}eps_share", th.tensor(_OLD_EPS_SHARE))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.eps = float(self.saved_eps)
 
     @th.no_grad()
     def _merged(self, features: th.Tensor) -> tuple[th.Tensor, ...]:
