@@ -208,10 +208,11 @@ def determinism(device: str) -> dict[str, float]:
 def tests() -> dict[str, Any]:
     """The tests that are marked for CUDA, in a process of their own."""
     # Files without such a test may import libraries that are not here, such as RL-Zoo.
-    marked = [str(file) for file in sorted((ROOT / "tests").glob("test_*.py")) if "pytest.mark.cuda" in file.read_text()]
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    marked = [str(file) for file in files if "pytest.mark.cuda" in file.read_text(encoding="utf-8")]
     command = [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "-p", "no:cacheprovider", *marked]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    tail = done.stdout.strip().splitlines()[-12:]
+    tail = done.stdout.replace(f"{ROOT}/", "").strip().splitlines()[-12:]
     return {"passed": done.returncode == 0, "exit status": done.returncode, "tail": tail}
 
 
