@@ -83,7 +83,7 @@ class MonitorCallback(LendingCallback):
         self._episodes = EpisodeValues(min_gap=self.every)
         self._window = (0.0, 0, 0)  # clock, timesteps and updates where the speed was measured last
         self._measured = False  # an update, since then
-        self._cache = (0, 0)  # hits and misses, likewise
+        self._cache = (0, 0)  # hits and misses at the last measurement
 
     @refusals_end_the_search
     def _on_training_start(self) -> None:
