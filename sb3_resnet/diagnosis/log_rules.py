@@ -137,7 +137,9 @@ def _gradients_explode(columns: Columns, model: Any) -> Finding | None:
         "the rewards: VecNormalize(norm_obs=False)."
     )
     limit = THRESHOLDS["exploding"].value
-    if np.isfinite(before).all() and (norm <= limit * clip or (_has_large_loss(columns, model) and not _grows(columns))):
+    if np.isfinite(before).all() and (
+        norm <= limit * clip or (_has_large_loss(columns, model) and not _grows(columns))
+    ):
         return None
     thirds = ", ".join(f"{value:.3g}" for value in _thirds(columns))
     return Finding(
@@ -150,7 +152,7 @@ def _gradients_explode(columns: Columns, model: Any) -> Finding | None:
 
 
 def _has_large_loss(columns: Columns, model: Any) -> bool:
-    """:return: whether gradients are large in healthy runs too: QR-DQN adds up quantiles, and PPO's critic has no bound"""
+    """:return: whether healthy runs have large gradients too: QR-DQN adds up quantiles, PPO's critic has no bound"""
     return is_actor_critic(columns) or (model is not None and value_network_of(model.policy) != "q_net")
 
 
