@@ -3,6 +3,7 @@
 from sb3_resnet.callbacks.recipes import fine_tuning_callbacks
 from sb3_resnet.common.checkpoints import newest_checkpoint
 from sb3_resnet.common.seeding import restore_random_states, seed_everything
+from sb3_resnet.common.statistics import restore_vec_normalize
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor
 from sb3_resnet.optim.search.registering import register_samplers
@@ -30,6 +31,7 @@ __all__ = [
     "register_policies",
     "register_samplers",
     "restore_random_states",
+    "restore_vec_normalize",
     "seed_everything",
 ]
 

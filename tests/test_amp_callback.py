@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -10,12 +11,19 @@ import torch as th
 from gymnasium import spaces
 from sb3_contrib.common.utils import quantile_huber_loss
 from stable_baselines3 import DQN, PPO, SAC
+from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.env_util import make_vec_env
 from torch import nn
 from torch.nn import functional as F
 
 from sb3_resnet import ResNetExtractor
-from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, GradientClipCallback, LRScheduleCallback
+from sb3_resnet.callbacks import (
+    AMPCallback,
+    FeatureCacheCallback,
+    GradientClipCallback,
+    LRScheduleCallback,
+    UnfreezeCallback,
+)
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.nn.precision import DTYPES
 from sb3_resnet.optim.groups import is_part
@@ -461,16 +469,41 @@ def test_features_that_overflow_are_skipped_and_not_trained_on_as_large_ones(bou
 
 @pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16"])
 def test_what_was_chosen_is_said(dtype, capsys, caplog):
-    model = small(extractor={})
+    model = small(extractor={"freeze_backbone": False})
     with caplog.at_level("INFO", "sb3_resnet"):
         callback = start(model, AMPCallback(dtype))
     line = capsys.readouterr().out
     chosen = dtype if dtype != "auto" else "(bfloat16|float32)"
-    assert re.search(rf"the trunk computes in {chosen} on cpu.*dtype='{dtype}'", line)
+    assert re.search(rf"AMP: adapter, stem, .*layer4 compute in {chosen} on cpu.*dtype='{dtype}'\)$", line.strip())
     assert line.strip() in caplog.text
     precision = model.q_net.features_extractor.precision
-    assert (precision is None) == ("float32" in line)
+    assert (precision is None) == ("in float32" in line)
     callback.on_training_end()
+
+
+@pytest.mark.parametrize(
+    ("boundary", "said"),
+    [(None, "AMP: stages that are unfrozen will compute in bfloat16"), ("layer4", "AMP: layer4 compute in bfloat16")],
+)
+def test_frozen_stages_and_their_own_type_are_said(boundary, said, capsys):
+    model = small(extractor={})
+    model.policy.set_freeze_boundary(boundary)
+    phases = UnfreezeCallback([{"at_timestep": 10**6, "unfreeze_from": "stem"}])
+    amp = AMPCallback("bfloat16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        start(model, amp, callback=CallbackList([amp, phases]))
+    line = capsys.readouterr().out
+    assert said in line
+    assert "; frozen stages in frozen_dtype='float32'" in line
+    amp.on_training_end()
+
+
+def test_where_nothing_will_train_it_warns_and_says_what_to_write():
+    with pytest.warns(
+        UserWarning, match=r"nothing to do: .*Write features_extractor_kwargs=dict\(frozen_dtype='auto'\)"
+    ):
+        start(small(extractor={}), AMPCallback("bfloat16")).on_training_end()
 
 
 @pytest.mark.parametrize(

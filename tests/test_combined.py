@@ -159,6 +159,21 @@ def test_a_saved_model_goes_on_with_both(copied, tmp_path):
     assert before_step(other.policy.optimizer).keys == POLICYS
 
 
+def test_rates_of_a_saved_model_can_be_changed(tmp_path):
+    model = make_model(policy_kwargs=BESIDE, learning_rate=1e-3)
+    model.policy.set_learning_rates(lr_head=2e-3, lr_backbone=4e-4, weight_decay=0.1)
+    model.save(tmp_path / "model.zip")
+    other = DQN.load(tmp_path / "model.zip", env=TinyGame(), device="cpu", learning_rate=1e-2)
+    groups = {group["name"]: group for group in other.policy.optimizer.param_groups}
+    assert [groups[part]["lr_ratio"] for part in ("head", "backbone")] == pytest.approx([2.0, 0.4])
+    assert [groups[part]["weight_decay"] for part in ("head", "backbone")] == [0.1, 0.1]
+    assert "momentum" not in groups["head"]
+    assert other.policy.optimizer.defaults["lr"] == 1e-2
+    kwargs = {**model.policy_kwargs, "lr_backbone": 7e-5, "weight_decay": 0.2}
+    with pytest.warns(UserWarning, match=r"weight_decay=0\.2 was .*lr_backbone=7e-05 was asked for, 0\.0004 is"):
+        DQN.load(tmp_path / "model.zip", device="cpu", custom_objects={"policy_kwargs": kwargs})
+
+
 def test_a_policy_alone_keeps_its_optimizers(tmp_path):
     arguments = {**BESIDE, "optimizer_class": "Adam"}
     policy = make_model(policy_kwargs=arguments).policy

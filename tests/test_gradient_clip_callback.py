@@ -1,5 +1,7 @@
 """GradientClipCallback: head and backbone are clipped apart."""
 
+import warnings
+
 import pytest
 import torch as th
 from stable_baselines3 import A2C, DQN, PPO, SAC
@@ -9,7 +11,7 @@ from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import AMPCallback, GradientClipCallback, NanGuardCallback
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.optim.groups import is_part
-from tests.helpers import POLICYS, TinyGame, fill, make_model, start
+from tests.helpers import POLICYS, TinyGame, fill, make_actor_critic, make_model, start
 
 
 def norms(optimizer):
@@ -87,6 +89,17 @@ def test_what_only_the_model_decides_is_refused_before_any_callback_begins():
     with pytest.raises(TypeError, match="SACPolicy has no ResNetExtractor"):
         SAC("MlpPolicy", "Pendulum-v1", buffer_size=10, device="cpu").learn(1, callback=GradientClipCallback())
     assert not begun
+
+
+@pytest.mark.parametrize(("joint", "works"), [(0.5, False), (2.0, False), (1000, True), (None, True)])
+def test_it_says_so_where_the_algorithm_clips_first_and_leaves_nothing(joint, works):
+    model = make_actor_critic("ppo", max_grad_norm=0.5)
+    model.max_grad_norm = joint
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        start(model, GradientClipCallback(2.0)).on_training_end()
+    said = [str(warning.message) for warning in caught]
+    assert any("PPO clips the joint norm" in text and "write max_grad_norm=1000" in text for text in said) != works
 
 
 @pytest.mark.parametrize(("value", "error"), [(0.0, ValueError), (-1, ValueError), ("much", TypeError)])

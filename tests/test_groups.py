@@ -1,6 +1,7 @@
 """Parameter groups and effective learning rates (invariants 1 and 2)."""
 
 import copy
+import warnings
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from stable_baselines3.common.utils import update_learning_rate
 from torch import nn
 
 from sb3_resnet import param_group_summary
+from sb3_resnet.callbacks import LRScheduleCallback, UnfreezeCallback
 from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.optim.classes import optimizer_class_of
 from sb3_resnet.optim.groups import (
@@ -349,3 +351,37 @@ def test_a_policy_takes_foreach():
     model = fill(make_model(policy_kwargs={"optimizer_kwargs": {"foreach": True}}))
     model.train(2, 4)
     assert all(group["foreach"] for group in model.policy.optimizer.param_groups)
+
+
+@pytest.mark.parametrize(
+    ("callback", "resets"),
+    [
+        (LRScheduleCallback(warmup_steps=100), LRScheduleCallback()),
+        (
+            UnfreezeCallback([{"at_timestep": 12, "unfreeze_from": "layer4", "ramp": 100}]),
+            UnfreezeCallback([{"at_timestep": 12, "unfreeze_from": "layer4"}]),
+        ),
+    ],
+)
+def test_factors_that_a_callback_left_behind_are_warned_of_once(callback, resets):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    model.learn(24, callback=callback)
+    for other, warned in ((None, True), (None, False), (resets, False)):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.learn(8, callback=other, reset_num_timesteps=False)
+        said = [str(warning.message) for warning in caught if "what was asked for" in str(warning.message)]
+        assert [type(callback).__name__ in text for text in said] == [True] * warned
+    assert all(
+        factor == 1.0 for group in model.policy.optimizer.param_groups for factor in group["lr_factors"].values()
+    )
+
+
+def test_rates_that_are_relative_to_a_rate_that_rises_are_warned_of():
+    kwargs = {"lr_head": 1e-6, "lr_backbone": 1e-7}
+    with pytest.warns(UserWarning, match=r"lr_head and lr_backbone hold at the start.* rises to 0\.001.*warmup_steps="):
+        make_model(policy_kwargs=kwargs, learning_rate=lambda left: 1e-3 - 999e-6 * left)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*hold at the start")
+        make_model(policy_kwargs=kwargs, learning_rate=lambda left: 1e-3 * left)
+        make_model(learning_rate=lambda left: 1e-3 - 999e-6 * left)

@@ -13,7 +13,7 @@ from sb3_resnet.common.step_hooks import before_step
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.optim import schedules
 from sb3_resnet.optim.groups import recall
-from tests.helpers import POLICYS, Rewards, TinyGame, fill, make_model, slowly
+from tests.helpers import POLICYS, Rewards, TinyGame, fill, make_actor_critic, make_model, slowly
 
 LR = 1e-3
 
@@ -200,6 +200,17 @@ def test_a_checkpoint_of_the_same_step_has_the_reduction(tmp_path):
     groups = type(model).load(checkpoint, device="cpu").policy.optimizer.param_groups
     assert {group["lr_schedule"]["plateau"]["factor"] for group in groups if "lr_schedule" in group} == {0.5}
     assert {group["lr_factors"]["schedule"] for group in groups} == {0.5}
+
+
+def test_evaluations_of_a_model_that_has_not_learnt_since_are_not_counted():
+    """Before the first update, and twice within a rollout of PPO."""
+    callback = LRScheduleCallback(0, "plateau", patience=0, gamma=0.5)
+    model = make_model(learning_starts=12, extractor={"backbone": "resnet_mini"})
+    model.learn(20, callback=[callback, Rewards([3.0, 2.0, 1.0, 0.0, -1.0])])  # the first update follows step 16
+    assert recall(model.policy.optimizer, "lr_schedule")["plateau"] == {"best": 3.0, "bad": 0, "factor": 0.5}
+    ppo = make_actor_critic("ppo", n_steps=8)
+    ppo.learn(24, callback=[callback, Rewards([1.0, 0.0, 3.0, 2.0, 0.0, 0.0])])  # updates follow steps 8, 16 and 24
+    assert recall(ppo.policy.optimizer, "lr_schedule")["plateau"] == {"best": 3.0, "bad": 0, "factor": 0.5}
 
 
 def test_plateau_needs_an_evaluation():

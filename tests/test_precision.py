@@ -31,6 +31,7 @@ def test_the_scale_moves_as_grad_scalers_does(overflows, growth, backoff, interv
     for overflow in overflows:
         gradient = float("inf") if overflow else 1.0
         ours, theirs = (th.optim.SGD([parameter(gradient)], lr=0.1) for _ in range(2))
+        mine.is_used = True
         assert mine.before_step(ours) is not overflow
         assert (ours.param_groups[0]["params"][0].grad is None) == overflow
         torchs.unscale_(theirs)
@@ -49,12 +50,21 @@ def test_no_scale_is_smaller_than_what_could_still_help():
 
 def test_the_state_is_plain_numbers_and_goes_on():
     scaler = LossScaler(growth_interval=2)
+    scaler.is_used = True
     scaler.before_step(th.optim.SGD([parameter(1.0)], lr=0.1))
     other = LossScaler(growth_interval=2)
     other.state = pickle.loads(pickle.dumps(scaler.state))
     assert other.state == scaler.state == {"scale": 65536.0, "growth_tracker": 1, "skipped": 0}
+    other.is_used = True
     other.before_step(th.optim.SGD([parameter(1.0)], lr=0.1))
     assert other.scale == 2 * 65536.0
+
+
+def test_an_update_in_which_nothing_was_scaled_is_no_proof_of_the_scale():
+    scaler = LossScaler(growth_interval=1)
+    for _ in range(3):
+        assert scaler.before_step(th.optim.SGD([parameter(1.0)], lr=0.1))
+    assert scaler.state == LossScaler().state
 
 
 def test_a_loan_is_neither_copied_nor_pickled():

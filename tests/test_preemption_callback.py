@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium.utils import EzPickle
-from stable_baselines3.common.callbacks import BaseCallback, EvalCallback
+from stable_baselines3 import DQN
+from stable_baselines3.common.callbacks import (
+    BaseCallback,
+    EvalCallback,
+    StopTrainingOnMaxEpisodes,
+    StopTrainingOnNoModelImprovement,
+)
 from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormalize
 
 from sb3_resnet.callbacks import (
@@ -290,6 +296,58 @@ def test_a_model_that_is_not_new_goes_its_own_way(tmp_path):
     model.learn(8, callback=PreemptionCallback(tmp_path), reset_num_timesteps=False)
     assert model.num_timesteps == 24
     assert checkpoints(tmp_path)
+
+
+def two_calls(folder, *others):
+    """A program with two ``learn()``."""
+    model = make_model(env=DummyVecEnv([TinyGame]), extractor={"backbone": "resnet_mini"})
+    callback = [PreemptionCallback(folder, verbose=0), *others]
+    for _ in range(2):
+        model.learn(24, callback=callback, reset_num_timesteps=False)
+    return model
+
+
+@pytest.mark.parametrize("moment", [14, 38])
+def test_a_program_with_two_calls_that_is_stopped_in_either_ends_as_it_would_have(tmp_path, moment):
+    whole = two_calls(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        two_calls(tmp_path, Send(moment))
+    model = two_calls(tmp_path)
+    assert (model.num_timesteps, model._n_updates) == (48, whole._n_updates)
+    assert_same(whole.policy.state_dict(), model.policy.state_dict())
+    assert not checkpoints(tmp_path)
+
+
+def test_a_loaded_model_that_was_stopped_goes_on(tmp_path):
+    make_model(env=DummyVecEnv([TinyGame]), extractor={"backbone": "resnet_mini"}).learn(16).save(tmp_path / "model")
+
+    def program(folder, *others):
+        model = DQN.load(tmp_path / "model", env=DummyVecEnv([TinyGame]), device="cpu")
+        return model.learn(24, callback=[PreemptionCallback(folder, verbose=0), *others])
+
+    whole = program(tmp_path / "whole")
+    with pytest.raises(SystemExit):
+        program(tmp_path / "stopped", Send(10))
+    model = program(tmp_path / "stopped")
+    assert (model.num_timesteps, model._n_updates) == (24, whole._n_updates)
+    assert_same(whole.policy.state_dict(), model.policy.state_dict())
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        lambda: StopTrainingOnMaxEpisodes(6),
+        lambda: EvalCallback(
+            wrapped(training=False), eval_freq=8, callback_after_eval=StopTrainingOnNoModelImprovement(1), verbose=0
+        ),
+    ],
+)
+def test_rules_of_sb3_that_end_training_count_on(tmp_path, stop):
+    whole = simple(tmp_path / "whole", stop(), total=400)
+    assert 16 < whole.num_timesteps < 400
+    with pytest.raises(SystemExit):
+        simple(tmp_path, stop(), Send(15), total=400)
+    assert simple(tmp_path, stop(), total=400).num_timesteps == whole.num_timesteps
 
 
 def test_a_checkpoint_of_another_model_and_a_wrong_order_are_refused(tmp_path):

@@ -191,6 +191,14 @@ def test_what_the_section_says_of_its_trunk_is_not_searched_and_absent_callbacks
     assert {*read_space({}, recipe, ARGUMENTS).values} == everywhere | {"warmup_steps", "pooling"}
 
 
+def test_whole_numbers_may_be_written_as_yaml_writes_them():
+    """``1e4`` is a string to YAML."""
+    given = {"buffer_size": {"low": "1e4", "high": 5e4}, "gamma": {"low": "0.9", "high": 1.0}}
+    values = read_space(given, {}, [*ARGUMENTS, "buffer_size"], ["buffer_size"]).values
+    assert values["buffer_size"] == Range(10_000, 50_000)
+    assert (type(values["buffer_size"].low), type(values["gamma"].high)) == (int, float)
+
+
 def test_the_boundary_is_searched_from_the_last_stage_down():
     space = read_space(None, SECTION, ARGUMENTS)
     assert space.values["unfreeze_from"] == Choices(("layer1", "layer2", "layer3"))

@@ -17,6 +17,7 @@ from sb3_resnet.common.buckets import share_model
 from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.vec_normalize import check_stored_layout
 from sb3_resnet.optim.groups import optimizer_of
+from sb3_resnet.optim.updates import gradient_updates
 
 SelfCallback = TypeVar("SelfCallback", bound=BaseCallback)
 
@@ -78,6 +79,7 @@ class Evaluations:
     def __init__(self, root: Any) -> None:
         self._source = next((child for child in walk(root) if isinstance(child, EvalCallback)), None)
         self._seen = self._count()
+        self._updates = -1
 
     @property
     def folder(self) -> str | None:
@@ -96,6 +98,20 @@ class Evaluations:
             return None
         self._seen = count
         return float(self._source.last_mean_reward)
+
+    def poll_after_updates(self, model: BaseAlgorithm) -> float | None:
+        """
+        The evaluations that say whether learning helps: not a second one of the same parameters, as before the first
+        update and within a rollout of PPO.
+
+        :param model: an SB3 model
+        :return: as :meth:`poll`, if the model has made updates since the last one that was returned here
+        """
+        reward, updates = self.poll(), gradient_updates(model)
+        if reward is None or updates == self._updates:
+            return None
+        self._updates = updates
+        return reward
 
     def _count(self) -> int:
         return 0 if self._source is None else host.evaluations_done(self._source)

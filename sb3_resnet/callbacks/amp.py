@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from functools import partial
 
-from sb3_resnet.callbacks._evaluations import refusals_end_the_search
+from sb3_resnet.callbacks._evaluations import refusals_end_the_search, walk
 from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of, record
+from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
+from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
 from sb3_resnet.common.ranks import ranks_of
@@ -19,7 +22,9 @@ _log = logging.getLogger("sb3_resnet")
 
 class AMPCallback(LendingCallback):
     """
-    Run the trunk in reduced precision; features, head, targets, loss and optimizer stay in float32.
+    Run the stages that train in reduced precision; features, head, targets, loss and optimizer stay in float32.
+
+    Frozen stages compute in the extractor's ``frozen_dtype``, with and without this callback.
 
     float16 uses dynamic loss scaling with the rules and defaults of ``torch.amp.GradScaler``: SB3 clips unscaled
     gradients, an update with NaN or infinity in its gradient is skipped and counted (``train/amp_skipped``), the scale
@@ -83,8 +88,7 @@ class AMPCallback(LendingCallback):
         self._updates.attach(self.model, first=True)
         self._lend(self._precision)
         self._rewards(self.model)
-        scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
-        line = f"AMP: the trunk computes in {name} on {self.model.device.type}{scale} (dtype={self.dtype!r})"
+        line = self._says(name)
         _log.info(line)
         if self.verbose:
             print(line)
@@ -110,6 +114,23 @@ class AMPCallback(LendingCallback):
         finally:
             remember(optimizer, _STATE, self._scaler.state)
             self._record()
+
+    def _says(self, dtype: str) -> str:
+        """:return: what computes in which type, for the log; a warning where nothing will"""
+        trunks = [extractor.trunk for extractor in extractors_of(self.model)]
+        frozen = extractors_of(self.model)[0].frozen_dtype
+        scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
+        live = [*dict.fromkeys(stage for trunk in trunks for stage in trunk.live_stages)]
+        if not live and not any(isinstance(one, UnfreezeCallback) for one in walk(host.root_callback(self))):
+            warnings.warn(
+                f"AMPCallback has nothing to do: all stages are frozen, and frozen stages compute in their own type, "
+                f"frozen_dtype={frozen!r}. Write features_extractor_kwargs=dict(frozen_dtype='auto') in policy_kwargs, "
+                "or freeze_backbone=False, or add an UnfreezeCallback.",
+                stacklevel=4,
+            )
+        stages = f"{', '.join(live)} compute" if live else "stages that are unfrozen will compute"
+        rest = f"; frozen stages in frozen_dtype={frozen!r}" if any(trunk.frozen_stages for trunk in trunks) else ""
+        return f"AMP: {stages} in {dtype} on {self.model.device.type}{scale} (dtype={self.dtype!r}){rest}"
 
     def _record(self) -> None:
         if self._scaler is not None:

@@ -17,7 +17,15 @@ from sb3_resnet.callbacks._evaluations import Evaluations, is_trial, refusals_en
 from sb3_resnet.callbacks._updates import extractors_of
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
-from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, remove_checkpoint, run_of, write_checkpoint
+from sb3_resnet.common.checkpoints import (
+    RUN_STATE,
+    checkpoints,
+    free_path,
+    remove_checkpoint,
+    run_of,
+    save_model,
+    write_checkpoint,
+)
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.common.ranks import ranks_of
 from sb3_resnet.common.seeding import random_states
@@ -38,7 +46,7 @@ class BestCheckpointCallback(BaseCallback):
     * ``rl_model_<timesteps>_steps.zip``: checkpoints, as SB3 and ``rl_zoo3.enjoy --load-last-checkpoint`` name them;
       ``rl_model_2_<timesteps>_steps.zip`` where another run, or RL-Zoo's ``--save-freq``, has a file of that name
     * ``best.zip`` and ``best_<phase>.zip``: the best of all and of each phase, a phase being named after its freeze
-      boundary (``best_frozen.zip``, ``best_layer4.zip``)
+      boundary (``best_frozen.zip``, ``best_layer4.zip``). Of equal rewards the first stays
     * ``best.json``: the record of their rewards. It is read when training goes on in the same folder; in another
       folder (RL-Zoo makes a new one) the copy in the resumed model is used. So, unlike with ``EvalCallback`` alone, a
       resumed run does not replace the best model by its first evaluated one.
@@ -239,7 +247,7 @@ class BestCheckpointCallback(BaseCallback):
         try:
             for name in better.values():
                 with written_whole(self._folder / f"{name}.zip") as (temporary,):
-                    self.model.save(temporary)
+                    save_model(self.model, temporary)
                 self._tell(self._folder / f"{name}.zip")
             # After the models: a record must never promise a model that is not there.
             with written_whole(self._folder / RECORD) as (temporary,):
@@ -254,9 +262,10 @@ class BestCheckpointCallback(BaseCallback):
         self._last_save, self._episodes = self.model.num_timesteps, 0
         if self._scratch is not None:
             return
-        path = self._checkpoint_path()
+        path = free_path(self._folder, self.model.num_timesteps, self._run)
         try:
-            self._write_checkpoint(path)
+            write_checkpoint(self.model, path, self._run, random_states(self.model), self.save_replay_buffer)
+            self._tell(path)
             self._prune(path)
         except Exception as error:  # a full disk, but also a buffer that cannot be pickled
             reason = " ".join(f"{type(error).__name__}: {error}".split())
@@ -265,19 +274,6 @@ class BestCheckpointCallback(BaseCallback):
                 "still there.",
                 stacklevel=2,
             )
-
-    def _write_checkpoint(self, path: Path) -> None:
-        write_checkpoint(self.model, path, self._run, random_states(self.model), self.save_replay_buffer)
-        self._tell(path)
-
-    def _checkpoint_path(self) -> Path:
-        """A name that no other run's file has."""
-        steps = self.model.num_timesteps
-        path, number = self._folder / f"rl_model_{steps}_steps.zip", 1
-        while path.exists() and run_of(path) != self._run:
-            number += 1
-            path = self._folder / f"rl_model_{number}_{steps}_steps.zip"
-        return path
 
     def _prune(self, newest: Path) -> None:
         """Only what this run wrote, and nothing beyond the newest: it may have been resumed from an earlier point."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch as th
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search
@@ -14,10 +16,10 @@ class GradientClipCallback(LendingCallback):
     """
     Clip the gradient norm of head and backbone each by itself.
 
-    SB3 clips one joint norm (``max_grad_norm``, 10 for DQN), in which a freshly unfrozen trunk outweighs the head. This
-    clips after it, so set ``max_grad_norm`` high to make this the only one. The backbone is all stages of the policy's
-    :class:`~sb3_resnet.extractor.ResNetExtractor`, adapter included, and the head every other parameter; PPO and A2C
-    with that extractor have both as well. Example::
+    SB3 clips one joint norm (``max_grad_norm``, 10 for DQN and 0.5 for PPO), in which a freshly unfrozen trunk
+    outweighs the head. This clips after it, so write ``max_grad_norm=1000`` to make this the only one. The backbone is
+    all stages of the policy's :class:`~sb3_resnet.extractor.ResNetExtractor`, adapter included, and the head every
+    other parameter; PPO and A2C with that extractor have both as well. Example::
 
         GradientClipCallback(max_norm=2.0)
 
@@ -48,6 +50,14 @@ class GradientClipCallback(LendingCallback):
 
     @refusals_end_the_search
     def _on_training_start(self) -> None:
+        joint = getattr(self.model, "max_grad_norm", None)
+        if joint is not None and joint <= self.max_norm:
+            warnings.warn(
+                f"GradientClipCallback(max_norm={self.max_norm:g}) has nothing to do, since "
+                f"{type(self.model).__name__} clips the joint norm at max_grad_norm={joint:g} before it: write "
+                "max_grad_norm=1000 in the algorithm's arguments",
+                stacklevel=3,
+            )
         self._updates.attach(self.model)
 
     def _on_step(self) -> bool:

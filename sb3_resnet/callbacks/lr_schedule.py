@@ -50,8 +50,8 @@ class LRScheduleCallback(LendingCallback):
     :param min_factor: linear, cosine and plateau: the smallest factor (default 0)
     :param step_size: step: gradient updates between two reductions
     :param gamma: step and plateau: factor of each reduction (default 0.1, as in PyTorch)
-    :param patience: plateau: number of evaluations without improvement that are tolerated (default 10, as in PyTorch).
-        A plateau needs an ``EvalCallback``
+    :param patience: plateau: number of evaluations without improvement that are tolerated (default 10, as in PyTorch);
+        one of the same parameters as the one before does not count. A plateau needs an ``EvalCallback``
     :param min_delta: plateau: smallest gain in mean reward that counts as an improvement (default 0)
     :param verbose: 1 to print the schedule and each reduction on a plateau
     :raises ValueError: for values that cannot work, and for arguments of another schedule
@@ -125,7 +125,7 @@ class LRScheduleCallback(LendingCallback):
             print(f"LRSchedule: warmup {self.warmup_steps} updates, then {self.schedule}, at update {self._updates.n}")
 
     def _on_step(self) -> bool:
-        reward = self._evaluations.poll() if self.schedule == "plateau" else None
+        reward = self._evaluations.poll_after_updates(self.model) if self.schedule == "plateau" else None
         if reward is not None:
             before = self._plateau["factor"]
             self._plateau = schedules.plateau(

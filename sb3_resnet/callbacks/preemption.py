@@ -16,7 +16,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
 from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, remove_checkpoint, run_of, state_of
 from sb3_resnet.common.files import prepare_folder, remove_left_overs
-from sb3_resnet.common.resuming import resume_run, save_run
+from sb3_resnet.common.resuming import resume_run, save_run, start_of
 from sb3_resnet.common.signals import Shield, SignalNotes, close, signals_of
 from sb3_resnet.optim.groups import recall
 
@@ -36,11 +36,12 @@ class PreemptionCallback(BaseCallback):
         model = DQN("ResNetCnnPolicy", env, seed=0)
         model.learn(1_000_000, callback=[PreemptionCallback("logs/run1"), FeatureCacheCallback()])
 
-    A model is new if it has made no updates: one that was loaded, or learns again, goes its own way. The checkpoint is
-    the newest in the folder, so a :class:`~sb3_resnet.callbacks.BestCheckpointCallback` with the same ``save_path`` and
-    ``save_replay_buffer=True`` also covers crashes. What this callback has saved is removed when training has come to
-    its end. With several processes (``torch.distributed``) all stop together, and the others than the first save into
-    subfolders.
+    A checkpoint belongs to the ``learn()`` that wrote it, and is taken by one that begins with as many timesteps and
+    updates. So a model that was loaded goes on too, and a program with two ``learn()`` that was stopped in the second
+    makes the first again. The newest of these in the folder is taken, so a
+    :class:`~sb3_resnet.callbacks.BestCheckpointCallback` with the same ``save_path`` and ``save_replay_buffer=True``
+    also covers crashes. What this callback has saved is removed when training has come to its end. With several
+    processes (``torch.distributed``) all stop together, and the others than the first save into subfolders.
 
     Environments go on within their episodes if they are in a ``DummyVecEnv`` and can be pickled with their state.
     Elsewhere their episodes begin anew.
@@ -77,6 +78,7 @@ class PreemptionCallback(BaseCallback):
         self._shield: Shield | None = None
         self._is_trial = False
         self._run = ""
+        self._start = (0, 0)
         self._has_saved = False
 
     @refusals_end_the_search
@@ -151,11 +153,11 @@ class PreemptionCallback(BaseCallback):
                 )
 
     def _resume(self) -> None:
-        is_new = self.model.num_timesteps == 0 and host.updates_done(self.model) == 0
-        own = checkpoints(self._folder)
-        found = own or checkpoints(self.save_path)  # there may be more processes than there were
+        self._start = (self.model.num_timesteps, host.updates_done(self.model))
+        own = self._of_this_learn(self._folder)
+        found = own or self._of_this_learn(self.save_path)  # there may be more processes than there were
         self._run = uuid.uuid4().hex
-        if not (is_new and found):
+        if not found:
             return
         path = found[-1]
         if own:
@@ -165,13 +167,17 @@ class PreemptionCallback(BaseCallback):
         episodes = "environments go on where they were" if goes_on else "episodes begin anew"
         self._tell(f"Resumed {path} at timestep {self.model.num_timesteps}; {episodes}")
 
+    def _of_this_learn(self, folder: Path) -> list[Path]:
+        return [path for path in checkpoints(folder) if start_of(path) == self._start]
+
     def _save(self) -> None:
         # Of a BestCheckpointCallback beside this one, which knows its own checkpoints by it.
         optimizer = getattr(self.model.policy, "optimizer", None)
         if isinstance(optimizer, th.optim.Optimizer):
             self._run = recall(optimizer, RUN_STATE).get("run", self._run)
         path = self._folder / f"rl_model_{self.model.num_timesteps}_steps.zip"
-        save_run(self.model, path, self._run, self.save_replay_buffer, [*walk(host.root_callback(self))])
+        callbacks = [*walk(host.root_callback(self))]
+        save_run(self.model, path, self._run, self.save_replay_buffer, callbacks, self._start)
         self._has_saved = True
         self._remove_own(but=path)
         self._tell(f"Saved {path} because of a signal; exit with {self.exit_code}")

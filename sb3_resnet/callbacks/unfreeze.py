@@ -70,15 +70,17 @@ class UnfreezeCallback(LendingCallback):
 
     Each phase is a dict with one trigger, ``unfreeze_from``, and optional keys:
 
-    * the trigger is ``at_timestep`` (environment steps of the whole training), ``at_update`` (gradient updates) or
-      ``on_plateau``, which needs an ``EvalCallback``: a dict of ``patience`` (number of evaluations without improvement
-      that are tolerated), ``min_delta`` (smallest gain in reward that counts, default 0) and ``latest_timestep``
-      (environment steps after which the phase begins in any case, default: never)
+    * the trigger is ``at_timestep`` (environment steps since this callback was first used, or as ``num_timesteps``
+      counts them), ``at_update`` (gradient updates) or ``on_plateau``, which needs an ``EvalCallback``: a dict of
+      ``patience`` (number of evaluations without improvement that are tolerated; one of the same parameters as
+      the one before does not count), ``min_delta`` (smallest gain in reward that counts, default 0) and
+      ``latest_timestep`` (environment steps after which the phase begins in any case, default: never)
     * ``unfreeze_from``: this stage and all above it train from then on; it must be lower in each phase
     * ``lr_backbone``: the backbone's learning rate from then on, as in the policy; default: unchanged
     * ``ramp``: gradient updates in which the backbone's rate rises from 0 to its value; default 0
     * ``restore_best``: whether to begin with the best weights and optimizer moments of the phase before it, which needs
-      a ``BestCheckpointCallback``; default false
+      a ``BestCheckpointCallback``; default false. Of equal rewards the first is the best: where the reward may not have
+      moved at all, as in Pong at -21, this goes back to the beginning, so leave it out
 
     :param phases: the phases in order
     :param verbose: 1 to print a line when a phase begins; Python's logging gets it in any case
@@ -154,7 +156,7 @@ class UnfreezeCallback(LendingCallback):
         self._apply_ramp(self._updates.n)
 
     def _on_step(self) -> bool:
-        reward = self._evaluations.poll()
+        reward = self._evaluations.poll_after_updates(self.model)
         if reward is not None and self._ahead and self._ahead[0].trigger == "on_plateau":
             phase = self._ahead[0]
             self._plateau = schedules.plateau(self._plateau, reward, phase.patience, phase.min_delta, gamma=0.0)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.common.files import written_whole
+from sb3_resnet.common.statistics import add_statistics
 
 #: Key of a run's id in the optimizer's groups, where it is saved with the model.
 RUN_STATE = "best_checkpoint"
@@ -57,6 +58,20 @@ def newest_checkpoint(folder: str | Path) -> Path:
     return found[-1]
 
 
+def free_path(folder: Path, steps: int, run: str) -> Path:
+    """
+    :param folder: of the checkpoints
+    :param steps: environment steps
+    :param run: id of the run
+    :return: a file for a checkpoint that is not another run's
+    """
+    path, number = folder / f"rl_model_{steps}_steps.zip", 1
+    while path.exists() and run_of(path) != run:
+        number += 1
+        path = folder / f"rl_model_{number}_{steps}_steps.zip"
+    return path
+
+
 def buffer_of(checkpoint: Path) -> Path:
     """
     :param checkpoint: file of a checkpoint
@@ -89,12 +104,23 @@ def write_checkpoint(
     with written_whole(*([buffer_of(path)] if has_buffer else []), path) as temporaries:
         if has_buffer:
             model.save_replay_buffer(temporaries[0])
-        model.save(temporaries[-1])
+        save_model(model, temporaries[-1])
         with zipfile.ZipFile(temporaries[-1], "a") as archive:
             archive.writestr(_RUN, run)
             archive.writestr(_RANDOM_STATES, json.dumps(random_states))
             if state is not None:
                 archive.writestr(_STATE, state)
+
+
+def save_model(model: Any, path: Path) -> None:
+    """
+    Save a model as SB3 does, and with it what ``VecNormalize`` has learnt.
+
+    :param model: an SB3 model
+    :param path: its file
+    """
+    model.save(path)
+    add_statistics(path, model.env)
 
 
 def run_of(path: Path) -> str | None:

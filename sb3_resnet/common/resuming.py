@@ -29,10 +29,21 @@ _COUNTED = (
     "evaluations_timesteps",
     "evaluations_length",
     "evaluations_successes",
+    "n_episodes",
+    "no_improvement_evals",
+    "last_best_mean_reward",
+    "last_time_trigger",
 )
 
 
-def save_run(model: Any, path: Path, run: str, save_replay_buffer: bool, callbacks: Sequence[BaseCallback]) -> None:
+def save_run(
+    model: Any,
+    path: Path,
+    run: str,
+    save_replay_buffer: bool,
+    callbacks: Sequence[BaseCallback],
+    start: tuple[int, int] = (0, 0),
+) -> None:
     """
     Write a checkpoint that also holds what environments and SB3's callbacks are in the midst of.
 
@@ -41,6 +52,7 @@ def save_run(model: Any, path: Path, run: str, save_replay_buffer: bool, callbac
     :param run: identifies the run
     :param save_replay_buffer: whether to save the replay buffer too
     :param callbacks: all of ``learn()``
+    :param start: timesteps and updates with which this ``learn()`` began
     :raises OSError: if it cannot be written
     """
     evals = [env for env in (getattr(callback, "eval_env", None) for callback in callbacks) if env is not None]
@@ -48,8 +60,21 @@ def save_run(model: Any, path: Path, run: str, save_replay_buffer: bool, callbac
         "env": environment_state(model.env),
         "eval_envs": [environment_state(env) for env in evals],
         "callbacks": [(type(callback).__name__, _counted(callback)) for callback in callbacks],
+        "start": start,
     }
     write_checkpoint(model, path, run, random_states(model), save_replay_buffer, pickle.dumps(state))
+
+
+def start_of(path: Path) -> tuple[int, int]:
+    """
+    :param path: a checkpoint of this package's callbacks
+    :return: timesteps and updates with which the ``learn()`` began that it belongs to; those of a new model where the
+        file does not say it
+    """
+    content = state_of(path)
+    state: dict[str, Any] = {} if content is None else pickle.loads(content)
+    timesteps, updates = state.get("start", (0, 0))
+    return int(timesteps), int(updates)
 
 
 def resume_run(model: Any, path: Path, callbacks: Sequence[BaseCallback], is_own: bool = True) -> bool:
@@ -89,7 +114,7 @@ def resume_run(model: Any, path: Path, callbacks: Sequence[BaseCallback], is_own
         for env, kept in zip(evals, state["eval_envs"], strict=False):
             put_back(env, kept)
     if is_own:
-        restore_random_states(path, model)
+        restore_random_states(path, model, with_statistics=state is None)
     return goes_on
 
 

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 import torch as th
+from stable_baselines3.common.vec_env import unwrap_vec_normalize
 
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, shown
 from sb3_resnet.common.checkpoints import random_states_of
+from sb3_resnet.common.statistics import has_statistics, restore_vec_normalize
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _LARGEST = 2**32 - 1  # NumPy's
@@ -74,9 +76,10 @@ def random_states(model: Any) -> dict[str, Any]:
     return plain
 
 
-def restore_random_states(path: str | Path, model: Any) -> None:
+def restore_random_states(path: str | Path, model: Any, with_statistics: bool = True) -> None:
     """
-    Put all random generators back into the state in which a checkpoint found them.
+    Put all random generators back into the state in which a checkpoint found them, and what ``VecNormalize`` had
+    learnt.
 
     Call it right before ``learn()``. Loading alone cannot do it: SB3's ``load`` seeds all generators anew where the
     model has a ``seed``. What an environment is in the midst of is in no checkpoint: its episode begins anew, unless
@@ -84,9 +87,10 @@ def restore_random_states(path: str | Path, model: Any) -> None:
 
     :param path: a checkpoint of :class:`~sb3_resnet.callbacks.BestCheckpointCallback`
     :param model: the model that was loaded from it, with its environment
+    :param with_statistics: ``False`` to leave ``VecNormalize`` alone
     :raises FileNotFoundError: if there is no such file
     :raises ValueError: if the file holds no random states, as those of other callbacks, or those of another number of
-        environments
+        environments, or the statistics of another ``VecNormalize``
     """
     states = random_states_of(Path(path).expanduser())
     env = model.env
@@ -102,6 +106,8 @@ def restore_random_states(path: str | Path, model: Any) -> None:
         generator.bit_generator.state = state
         env.set_attr("np_random", generator, indices=index)
     model.action_space.np_random.bit_generator.state = states["action_space"]
+    if with_statistics and env is not None and unwrap_vec_normalize(env) is not None:
+        _restore_statistics(Path(path).expanduser(), env)
     version, internal, gauss = states["python"]
     random.setstate((version, tuple(internal), gauss))
     np.random.set_state(states["numpy"])  # noqa: NPY002  # likewise
@@ -109,6 +115,13 @@ def restore_random_states(path: str | Path, model: Any) -> None:
     if th.cuda.is_available():
         for device, state in zip(range(th.cuda.device_count()), states["cuda"], strict=False):
             th.cuda.set_rng_state(th.tensor(state, dtype=th.uint8), device)
+
+
+def _restore_statistics(path: Path, env: Any) -> None:
+    if has_statistics(path):
+        restore_vec_normalize(path, env)
+    else:
+        warnings.warn(f"{path} does not hold what VecNormalize had learnt, so that begins anew", stacklevel=3)
 
 
 def _generators(env: Any) -> list[np.random.Generator]:

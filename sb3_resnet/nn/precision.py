@@ -62,6 +62,8 @@ class LossScaler:
         self.scale = number("init_scale", init_scale, MIN_SCALE, MAX_SCALE)
         self.growth_tracker = 0
         self.skipped = 0
+        #: Whether a gradient was scaled since the last step.
+        self.is_used = False
         #: What the scale is divided by on its way through the trunk.
         self.divisor = 1
         self._growth_factor = number("growth_factor", growth_factor, 1.0, above=True)
@@ -95,7 +97,8 @@ class LossScaler:
 
     def before_step(self, optimizer: th.optim.Optimizer) -> bool:
         """
-        Make the optimizer's step do nothing if a gradient is not finite, and move the scale.
+        Make the optimizer's step do nothing if a gradient is not finite, and move the scale. An update in which no
+        gradient was scaled, as while all stages are frozen, is no proof that a larger scale works.
 
         A gradient of ``None`` leaves weight decay, momentum and step counter of a parameter alone.
 
@@ -104,7 +107,9 @@ class LossScaler:
         :raises ValueError: if no scale helps any more
         """
         overflow = any_non_finite(gradients(optimizer))
-        self._update(overflow)
+        if overflow or self.is_used:
+            self._update(overflow)
+        self.is_used = False
         if not overflow:
             return True
         optimizer.zero_grad(set_to_none=True)
@@ -208,6 +213,7 @@ class _ScaleGradient(th.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
+        ctx.scaler.is_used = True
         return gradient * ctx.scaler.applied, None
 
 

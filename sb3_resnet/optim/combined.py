@@ -24,6 +24,9 @@ class CombinedOptimizer(th.optim.Optimizer):
 
     def __init__(self, parts: Sequence[th.optim.Optimizer]) -> None:
         super().__init__([group for part in parts for group in part.param_groups], {})
+        # Later than torch's: it would write them into the groups of all parts. Weight decay only where all know it.
+        shared = {"lr", "weight_decay"}.intersection(*(part.defaults for part in parts))
+        self.defaults = {name: parts[0].defaults[name] for name in sorted(shared)}
         #: The optimizers inside.
         self.parts = [*parts]
         self._share()

@@ -24,6 +24,10 @@ _RATES = "learning rates"  # key of our hook
 #: Key of what a group was built with: ratio and weight decay, which a callback or a user may have changed since.
 GIVEN = "given"
 _warned: weakref.WeakSet[th.optim.Optimizer] = weakref.WeakSet()  # that no rate is above 0
+_told: weakref.WeakSet[th.optim.Optimizer] = weakref.WeakSet()  # that factors were left behind
+#: Whose each factor of the learning rates is, and which callback sets it to 1.
+_OWNERS = {"schedule": "LRScheduleCallback", "ramp": "UnfreezeCallback"}
+_RESETS = {"schedule": "LRScheduleCallback()", "ramp": "an UnfreezeCallback whose phases have ramp=0"}
 
 Group = dict[str, Any]
 
@@ -242,8 +246,28 @@ def _put_back_rates(optimizer: th.optim.Optimizer) -> None:
     for group in optimizer.param_groups:
         if not isinstance(group["lr"], EffectiveRate):
             _refresh(group)
+    _warn_of_factors_left(optimizer)
     if optimizer not in _warned and all(group["lr_factors"].get("schedule") == 0.0 for group in optimizer.param_groups):
         warn_that_nothing_is_learnt(optimizer)
+
+
+def _warn_of_factors_left(optimizer: th.optim.Optimizer) -> None:
+    """Of a warmup or ramp that was cut off: nobody moves its factor any more."""
+    factors = {key: factor for group in optimizer.param_groups for key, factor in group["lr_factors"].items()}
+    # Of a schedule that has ended at 0 there is a warning of its own.
+    left = {key: factor for key, factor in factors.items() if factor != 1.0 and (key, factor) != ("schedule", 0.0)}
+    if not left or optimizer in _told:
+        return
+    present = {getattr(key, "__name__", None) for key in before_step(optimizer).keys}
+    for key, factor in left.items():
+        if _OWNERS.get(key, "") not in {"", *present}:
+            _told.add(optimizer)
+            warnings.warn(
+                f"Learning rates stay at {factor:.3g} of what was asked for: that is where {_OWNERS[key]} left them, "
+                "and this learn() has no such callback. To go on, give learn() the same one again. For the full rates "
+                f"from now on give it {_RESETS[key]}.",
+                stacklevel=3,
+            )
 
 
 def _refresh(group: Group) -> None:

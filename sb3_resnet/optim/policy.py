@@ -23,7 +23,7 @@ from sb3_resnet.nn.weights import checkpoint_follows
 from sb3_resnet.optim import classes
 from sb3_resnet.optim.groups import audit, build_optimizer, install_effective_lr, lr_ratios
 from sb3_resnet.optim.parts import parts_of
-from sb3_resnet.optim.settings import install_loading, set_rates
+from sb3_resnet.optim.settings import install_loading, set_rates, warn_of_rise
 
 POLICY_NAME = "ResNetCnnPolicy"
 DICT_POLICY_NAME = "ResNetMultiInputPolicy"
@@ -218,6 +218,7 @@ class ResNetPolicyMixin:
         # rl_zoo3.enjoy loads with a schedule that is always 0; the true ratios come with the optimizer's state.
         relative_to_nothing = lr == 0 and checkpoint_follows()
         ratios = lr_ratios(lr) if relative_to_nothing else lr_ratios(lr, self.lr_head, self.lr_backbone)
+        warn_of_rise(lr_schedule, {"lr_head": self.lr_head, "lr_backbone": self.lr_backbone})
         super()._build(lr_schedule)  # type: ignore[misc]  # SB3's policy is next in the MRO
         backbone, scales = parts_of(extractors_in(self.trained), self.lr_decay_per_stage)
         known = {id(parameter) for parameters in backbone.values() for parameter in parameters}

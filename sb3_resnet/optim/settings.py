@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch as th
@@ -11,6 +11,24 @@ from torch.optim import Optimizer
 
 from sb3_resnet.common.arguments import number
 from sb3_resnet.optim.groups import GIVEN, set_lr_ratio
+
+
+def warn_of_rise(schedule: Callable[[float], float], given: Mapping[str, float | None]) -> None:
+    """
+    Warn where rates are relative to a learning rate that is not at its largest when training starts.
+
+    :param schedule: SB3's learning rate by the share of training that is left
+    :param given: the rates that were asked for, by name
+    """
+    initial, largest = float(schedule(1)), max(float(schedule(left / 10)) for left in range(10))
+    names = [name for name, rate in given.items() if rate is not None]
+    if names and 0 < initial < 0.999 * largest:
+        warnings.warn(
+            f"{' and '.join(names)} hold at the start of training, where learning_rate is {initial:g}. It rises to "
+            f"{largest:g}, and they rise as much. For a warmup write a constant learning_rate and "
+            "LRScheduleCallback(warmup_steps=...).",
+            stacklevel=4,
+        )
 
 
 def set_rates(optimizer: Optimizer, lr: Mapping[str, float | None], weight_decay: float | None = None) -> None:

@@ -44,7 +44,8 @@ class Experiment:
         parameters = inspect.signature(host_zoo.algorithm_of(manager)).parameters
         self._learning_rate = parameters["learning_rate"].default
         #: Hyperparameters and their ranges.
-        self.space: SearchSpace = read_space(given, self.section, parameters)
+        whole = [name for name, one in parameters.items() if type(one.default) is int]
+        self.space: SearchSpace = read_space(given, self.section, parameters, whole)
         if {"last_stage", "pooling"} & {*self.space.values}:
             extractor = self.section["policy_kwargs"].get("features_extractor_kwargs") or {}
             refusal = _refusal(host_zoo.observation_space_of(manager), extractor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
@@ -133,6 +134,22 @@ def _read_range(name: str, written: Mapping[str, Any], read: Reader) -> Values:
         whole = isinstance(low, int) and isinstance(high, int)
         step = integer(f"{name}: step", step, 1) if whole else number(f"{name}: step", step, above=True)
     return Fixed(low) if low == high else Range(low, high, log, step)
+
+
+def as_whole(written: Any) -> Any:
+    """
+    :param written: what :func:`read_values` reads, for a hyperparameter that takes whole numbers
+    :return: the same, with whole numbers in place of floats and strings such as ``1e4`` that are whole
+    """
+    if isinstance(written, Mapping):
+        return {key: as_whole(value) for key, value in written.items()}
+    if isinstance(written, (list, tuple)):
+        return [as_whole(value) for value in written]
+    try:
+        value = float(written) if isinstance(written, (float, str)) else math.nan
+    except ValueError:  # a name
+        return written
+    return int(value) if value.is_integer() else written
 
 
 def any_value(name: str, value: Any) -> Any:

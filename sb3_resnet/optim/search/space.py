@@ -10,7 +10,7 @@ from sb3_resnet.common.arguments import choice, integer, nearest, number, shown
 from sb3_resnet.nn.freezing import STAGES
 from sb3_resnet.nn.pooling import POOLINGS
 from sb3_resnet.optim.search import sections
-from sb3_resnet.optim.search.ranges import Choices, Fixed, Range, Reader, Values, any_value, read_values
+from sb3_resnet.optim.search.ranges import Choices, Fixed, Range, Reader, Values, any_value, as_whole, read_values
 
 _READERS: dict[str, Reader] = {
     "lr_head": partial(number, above=True),
@@ -42,7 +42,8 @@ class SearchSpace:
 
     :param lr_head: the head's learning rate: ``learning_rate`` of the section, or ``lr_head`` of its ``policy_kwargs``
         where that is written
-    :param lr_ratio: the backbone's learning rate as a part of the head's; sets ``lr_backbone``
+    :param lr_ratio: the backbone's learning rate as a part of the head's; sets ``lr_backbone``. Where all of the
+        backbone stays frozen it changes nothing: write ``null``
     :param weight_decay: of weights
     :param batch_size: observations per gradient update; not for A2C
     :param warmup_steps: of the ``LRScheduleCallback``, in gradient updates. Without a range of your own it is searched
@@ -114,11 +115,14 @@ class SearchSpace:
         return {name: values.suggest(trial, name) for name, values in self.values.items()}
 
 
-def read_space(given: Any, section: Mapping[str, Any], arguments: Collection[str]) -> SearchSpace:
+def read_space(
+    given: Any, section: Mapping[str, Any], arguments: Collection[str], whole: Collection[str] = ()
+) -> SearchSpace:
     """
     :param given: what the configuration says under ``search``; ``None`` if it says nothing
     :param section: the section of the environment
     :param arguments: names of the algorithm's arguments
+    :param whole: those that take whole numbers, which YAML may write as ``1e4``
     :return: what is searched in this section
     :raises ValueError: for values that cannot work, and for those that this section has no place for
     :raises TypeError: for unknown names and wrong types
@@ -134,7 +138,7 @@ def read_space(given: Any, section: Mapping[str, Any], arguments: Collection[str
             f"search knows no {shown(name)}{nearest(name, [*known, *others])}. It takes {', '.join(known)}, and "
             "arguments of the algorithm"
         )
-    space = SearchSpace(**given)
+    space = SearchSpace(**{name: as_whole(value) if name in whole else value for name, value in given.items()})
     named = {name for name, value in given.items() if value is not None} | {*(given.get("only") or ())}
     for name in named:
         sections.refuse(name, section)
