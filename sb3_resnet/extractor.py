@@ -16,7 +16,7 @@ from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice, flag, integer
 from sb3_resnet.common.lending import mode_was_set
 from sb3_resnet.nn import backbones
-from sb3_resnet.nn.adapters import make_adapter
+from sb3_resnet.nn.agents import adapter_for, normalisation, read_eyes
 from sb3_resnet.nn.augment import read_augment
 from sb3_resnet.nn.encoder import FrozenEncoder, overridden, refuse_overridden
 from sb3_resnet.nn.freezing import FreezeBoundary, warn_that_it_learns_little
@@ -25,7 +25,7 @@ from sb3_resnet.nn.image_spaces import warn_if_channels_may_be_last
 from sb3_resnet.nn.micro_batches import in_slices, read_micro_batch_size
 from sb3_resnet.nn.pooling import POOLINGS, Pooling, warn_if_grid_repeats
 from sb3_resnet.nn.precision import MixedPrecision, autocast
-from sb3_resnet.nn.preprocessing import Preprocessing, check_combination, check_size, statistics
+from sb3_resnet.nn.preprocessing import Preprocessing, check_combination, check_size
 from sb3_resnet.nn.trunk import Trunk
 from sb3_resnet.nn.weights import check_weights, checkpoint_follows, read_into
 
@@ -43,7 +43,7 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param backbone: a torchvision ResNet, such as ``"resnet18"`` or ``"resnet50"``
     :param pretrained: use torchvision's default ImageNet weights, from torch's hub cache or by download
     :param weights: other weights: a member of torchvision's enum or its name, or the path of a ``.pth``, ``.pt`` or
-        ``.safetensors`` file or of a model that SB3 saved with this extractor; goes before ``pretrained``
+        ``.safetensors`` file, or of a saved agent (whose adapter is taken too, if it fits); goes before ``pretrained``
     :param weights_prefix: which ResNet of that file, where it holds several, such as ``"module.encoder_q."``
     :param freeze_backbone: start with all stages frozen; ``set_freeze_boundary`` or an ``UnfreezeCallback`` thaws them
     :param adapter: how ``C != 3`` channels reach the trunk. ``"conv1x1"``: a 1x1 convolution to three channels that
@@ -63,14 +63,13 @@ class ResNetExtractor(BaseFeaturesExtractor):
     :param norm: ``"frozen"``: BatchNorm with stored statistics; ``"batch"``: BatchNorm that follows ``train()`` above
         the boundary; ``"sync"``: the same, synchronised between processes; ``"group"``: GroupNorm with 32 groups,
         ``"layer"``: LayerNorm over channels and space (GroupNorm with one group), both from scratch only
-    :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if there are pretrained weights
+    :param use_imagenet_norm: normalise with the ImageNet statistics; ``None``: if pretrained, or as a given agent did
     :param input_mean: own mean of three channels, on the 0..1 scale (divide statistics of 0..255 by 255); with
         ``adapter="inflate"`` also of all channels. In place of ``use_imagenet_norm``
     :param input_std: own standard deviation, likewise
     :param image_size: resize to this height and width (one number or two) with antialiasing before the trunk
     :param features_dim: size of an additional linear projection; ``None``: the pooled features themselves
-    :param micro_batch_size: pass so many observations through the trunk at once, the others after them: the gradient
-        is that of the whole batch, activations are kept for one slice and computed again for the others
+    :param micro_batch_size: so many observations pass the trunk at once: the same gradient, less memory, more time
     :param augment: change images at random in training, never those acted upon: a list of names as in
         :func:`~sb3_resnet.nn.augment.read_augment`, or a callable of ``(batch, frames, channels, H, W)`` in 0..1
     :param train_adapter: train the adapter even below a frozen trunk; gradients then cross the whole trunk
@@ -136,10 +135,11 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.image_size, self.pooling, self.norm_name = images.image_size, pooling, norm
         self.micro_batch_size = read_micro_batch_size(micro_batch_size, norm)
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
-        mean, std = statistics(has_weights, use_imagenet_norm, input_mean, input_std, images)
+        eyes = None if loads else read_eyes(weights, weights_prefix)
+        mean, std = normalisation(eyes, has_weights, use_imagenet_norm, input_mean, input_std, images)
         self.register_buffer("input_mean", images.per_channel(mean or (0.0,) * 3))
         self.register_buffer("input_std", images.per_channel(std or (1.0,) * 3))
-        self.adapter = make_adapter(images.channels, images.frame_channels) if images.has_adapter else None
+        self.adapter = adapter_for(images, eyes)
         # Weights stay contiguous, which SB3's parameters_to_vector() and safetensors need.
         self.backbone = trunk
         self.projection = nn.Identity() if features_dim is None else nn.Linear(pooled, out)

@@ -111,6 +111,20 @@ def test_colours_of_one_normalisation_for_each_channel_or_none_are_not_compared(
     ResNetExtractor(space(6), weights=path, **{**FITS, "adapter": "inflate"}, **norm)
 
 
+def test_rgb_frames_are_the_same_to_the_trunk_one_by_one_and_stacked(tmp_path):
+    rgb = {"channels": 3, "frame_channels": 3}
+    single = write(tmp_path / "single.safetensors", **rgb, adapter="none")
+    stacked = write(tmp_path / "stacked.safetensors", **{**rgb, "channels": 12}, adapter="per_frame")
+    kwargs = {"backbone": "resnet_mini", "last_stage": "layer2"}
+    for path in (single, stacked):
+        for channels in (3, 6):
+            arguments = extractor_arguments(read_card(path), space(channels))
+            assert arguments.get("adapter") == (None if channels == 3 else "per_frame")
+            ResNetExtractor(space(channels), weights=path, **arguments)
+    with pytest.raises(ValueError, match="takes RGB images of three channels: give it such images, of stacked ones"):
+        ResNetExtractor(space(6), weights=single, **kwargs)
+
+
 def test_statistics_of_imagenet_may_be_written_out(tmp_path):
     path = write(tmp_path / "w.safetensors")
     ResNetExtractor(space(), weights=path, **FITS, **IMAGENET)

@@ -15,11 +15,12 @@ from typer.main import get_command
 
 from sb3_resnet import ResNetExtractor, cli
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
-from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.cli import check as checking
 from sb3_resnet.cli import setups, trial
 from sb3_resnet.cli.app import app
-from sb3_resnet.cli.envs import register_atari
+from sb3_resnet.cli.check_parts import memory_rows
+from sb3_resnet.cli.envs import make_env, register_atari
 from sb3_resnet.cli.extras import import_extra, missing_extra
 from sb3_resnet.cli.loading import extractors_of, load_model
 from tests.helpers import TinyGame, assert_same, fill, make_actor_critic, make_model, run_command, slowly, snapshot
@@ -537,6 +538,52 @@ def test_memory_findings_of_frames_and_cache():
     assert finding.change == "Write buffer_size=21000."
     (finding,) = checking.memory_findings(setup, {**needed, "available": 105 * 10**7})
     assert (finding.code, finding.change) == ("cache_memory", "Write FeatureCacheCallback(max_bytes=45000000).")
+
+
+def test_a_game_that_skips_frames_itself_plays_as_fast_as_in_training():
+    """AtariWrapper skips four frames: ``ALE/Pong-v5`` must not skip four times as many."""
+    for name in ("PongNoFrameskip-v4", "ALE/Pong-v5"):
+        env = make_env(name)
+        env.reset()
+        ale = env.get_attr("unwrapped")[0].ale
+        frames = []
+        for _ in range(3):
+            before = ale.getFrameNumber()
+            env.step(np.array([0]))
+            frames.append(ale.getFrameNumber() - before)
+        env.close()
+        assert frames == [4, 4, 4], name
+
+
+def test_an_array_that_sb3_cannot_allocate_is_an_error_though_the_cache_would_replace_it(monkeypatch):
+    needed = {"ReplayBuffer": 6 * 10**10, "FrameReplayBuffer": 10**9, "available": 2 * 10**9}
+    monkeypatch.setattr("sb3_resnet.cli.check_rules.largest_array_bytes", lambda: 24 * 10**9)
+    setup = setups.Setup(make_model(), 10**6, 48_712, [FeatureCacheCallback()])
+    (finding,) = checking.memory_findings(setup, needed)
+    assert (finding.code, finding.severity) == ("buffer_memory", "error")
+    assert "SB3 allocates its own ReplayBuffer first, with arrays of 30.0 GB" in finding.seen
+    assert "replay_buffer_class=sb3_resnet.buffers.FrameReplayBuffer" in finding.change
+    assert checking.memory_findings(setup, {**needed, "ReplayBuffer": 4 * 10**10}) == []
+    frames = setups.Setup(make_model(replay_buffer_class=FrameReplayBuffer), 10**6, 48_712, [FeatureCacheCallback()])
+    assert checking.memory_findings(frames, needed) == []
+
+
+def test_the_memory_of_the_cache_is_that_of_the_largest_phase_and_within_its_limit():
+    def cache(*phases, **options):
+        callbacks = [FeatureCacheCallback(**options), *([UnfreezeCallback([*phases])] if phases else [])]
+        model = make_model()
+        setup = setups.Setup(model, 1000, 300, callbacks)
+        rows = dict(memory_rows(setup, {"": model.policy.online.features_extractor}, played, None))
+        assert model.policy.freeze_boundary is None
+        return rows["feature cache"]
+
+    played = np.zeros((4, 1, 4, 32, 32), np.uint8)
+    frozen = cache()
+    assert frozen == 300 * 4 * make_model().policy.online.features_extractor.features_dim
+    unfrozen = cache({"at_timestep": 500, "unfreeze_from": "layer2"})
+    assert unfrozen > 4 * frozen
+    assert cache({"at_timestep": 2000, "unfreeze_from": "layer2"}) == frozen  # after the end
+    assert cache({"at_timestep": 500, "unfreeze_from": "layer2"}, max_bytes=1000) == 1000
 
 
 def test_memory_advice_keeps_n_step_returns():

@@ -138,6 +138,13 @@ def test_newest_frame(dtype, high):
     assert pictures.newest_frame(colour)[1, 0].tolist() == [0, 255, 0]
 
 
+def test_newest_frame_of_three_grey_ones_and_of_values_below_zero():
+    grey = np.arange(3, dtype=np.uint8).reshape(3, 1, 1) * 100
+    assert pictures.newest_frame(grey, 1)[0, 0].tolist() == [200, 200, 200]
+    assert pictures.newest_frame(grey, 3)[0, 0].tolist() == [0, 100, 200]
+    assert pictures.newest_frame(np.array([-1.0, -0.5, 0.0]).reshape(3, 1, 1))[0, 0].tolist() == [0, 127, 255]
+
+
 @pytest.mark.parametrize("suffix", ["gif", "mp4"])
 def test_video_has_each_step(suffix, tmp_path, tiny_id):
     model = make_model()

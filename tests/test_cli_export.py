@@ -4,6 +4,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch as th
+from gymnasium import spaces
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.vec_env import VecFrameStack
 from typer.testing import CliRunner
@@ -116,3 +117,11 @@ def test_the_difference_from_a_model_in_reduced_precision_is_said(tmp_path):
     done = exporting.export(model, tmp_path / "model.onnx", exporting.random_observations(model, 4))
     assert done.frozen_dtype == "bfloat16"
     assert done.difference < 1e-4 < done.rounding < 1.0
+
+
+def test_observations_without_bounds_are_drawn_too():
+    model = make_model(env=TinyGame(), policy_kwargs={})
+    model.observation_space = spaces.Box(-np.inf, np.inf, (4, 32, 32), np.float32)
+    drawn = exporting.random_observations(model, 3)
+    assert (drawn.shape, drawn.dtype) == ((3, 4, 32, 32), np.float32)
+    assert 0.9 < drawn.std() < 1.1

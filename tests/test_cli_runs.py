@@ -61,6 +61,12 @@ def test_a_real_run_of_sb3_is_read(tmp_path):
     assert [finding.code for finding in examination.findings] == ["frozen_random_backbone"]
 
 
+@pytest.mark.parametrize(("env_id", "skip"), [("PongNoFrameskip-v4", 4), ("ALE/Pong-v5", 4), ("Tiny-v0", 1)])
+def test_episodes_of_atari_are_counted_in_steps_of_the_agent(env_id, skip, tmp_path):
+    (run,) = find_runs(write_run(tmp_path / "run", range(3), length=40, env_id=env_id))
+    assert run.episodes[:, 0].tolist() == [40 / skip * n for n in (1, 2, 3)]
+
+
 def test_rl_zoos_layout_has_steps_of_the_agent_and_columns_from_rewards(tmp_path):
     folder = write_run(tmp_path / "dqn" / "PongNoFrameskip-v4_1", range(8), [[1, 3], [5, 7]], 400, "PongNoFrameskip-v4")
     (folder / "PongNoFrameskip-v4").mkdir()

@@ -319,6 +319,39 @@ def test_the_model_of_an_agent_is_a_weights_file(algorithm, tmp_path):
     assert_same_trunk(build(weights=tmp_path / "policy.pth"), trunk.state_dict())
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"adapter": "per_frame"}, {"adapter": "inflate"}])
+def test_the_model_of_an_agent_sees_as_it_did(kwargs, tmp_path):
+    """With the agent's normalisation, and its adapter, whatever a file of weights alone would get."""
+    scale = {"input_mean": [0.1, 0.2, 0.3], "input_std": [0.5, 0.6, 0.7]}
+    for name, own in (("none", {}), ("own", scale)):
+        model = helpers.make_model(extractor={**kwargs, **own, "freeze_backbone": False}).learn(24)
+        model.save(tmp_path / f"{name}.zip")
+        old = model.policy.online.features_extractor
+        new = ResNetExtractor(
+            old._observation_space, backbone="resnet_tiny", weights=tmp_path / f"{name}.zip", **kwargs
+        )
+        images = th.rand(2, *old._observation_space.shape)
+        th.testing.assert_close(new.eval()(images), old.eval()(images), rtol=1e-4, atol=1e-5)
+        asked = ResNetExtractor(
+            old._observation_space,
+            backbone="resnet_tiny",
+            weights=tmp_path / f"{name}.zip",
+            use_imagenet_norm=True,
+            **kwargs,
+        )
+        assert asked.input_mean.flatten()[0] != old.input_mean.flatten()[0]  # what is written out goes first
+
+
+def test_of_an_agent_with_other_channels_the_trunk_alone_is_taken(tmp_path):
+    model = helpers.make_model(extractor={"freeze_backbone": False})
+    model.save(tmp_path / "agent.zip")
+    space = spaces.Box(0, 255, (5, 32, 32), np.uint8)
+    new = ResNetExtractor(space, backbone="resnet_tiny", weights=tmp_path / "agent.zip")
+    assert_same_trunk(new, model.policy.online.features_extractor.backbone.state_dict())
+    assert new.adapter.weight.shape[1] == 5
+    assert not new.input_mean.any()
+
+
 def test_an_extractor_of_its_own_for_the_critic_must_be_chosen(source, tmp_path):
     names = ("pi_features_extractor.backbone.", "vf_features_extractor.backbone.")
     other = {key: value + 1 for key, value in source.items()}

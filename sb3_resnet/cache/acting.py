@@ -27,8 +27,12 @@ class CachedEncoding:
         """
         :param observations: raw, one per environment, ``(n_envs, C, H, W)``
         :return: what the frozen stages make of them, from the buffer's entries where it has them; ``None`` where no
-            entries of true images are kept: no stage of the trunk is frozen, they are augmented, or there was no memory
+            entries of true images are kept (no stage of the trunk is frozen, they are augmented, or there was no
+            memory), and where somebody else than ``learn()`` asks for actions, as an evaluation
         """
+        lending = self._shared.lending
+        if lending is not None and not lending.acting:
+            return None
         return self._shared.guard(self._encode, observations)
 
     def _encode(self, observations: th.Tensor) -> EncodedBatch | None:
@@ -78,7 +82,7 @@ class RolloutEncoding(CachedEncoding):
         self._acted_at = self._buffer.pos
         for env, pixels in enumerate(observations.cpu().numpy()):
             self._shared.add(env, pixels)
-        return super().encode(observations)
+        return self._shared.guard(self._encode, observations)
 
     def encode_valued(self, observations: th.Tensor) -> EncodedBatch | None:
         """

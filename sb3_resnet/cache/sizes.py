@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -28,7 +29,15 @@ def stock_buffer_bytes(model: Any, buffer_size: int) -> int:
     space = model.observation_space
     parts: Any = space.spaces.values() if isinstance(space, spaces.Dict) else [space]
     pixels = sum(prod(part.shape) * part.dtype.itemsize for part in parts)
-    return _rows(model, buffer_size) * int(pixels * _arrays(model) + _rest(model))
+    return _rows(model, buffer_size) * int(pixels * observation_arrays(model) + _rest(model))
+
+
+def observation_arrays(model: Any) -> int:
+    """
+    :param model: an off-policy model
+    :return: arrays of observations that SB3 keeps: with ``optimize_memory_usage`` one, else also that of the next ones
+    """
+    return 1 if model.optimize_memory_usage else 2
 
 
 def frame_buffer_bytes(model: Any, buffer_size: int, store: ObservationStore | None = None, count: int = 0) -> int:
@@ -48,7 +57,7 @@ def frame_buffer_bytes(model: Any, buffer_size: int, store: ObservationStore | N
         frames, observations = store.n_planes / count, len(store) / count
     frame_bytes = prod(frame) * model.observation_space.dtype.itemsize + _COUNT
     transition = frames * frame_bytes + observations * (channels * _INDEX + _COUNT)
-    return int(_rows(model, buffer_size) * (transition + _INDEX * _arrays(model) + _rest(model)))
+    return int(_rows(model, buffer_size) * (transition + _INDEX * observation_arrays(model) + _rest(model)))
 
 
 def store_of(played: Array) -> ObservationStore:
@@ -82,6 +91,27 @@ def entry_bytes(extractor: Any, augment_copies: int | None = None) -> int:
     entry = extractor.encoder(images.as_images(blank)[:1])
     images_kept = 1 if augment_copies is None else augment_copies * images.n_frames
     return int(entry.numel() * entry.element_size()) * images_kept
+
+
+def largest_entry_bytes(extractor: Any, stages: Iterable[str], augment_copies: int | None = None) -> int:
+    """
+    Memory that a transition takes in the feature cache when it takes most: an entry is short while all stages are
+    frozen, and a whole map once one trains.
+
+    :param extractor: a :class:`~sb3_resnet.extractor.ResNetExtractor`; left as it is
+    :param stages: the lowest stages that will train, phase by phase
+    :param augment_copies: as for :func:`entry_bytes`
+    :return: size in bytes
+    """
+    before, moved = extractor.boundary.stage, extractor.boundary.moved_at_update
+    found = [entry_bytes(extractor, augment_copies)]
+    try:
+        for stage in stages:
+            extractor.set_freeze_boundary(stage)
+            found.append(entry_bytes(extractor, augment_copies))
+    finally:
+        extractor.set_freeze_boundary(before, moved)
+    return max(found)
 
 
 def growth_bytes(model: Any) -> int:
@@ -119,11 +149,6 @@ def stored_action_dtype(dtype: Any) -> np.dtype[Any]:
 def _rows(model: Any, buffer_size: int) -> int:
     n_envs = int(model.n_envs)
     return max(buffer_size // n_envs, 1) * n_envs
-
-
-def _arrays(model: Any) -> int:
-    """Arrays of observations that SB3 keeps: with ``optimize_memory_usage`` one, else also that of the next ones."""
-    return 1 if model.optimize_memory_usage else 2
 
 
 def _rest(model: Any) -> int:

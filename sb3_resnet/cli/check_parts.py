@@ -11,7 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.utils import obs_as_tensor
 
 from sb3_resnet.cache import sizes
-from sb3_resnet.callbacks import FeatureCacheCallback
+from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.cli.check_rules import stock_name
 from sb3_resnet.cli.network import ScoreNetwork
 from sb3_resnet.cli.observed import by_key, described, each, flat, label
@@ -60,12 +60,22 @@ def memory_rows(
     if not isinstance(model.observation_space, spaces.Dict):  # the others keep one image
         frames = sizes.frame_buffer_bytes(model, size, sizes.store_of(played), len(flat(played)))
         rows.append(("FrameReplayBuffer", frames))
+        entries = min(size, setup.total_timesteps) * _entry_bytes(setup, extractors[""])
         cache = setup.callback(FeatureCacheCallback)
-        copies = None if cache is None else cache.augment_copies
-        entries = min(size, setup.total_timesteps) * sizes.entry_bytes(extractors[""], copies)
         if entries:
-            rows.append(("feature cache", entries))
+            limit = None if cache is None else cache.max_bytes
+            on_gpu = model.device.type == "cuda" and (cache is None or cache.device != "cpu")
+            name = "feature cache, on the GPU" if on_gpu else "feature cache"
+            rows.append((name, entries if limit is None else min(entries, limit)))
     return rows if available is None else [*rows, ("available", available)]
+
+
+def _entry_bytes(setup: Setup, extractor: ResNetExtractor) -> int:
+    """The largest that a phase of this run brings."""
+    cache, unfreezer = setup.callback(FeatureCacheCallback), setup.callback(UnfreezeCallback)
+    phases = [] if unfreezer is None else unfreezer.reached_by(setup.total_timesteps)
+    stages = [phase.unfreeze_from for phase in phases]
+    return sizes.largest_entry_bytes(extractor, stages, None if cache is None else cache.augment_copies)
 
 
 def precision_rows(model: Any, extractors: Mapping[str, ResNetExtractor], played: Any) -> list[tuple[str, str]]:
@@ -78,7 +88,8 @@ def precision_rows(model: Any, extractors: Mapping[str, ResNetExtractor], played
     images, rows = by_key(flat(played)), []
     for key, extractor in extractors.items():
         if extractor.encoder.can_gain:
-            compared = th.as_tensor(images[key][:_COMPARED], device=model.device)
+            steps = np.linspace(0, len(images[key]) - 1, min(_COMPARED, len(images[key]))).astype(int)
+            compared = th.as_tensor(images[key][steps], device=model.device)
             share = rounding_error(extractor.encoder, compared)
             text = f"{extractor.frozen_dtype}, off by {share:.2%} of the spread over {len(compared)} observations"
             rows.append((label(key, "frozen stages"), text))

@@ -7,9 +7,11 @@ from typing import Any
 from gymnasium import spaces
 
 from sb3_resnet.buffers import FrameNStepReplayBuffer, FrameReplayBuffer
+from sb3_resnet.cache import sizes
 from sb3_resnet.callbacks import BestCheckpointCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.cli.setups import Setup
 from sb3_resnet.cli.show import gigabytes
+from sb3_resnet.common.memory import largest_array_bytes
 from sb3_resnet.diagnosis import Finding, static_findings
 from sb3_resnet.diagnosis.setup_rules import frame_buffer_arguments
 
@@ -39,12 +41,26 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     if "available" not in needed or setup.buffer_size is None:
         return []
     cached = setup.callback(FeatureCacheCallback) is not None
-    # FeatureCacheCallback replaces SB3's buffer by one of these.
-    ours = cached or issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
+    is_frames = issubclass(setup.model.replay_buffer_class, (FrameReplayBuffer, FrameNStepReplayBuffer))
     available, frames = needed["available"], needed.get("FrameReplayBuffer")
+    ours = cached or is_frames  # FeatureCacheCallback replaces SB3's buffer by one of these
     buffer = frames if ours and frames is not None else needed[stock_name(setup.model)]
     cache = needed.get("feature cache", 0)
     why = f"Only {gigabytes(available)} are left: the process will be killed when it is full, hours after the start."
+    array = needed[stock_name(setup.model)] // sizes.observation_arrays(setup.model)
+    largest = largest_array_bytes()
+    if (
+        cached
+        and not is_frames
+        and frames is not None
+        and largest is not None
+        and buffer <= available <= largest < array
+    ):
+        seen = f"SB3 allocates its own ReplayBuffer first, with arrays of {gigabytes(array)}."
+        arguments = frame_buffer_arguments(setup.model.replay_buffer, setup.from_yaml)
+        change = f"Write {arguments}, or a smaller buffer_size."
+        why = f"This machine has {gigabytes(largest)}: the run ends with a MemoryError before the cache begins."
+        return [Finding("buffer_memory", seen, why, change, "error")]
     if buffer > available:
         seen = f"The replay buffer of {setup.buffer_size:,} transitions takes {gigabytes(buffer)}."
         change = f"Write buffer_size={_round_down(int(setup.buffer_size * 0.9 * available / buffer))}"
@@ -55,6 +71,7 @@ def memory_findings(setup: Setup, needed: dict[str, int]) -> list[Finding]:
     if cached and buffer + cache > available:
         seen = f"Replay buffer and feature cache grow to {gigabytes(buffer + cache)}."
         change = f"Write FeatureCacheCallback(max_bytes={_round_down(int(0.9 * (available - buffer)))})."
+        why = f"Only {gigabytes(available)} are left: then training goes on without the cache, more slowly."
         return [Finding("cache_memory", seen, why, change)]
     return []
 

@@ -48,7 +48,7 @@ def make_env(
             warnings.filterwarnings("ignore", message=".*render_mode")  # SB3 sets one that not every environment has
             if atari and wrap is None:
                 kwargs = {"clip_reward": False, "terminal_on_life_loss": serves}
-                env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs)
+                env = make_atari_env(env_id, n_envs, seed, wrapper_kwargs=kwargs, env_kwargs=_one_frame(env_id))
             else:
                 env = make_vec_env(env_id, n_envs, seed, wrapper_class=wrap)
     except Exception as error:  # a missing game, package or display raises an error of its own class
@@ -120,6 +120,12 @@ def import_packages(names: Sequence[str]) -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise ValueError(f"--gym-packages {name}: {one_line(error)}") from error
+
+
+def _one_frame(env_id: str) -> dict[str, int]:
+    """AtariWrapper skips frames, as :func:`~sb3_resnet.envs.make_atari_vec_env` does: ``ALE/...-v5`` must not too."""
+    skip = gym.spec(env_id).kwargs.get("frameskip", 1)
+    return {"frameskip": 1} if isinstance(skip, int) and skip > 1 else {}
 
 
 def _stacked(env: VecEnv, frames: int) -> VecEnv:

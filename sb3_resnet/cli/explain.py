@@ -66,7 +66,8 @@ def command(
     agent = load_model(model, device, trust, takes_dict=True)
     image = image_key(agent, key)
     layer = layer or default_layer(agent, image)
-    with contextlib.closing(envs.env_for(agent, env, seed, wrapper)) as game:
+    # As in watch: an agent of Atari has not learned to press FIRE after a lost life.
+    with contextlib.closing(envs.env_for(agent, env, seed, wrapper, serves=True)) as game:
         episode = play_greedily(agent, game, steps, image)
     heat = heat_maps(agent, episode.observations, episode.actions, method, layer, image, episode.features)
     output.mkdir(parents=True, exist_ok=True)
@@ -124,12 +125,13 @@ def play_greedily(model: Any, env: Any, steps: int, key: str = "") -> Episode:
         seen.append(by_key(observation)[key][0])
         features.append(found[0].cpu().numpy())
         scores.append(score[0])
-        observation, reward, done, _ = env.step(score.argmax(axis=1))
+        observation, reward, done, infos = env.step(score.argmax(axis=1))
         rewards.append(float(reward[0]))
-        if done[0]:
+        if done[0] and "episode" in infos[0]:  # Monitor's, of the whole game
             break
     table, names = np.stack(scores), _action_names(env, network.n_actions)
-    return Episode(np.stack(seen), table, table.argmax(axis=1), np.array(rewards), names, np.stack(features))
+    channels = network.extractor.preprocessing.frame_channels
+    return Episode(np.stack(seen), table, table.argmax(1), np.array(rewards), names, np.stack(features), channels)
 
 
 def heat_maps(

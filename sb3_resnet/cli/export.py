@@ -147,6 +147,8 @@ def random_observations(model: Any, count: int) -> Array:
     random = np.random.default_rng(0)
     low, high = float(space.low.min()), float(space.high.max())
     if np.issubdtype(space.dtype, np.floating):
+        if not np.isfinite((low, high)).all():
+            return random.normal(size=(count, *space.shape)).astype(space.dtype)
         return random.uniform(low, high, (count, *space.shape)).astype(space.dtype)
     return random.integers(int(low), int(high) + 1, (count, *space.shape), dtype=space.dtype)
 

@@ -32,6 +32,7 @@ class Episode:
     :param rewards: the rewards, ``(steps,)``
     :param names: names of the actions
     :param features: what the head of the network got of each whole observation, ``(steps, n)``
+    :param frame_channels: channels of one frame: 3 (RGB) or 1 (grey); ``None``: 3 where their number is a multiple
     """
 
     observations: Array
@@ -40,6 +41,7 @@ class Episode:
     rewards: Array
     names: list[str]
     features: Array
+    frame_channels: int | None = None
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -65,7 +67,7 @@ def sheet(episode: Episode, heat: Array, count: int, title: str) -> Any:
     image = import_extra("PIL.Image")
     draw = import_extra("PIL.ImageDraw")
     moments = np.unique(np.linspace(0, len(heat) - 1, count).round().astype(int))
-    cells = [overlay(episode.observations[step], heat[step]) for step in moments]
+    cells = [overlay(episode.observations[step], heat[step], episode.frame_channels) for step in moments]
     height, width = cells[0].shape[:2]
     columns = min(_COLUMNS, len(cells))
     rows = -(-len(cells) // columns)
@@ -90,7 +92,8 @@ def write_video(path: str | Path, episode: Episode, heat: Array) -> None:
     low, high = np.percentile(
         episode.scores, (2, 98)
     )  # the first observations are half empty, and their scores differ widely
-    frames = (overlay(seen, hot) for seen, hot in zip(episode.observations, heat, strict=True))
+    pairs = zip(episode.observations, heat, strict=True)
+    frames = (overlay(seen, hot, episode.frame_channels) for seen, hot in pairs)
     write_film(path, (_beside(frame, episode, step, low, high) for step, frame in enumerate(frames)))
 
 
@@ -122,14 +125,15 @@ def beside(frame: Array, heat: Array) -> Array:
     return np.concatenate([frame, _coloured(frame, heat)], axis=1)
 
 
-def overlay(observation: Array, heat: Array) -> Array:
+def overlay(observation: Array, heat: Array, frame_channels: int | None = None) -> Array:
     """
     :param observation: ``(C, H, W)``, of which the newest frame is shown
     :param heat: its map, ``(H, W)`` in 0..1
+    :param frame_channels: as in :func:`newest_frame`
     :return: enlarged frame with the map over it, ``(h, w, 3)`` uint8; where the map is 0 the frame is unchanged
     """
     image = import_extra("PIL.Image")
-    frame = newest_frame(observation)
+    frame = newest_frame(observation, frame_channels)
     scale = max(1, _SIDE // max(frame.shape[:2]))
     size = (frame.shape[1] * scale // 2 * 2, frame.shape[0] * scale // 2 * 2)  # MP4 needs even sides
     large = np.asarray(image.fromarray(frame).resize(size, image.Resampling.NEAREST))
@@ -148,16 +152,21 @@ def _coloured(frame: Array, heat: Array) -> Array:
     return rounded
 
 
-def newest_frame(observation: Array) -> Array:
+def newest_frame(observation: Array, frame_channels: int | None = None) -> Array:
     """
     :param observation: ``(C, H, W)``
-    :return: the newest frame, ``(H, W, 3)`` uint8: the last three channels if their number is a multiple of three, else
-        the last one
+    :param frame_channels: channels of one frame: 3 (RGB) or 1 (grey); ``None``: 3 where their number is a multiple
+    :return: the newest frame, ``(H, W, 3)`` uint8; floats in 0..1 or 0..255 as they are, all others from their smallest
+        value, black, to their largest
     """
-    channels = len(observation)
-    frame = observation[-3:] if channels % 3 == 0 else np.repeat(observation[-1:], 3, axis=0)
+    is_rgb = len(observation) % 3 == 0 if frame_channels is None else frame_channels == 3
+    frame = observation[-3:] if is_rgb else np.repeat(observation[-1:], 3, axis=0)
     if np.issubdtype(frame.dtype, np.floating):
-        frame = frame * (255.0 if frame.max() <= 1.0 else 1.0)
+        low, high = float(frame.min()), float(frame.max())
+        if low < 0 or high > 255:
+            frame = (frame - low) * (255.0 / max(high - low, 1e-12))
+        elif high <= 1:
+            frame = frame * 255.0
     return np.ascontiguousarray(np.moveaxis(frame, 0, -1)).astype(np.uint8)
 
 

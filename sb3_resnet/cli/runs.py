@@ -179,7 +179,8 @@ def _monitor_rows(file: Path) -> list[tuple[float, float, float]]:
         except (ValueError, KeyError, TypeError, RecursionError, csv.Error) as error:
             raise ValueError(f"{file} is no monitor file of SB3 ({one_line(error)})") from error
     # Monitor is below AtariWrapper, where one step of the agent is four steps of the game.
-    skip = _ATARI_SKIP if "NoFrameskip" in str(header.get("env_id")) else 1
+    name = str(header.get("env_id"))
+    skip = _ATARI_SKIP if "NoFrameskip" in name or name.startswith("ALE/") else 1
     rows = []
     for number, line in enumerate(lines, 3):
         try:

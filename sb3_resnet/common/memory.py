@@ -41,11 +41,23 @@ def available_bytes() -> int | None:
     return min(known, default=None)
 
 
+def largest_array_bytes() -> int | None:
+    """:return: size in bytes beyond which Linux refuses a single array, used or not; ``None`` if it is not known"""
+    sizes = _meminfo()
+    return sizes["MemTotal"] + sizes.get("SwapTotal", 0) if "MemTotal" in sizes else None
+
+
+def _meminfo() -> dict[str, int]:
+    if not _MEMINFO.exists():
+        return {}
+    lines = (line.split(":") for line in _MEMINFO.read_text().splitlines() if line.endswith("kB"))
+    return {name: int(rest.split()[0]) * 1024 for name, rest in lines}
+
+
 def _system_available() -> int | None:
-    if _MEMINFO.exists():
-        for line in _MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+    available = _meminfo().get("MemAvailable")
+    if available is not None:
+        return available
     psutil = _psutil()
     return None if psutil is None else int(psutil.virtual_memory().available)
 

@@ -81,7 +81,9 @@ def check_card(card: Mapping[str, Any], source: str, backbone: str, seen: Mappin
             f"the file ends at {card['last_stage']}, and {seen['last_stage']} is asked for: write "
             f"last_stage={card['last_stage']!r} or a lower one"
         )
-    if card["adapter"] != seen["adapter"]:
+    if _is_rgb(card) and _is_rgb(seen):
+        pass  # the trunk sees the same, whether frames are stacked or come one by one
+    elif card["adapter"] != seen["adapter"]:
         wrong.append(_other_adapter(card))
     elif card["frame_channels"] != seen["frame_channels"]:
         kinds = {1: "grey frames", 3: "RGB frames"}
@@ -115,7 +117,9 @@ def extractor_arguments(card: Mapping[str, Any], space: Any = None) -> dict[str,
     """
     channels, *size = (card["channels"], *card["observed_size"]) if space is None else space.shape
     arguments: dict[str, Any] = {"backbone": card["backbone"], "last_stage": card["last_stage"]}
-    if card["adapter"] != "none":
+    if _is_rgb(card):
+        arguments |= {"adapter": "per_frame"} if channels != 3 else {}
+    else:
         arguments |= {"adapter": card["adapter"]}
     if card["frame_channels"] == 1 and channels % 3 == 0:
         arguments["frame_channels"] = 1
@@ -130,9 +134,14 @@ def extractor_arguments(card: Mapping[str, Any], space: Any = None) -> dict[str,
     return arguments
 
 
+def _is_rgb(seen: Mapping[str, Any]) -> bool:
+    """Whether the trunk gets RGB images of three channels, one by one."""
+    return (seen["adapter"], seen["frame_channels"]) == ("per_frame", 3) or bool(seen["adapter"] == "none")
+
+
 def _other_adapter(card: Mapping[str, Any]) -> str:
     if card["adapter"] == "none":
-        return "it takes RGB images of three channels, and no adapter: give it such images"
+        return "it takes RGB images of three channels: give it such images, of stacked ones adapter='per_frame'"
     return f"its frames came through another adapter: write adapter={card['adapter']!r}"
 
 
