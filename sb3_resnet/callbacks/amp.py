@@ -8,7 +8,6 @@ from functools import partial
 
 from sb3_resnet.callbacks._evaluations import refusals_end_the_search, walk
 from sb3_resnet.callbacks._updates import LendingCallback, UpdateHook, extractors_of, record
-from sb3_resnet.callbacks.unfreeze import UnfreezeCallback
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import choice
 from sb3_resnet.common.nonfinite import RewardCheck
@@ -121,7 +120,8 @@ class AMPCallback(LendingCallback):
         frozen = extractors_of(self.model)[0].frozen_dtype
         scale = "" if self._scaler is None else f", loss scale {self._scaler.scale:g}"
         live = [*dict.fromkeys(stage for trunk in trunks for stage in trunk.live_stages)]
-        if not live and not any(isinstance(one, UnfreezeCallback) for one in walk(host.root_callback(self))):
+        unfreezes = any(type(one).__name__ == "UnfreezeCallback" for one in walk(host.root_callback(self)))
+        if not live and not unfreezes:
             warnings.warn(
                 f"AMPCallback has nothing to do: all stages are frozen, and frozen stages compute in their own type, "
                 f"frozen_dtype={frozen!r}. Write features_extractor_kwargs=dict(frozen_dtype='auto') in policy_kwargs, "
