@@ -131,12 +131,8 @@ class ResNetExtractor(BaseFeaturesExtractor):
         self.augments = False
         loads = checkpoint_follows()
         self.augmentation = read_augment(augment, images.observed_size, images.frame_channels, quiet=loads)
-        self.preprocessing, self.trains_adapter, self.image_size = images, train_adapter, images.image_size
-        self.pooling, self.norm_name, self.micro_batch_size = (
-            pooling,
-            norm,
-            read_micro_batch_size(micro_batch_size, norm),
-        )
+        self.preprocessing, self.image_size, self.pooling, self.norm_name = images, images.image_size, pooling, norm
+        self.trains_adapter, self.micro_batch_size = train_adapter, read_micro_batch_size(micro_batch_size, norm)
         self._images_at_once = None if self.micro_batch_size is None else self.micro_batch_size * images.n_frames
         eyes = None if loads else read_eyes(weights, weights_prefix)
         mean, std = normalisation(eyes, has_weights, use_imagenet_norm, input_mean, input_std, images)
