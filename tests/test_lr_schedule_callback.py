@@ -109,6 +109,15 @@ def test_the_horizon_is_what_the_first_learn_has_left_and_stays():
     assert used.rates["head"][10:] == [0.0] * 4
 
 
+def test_a_first_learn_that_ends_within_the_warmup_leaves_the_horizon_to_the_next():
+    model = make_model(learning_rate=LR, extractor={"backbone": "resnet_mini"})
+    callback = LRScheduleCallback(10, "cosine")
+    model.learn(24, callback=callback)  # 4 updates
+    assert model._n_updates == 4
+    model.learn(56, callback=callback, reset_num_timesteps=False)  # 14 more
+    assert [callback.factor(n) for n in (9, 10, 14, 18)] == pytest.approx([1.0, 1.0, 0.5, 0.0])
+
+
 def test_gradient_steps_minus_one_counts_one_update_a_step():
     model = make_model(learning_rate=LR, learning_starts=8, gradient_steps=-1)
     callback = LRScheduleCallback(0, "linear")

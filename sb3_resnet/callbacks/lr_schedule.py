@@ -46,7 +46,7 @@ class LRScheduleCallback(LendingCallback):
     :param warmup_steps: length of the warmup in gradient updates (500 to 2000 is usual); 0 for none
     :param schedule: ``"constant"``, ``"linear"``, ``"cosine"``, ``"step"`` or ``"plateau"``
     :param decay_steps: linear and cosine: length after the warmup, in gradient updates. ``None``: the rest of the first
-        ``learn()``. Write it if training consists of several calls of ``learn()``
+        ``learn()`` that goes beyond the warmup. Write it if training consists of several calls of ``learn()``
     :param min_factor: linear, cosine and plateau: the smallest factor (default 0)
     :param step_size: step: gradient updates between two reductions
     :param gamma: step and plateau: factor of each reduction (default 0.1, as in PyTorch)
@@ -100,7 +100,7 @@ class LRScheduleCallback(LendingCallback):
         after = max(0, n - self.warmup_steps)
         if self.schedule in ("linear", "cosine"):
             curve = schedules.linear if self.schedule == "linear" else schedules.cosine
-            value = curve(after, self._horizon or 1, self.min_factor)
+            value = 1.0 if self._horizon is None else curve(after, self._horizon, self.min_factor)
         elif self.schedule == "step":
             value = schedules.step(after, self.step_size, self.gamma)
         else:
@@ -117,7 +117,8 @@ class LRScheduleCallback(LendingCallback):
         self._plateau = saved.get("plateau", schedules.plateau_start())
         self._horizon = self.decay_steps or saved.get("horizon")
         if self.schedule in ("linear", "cosine") and self._horizon is None:
-            self._horizon = max(1, self._updates.n + _planned_updates(self.model) - self.warmup_steps)
+            left = self._updates.n + _planned_updates(self.model) - self.warmup_steps
+            self._horizon = left if left > 0 else None  # within the warmup: a later learn() says how long it is
         self._apply(self._updates.n)
         if self.factor(self._updates.n) == 0.0:  # and so it stays: after the warmup no schedule rises
             warn_that_nothing_is_learnt(optimizer_of(self.model))
