@@ -87,7 +87,7 @@ def main() -> None:
         "bytes per update": {name: phase.size for name, phase in phases.items()},
         "this CPU": tables(phases, rate, 1.0, arguments.noise),
         "a learner 50 times as fast": tables(phases, rate, 50.0, arguments.noise),
-        "check": check(sizes),
+        "check": check(sizes, STEPS / rate),
     }
     (RESULTS / "scaling.json").write_text(json.dumps(found, indent=1) + "\n")
     show(found)
@@ -160,7 +160,7 @@ def tables(phases: dict[str, Phase], rate: float, faster: float, noise: float) -
     return found
 
 
-def check(sizes: dict[str, int]) -> dict[str, Any] | str:
+def check(sizes: dict[str, int], collect: float) -> dict[str, Any] | str:
     """:return: what the model says of two ranks on this machine, from one rank's time, beside what was measured"""
     path = RESULTS / "data_parallel.json"
     if not path.exists():
@@ -171,7 +171,7 @@ def check(sizes: dict[str, int]) -> dict[str, Any] | str:
     for phase, size in (("A", sizes["head"]), ("B", sizes["layer4"])):
         one, two = measured["phases"][phase]["one_rank"], measured["phases"][phase]["two_ranks"]
         alone = one["seconds_per_update"]
-        wait = SPREAD * alone * math.sqrt(2 * math.log(2))
+        wait = SPREAD * collect * math.sqrt(2 * math.log(2))
         predicted = 2 * alone / (alone + wait + seconds_of_sums(2, size, link))
         found[phase] = {
             "speed-up of two ranks, model": round(predicted, 2),

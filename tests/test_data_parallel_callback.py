@@ -15,6 +15,7 @@ from stable_baselines3.common.callbacks import (
     CheckpointCallback,
     EvalCallback,
     EveryNTimesteps,
+    ProgressBarCallback,
     StopTrainingOnRewardThreshold,
 )
 from stable_baselines3.common.env_util import make_vec_env
@@ -351,6 +352,37 @@ def test_ranks_that_would_not_be_in_step_are_refused(options, message, monkeypat
         make_model(**({**options} if rank else {}), extractor=MINI).learn(48, callback=DataParallelCallback())
 
     assert re.search(message, refused(monkeypatch, act))
+
+
+def test_ranks_that_resume_from_different_timesteps_are_refused(monkeypatch):
+    """What another callback has loaded when training starts."""
+
+    class Jump(BaseCallback):
+        def __init__(self, rank):
+            super().__init__()
+            self.rank = rank
+
+        def _on_training_start(self):
+            self.model.num_timesteps = 8 * self.rank
+
+        def _on_step(self):
+            return True
+
+    def act(rank):
+        make_model(extractor=MINI).learn(32, callback=[Jump(rank), DataParallelCallback()])
+
+    for error in in_threads(monkeypatch, act):
+        assert isinstance(error, ValueError)
+        assert re.search(r"begin at other timesteps and updates, \[\(0, 0\), \(8, 0\)\]: load the same", str(error))
+
+
+def test_the_progress_bar_counts_the_steps_of_all_ranks(monkeypatch):
+    def act(rank):
+        bar = ProgressBarCallback()
+        make_model(extractor=MINI).learn(32, callback=[DataParallelCallback(), bar])
+        return bar.pbar.n if rank == 0 else None
+
+    assert results(in_threads(monkeypatch, act)) == [32, None]
 
 
 def test_ranks_that_start_from_different_timesteps_are_refused(monkeypatch):

@@ -13,6 +13,7 @@ from stable_baselines3.common.logger import HumanOutputFormat, Logger, configure
 from torch.nn import functional as F
 
 import sb3_resnet.buffers
+from sb3_resnet.buffers import FrameNStepReplayBuffer
 from sb3_resnet.callbacks import (
     FeatureCacheCallback,
     GradientClipCallback,
@@ -423,6 +424,26 @@ def test_expected_and_realised_returns_belong_to_the_same_episodes():
     assert [got for _, got in finished] == pytest.approx([discounted] * 4)
     assert callback._episodes.measured(model)["monitor/q_bound"] == 4.0
     assert len({round(value, 6) for value, _ in finished}) > 1
+
+
+def test_returns_are_measured_in_a_second_learn_too():
+    model = make_model(env=TinyGame(length=5), learning_starts=500)
+    model.set_logger(Log())
+    callback = MonitorCallback(every=1)
+    model.learn(43, callback=callback)
+    before = len(callback._episodes.finished)
+    model.learn(20, callback=callback)  # whose timesteps begin at 0 again
+    assert len(callback._episodes.finished) > before
+
+
+def test_the_discount_is_that_of_the_buffer_where_it_has_one():
+    kwargs = {"replay_buffer_class": FrameNStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2, "gamma": 0.75}}
+    model = make_model(**kwargs, gamma=0.5)
+    model.set_logger(Log())
+    callback = MonitorCallback(every=1)
+    model.learn(16, callback=callback)
+    values = callback._episodes.measured(model)
+    assert values["monitor/q_bound"] == pytest.approx(4 * values["monitor/reward_max"])
 
 
 def test_an_adapter_that_trains_below_a_frozen_trunk_moves_no_boundary():

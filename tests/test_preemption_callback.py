@@ -26,6 +26,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor, VecNormali
 
 from sb3_resnet.callbacks import (
     BestCheckpointCallback,
+    DataParallelCallback,
     GradientClipCallback,
     LRScheduleCallback,
     NanGuardCallback,
@@ -237,6 +238,47 @@ def test_a_later_signal_changes_nothing_and_the_former_handler_has_its_turn_afte
     assert signal.getsignal(signal.SIGUSR1) is former
 
 
+def test_a_second_signal_long_after_the_first_changes_nothing_while_learn_runs(tmp_path, monkeypatch):
+    """An evaluation or an update may take minutes, in which no hook is called."""
+
+    class Twice(BaseCallback):
+        def _on_step(self):
+            if self.model.num_timesteps == 21:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(0.01)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return True
+
+    monkeypatch.setattr(signals, "PATIENCE", 0.0)
+    with pytest.raises(SystemExit) as stop:
+        simple(tmp_path, Twice())
+    assert stop.value.code == 75
+    assert [path.stem for path in checkpoints(tmp_path)] == ["rl_model_24_steps"]
+
+
+def test_a_rank_begins_where_the_first_one_does(tmp_path, monkeypatch, capsys):
+    """Also if its own checkpoint is an older one, of a time with more ranks or of a save that was cut short."""
+
+    def as_rank(rank):
+        monkeypatch.setattr(th.distributed, "is_initialized", lambda: rank > 0)
+        monkeypatch.setattr(th.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(th.distributed, "get_backend", lambda: "gloo")
+        monkeypatch.setattr(th.distributed, "all_reduce", lambda tensor: None)
+
+    for rank, step in ((1, 21), (0, 41)):
+        as_rank(rank)
+        with pytest.raises(SystemExit):
+            simple(tmp_path, Send(step))
+    as_rank(1)
+    assert [path.stem for path in checkpoints(tmp_path / "rank1")] == ["rl_model_24_steps"]
+    with pytest.raises(SystemExit):
+        simple(tmp_path, Send(5), verbose=1)
+    text = capsys.readouterr().out
+    assert f"Resumed {tmp_path / 'rl_model_44_steps.zip'} at timestep 44" in text
+    simple(tmp_path, verbose=1)
+    assert f"Resumed {tmp_path / 'rl_model_44_steps.zip'}" in capsys.readouterr().out  # not its own at 52
+
+
 def test_after_a_learn_that_was_interrupted_a_signal_ends_the_process_again(tmp_path, monkeypatch):
     ended = []
     signal.signal(signal.SIGTERM, lambda number, frame: ended.append(number))
@@ -359,6 +401,8 @@ def test_a_checkpoint_of_another_model_and_a_wrong_order_are_refused(tmp_path):
     model = make_model(extractor={"backbone": "resnet_mini"})
     with pytest.raises(ValueError, match=r"must be the first callback, since NanGuardCallback"):
         model.learn(20, callback=[NanGuardCallback(), PreemptionCallback(tmp_path / "new")])
+    with pytest.raises(ValueError, match=r"must be the first callback, since DataParallelCallback"):
+        model.learn(20, callback=[DataParallelCallback(), PreemptionCallback(tmp_path / "new")])
 
 
 def test_only_the_main_thread_can_learn_with_it(tmp_path):

@@ -166,6 +166,25 @@ def test_spread_rows_are_pieces_of_a_longer_recording():
     assert np.array_equal(pieces.episodes, numbers + 1)
 
 
+def test_lives_of_one_game_are_in_one_split():
+    """A lost life ends an episode; what the game shows goes on."""
+
+    class Lives(gym.Wrapper):
+        def reset(self, **kwargs):
+            return super().reset(**kwargs) if getattr(self, "over", True) else (self.latest, {})
+
+        def step(self, action):
+            self.latest, reward, ends, cut, info = super().step(action)
+            self.over = ends or cut
+            return self.latest, reward, ends or self.unwrapped.clock % 4 == 0, cut, info
+
+    def starts_of(**kwargs):
+        recording = record(make_vec_env(lambda: TinyGame(length=12), 1, **kwargs), 40, 0)
+        return np.flatnonzero(np.diff(recording.episodes, prepend=-1)).tolist()
+
+    assert starts_of(wrapper_class=Lives) == starts_of() == [0, 12, 24, 36]
+
+
 def test_progress_of_a_recording_counts_steps_of_each_environment():
     told = []
     record(make_vec_env(TinyGame, 2), 60, labels=tiny_labels, spread=2, progress=lambda *part: told.append(part))

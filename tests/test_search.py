@@ -19,6 +19,7 @@ from sb3_resnet.cli.setups import read_sections
 from sb3_resnet.common import host_zoo
 from sb3_resnet.optim.search.experiment import ATTRIBUTE, Sampler, experiment_of, trial_of
 from sb3_resnet.optim.search.ranges import Choices, Fixed, Range
+from sb3_resnet.optim.search.results import zoo_sections
 from sb3_resnet.optim.search.sections import with_values
 from sb3_resnet.optim.search.space import SearchSpace, read_space
 
@@ -167,6 +168,27 @@ def test_phases_on_plateaus_and_updates_keep_their_triggers():
     section = with_phases({"at_timestep": 100, "unfreeze_from": "layer4"}, plateau, update, policy_kwargs={})
     assert phases_of(with_values(section, {"unfreeze_at": 0.5}))[1:] == [plateau, update]
     assert phases_of(with_values(section, {"unfreeze_at": 0.6}))[1:] == [update]
+
+
+def test_gamma_and_n_steps_go_to_the_buffer_that_has_them():
+    """Its gamma is the one that SB3 trains with."""
+    section = {"n_timesteps": 1, "replay_buffer_kwargs": {"n_steps": 3, "gamma": 0.99}}
+    changed = with_values(section, {"gamma": 0.9, "n_steps": 5})
+    assert changed["replay_buffer_kwargs"] == {"n_steps": 5, "gamma": 0.9}
+    assert changed["gamma"] == 0.9
+    assert "n_steps" not in changed
+    assert with_values({"n_timesteps": 1}, {"gamma": 0.9, "n_steps": 5})["n_steps"] == 5
+
+
+def test_phases_that_a_longer_run_would_lose_are_said():
+    phases = ({"at_timestep": 60, "unfreeze_from": "layer3"}, {"at_timestep": 100, "unfreeze_from": "layer2"})
+    section = with_phases(*phases, n_timesteps=200)
+    kept = {"algo": "dqn", "env": "Tiny-v0", "section": section, "values": {"unfreeze_at": 0.3}}
+    trial = types.SimpleNamespace(number=0, user_attrs={ATTRIBUTE: kept})
+    assert len(phases_of(zoo_sections(trial)[1]["Tiny-v0"])) == 2
+    with pytest.warns(UserWarning, match="The last 1 of the 2 phases would begin before the searched one"):
+        _, found = zoo_sections(trial, 10_000)
+    assert phases_of(found["Tiny-v0"]) == [{"at_timestep": 3000, "unfreeze_from": "layer3"}]
 
 
 def test_a_grid_size_goes_with_its_grid():

@@ -18,7 +18,7 @@ from sb3_resnet.callbacks import (
     WandbTrackerCallback,
 )
 from sb3_resnet.callbacks._tracker import Tracker, TrackerCallback, best_model, hyperparameters
-from tests.helpers import TinyGame, make_model, start
+from tests.helpers import Rewards, TinyGame, make_model, start
 
 
 @pytest.fixture(autouse=True)
@@ -170,6 +170,18 @@ def test_values_can_be_kept_from_a_tracker_and_what_is_no_number_is():
     tracker.write({"c": "text"}, {}, 8)
     assert tracker.numbers == [(7, {"b": 2.5})]
     assert isinstance(tracker, KVWriter)
+
+
+def test_the_best_model_is_that_of_all_phases_wherever_its_file_is(tmp_path):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    keeper = BestCheckpointCallback(0, tmp_path / "old")
+    model.learn(8, callback=[keeper, Rewards([1.0, 9.0])])
+    model.policy.set_freeze_boundary("layer4")
+    assert best_model(keeper) == tmp_path / "old" / "best.zip"  # though nothing of this phase was evaluated
+    again = BestCheckpointCallback(0, tmp_path / "new")
+    model.learn(4, callback=[again, Rewards([2.0])], reset_num_timesteps=False)
+    assert (tmp_path / "new" / "best_layer4.zip").exists()
+    assert best_model(again) == tmp_path / "old" / "best.zip"
 
 
 def test_the_best_model_is_that_of_an_evaluation_where_nothing_else_keeps_one(tmp_path):

@@ -125,6 +125,14 @@ class BestKeeper(Protocol):
         """:return: file and mean reward of the best evaluated model of the current phase, up to this moment"""
 
 
+@runtime_checkable
+class BestOfAllKeeper(Protocol):
+    """A callback that keeps the best model of all phases."""
+
+    def best_of_all(self) -> tuple[Path, float] | None:
+        """:return: file and mean reward of the best evaluated model, up to this moment"""
+
+
 def find_keeper(root: Any) -> BestKeeper | None:
     """:return: the callback of a ``learn()`` call that keeps the best models"""
     return next((callback for callback in walk(root) if isinstance(callback, BestKeeper)), None)

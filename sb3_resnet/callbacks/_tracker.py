@@ -18,7 +18,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import CallbackList
 from stable_baselines3.common.logger import KVWriter
 
-from sb3_resnet.callbacks._evaluations import Evaluations, find_keeper, refusals_end_the_search, walk
+from sb3_resnet.callbacks._evaluations import BestOfAllKeeper, Evaluations, find_keeper, refusals_end_the_search, walk
 from sb3_resnet.callbacks._updates import LendingCallback
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag
@@ -171,9 +171,9 @@ def best_model(root: Any) -> Path | None:
     :return: file of the best model of a ``BestCheckpointCallback``, else of an ``EvalCallback``; ``None`` without one
     """
     keeper = find_keeper(root)
-    best = None if keeper is None else keeper.best_of_phase()
+    best = keeper.best_of_all() if isinstance(keeper, BestOfAllKeeper) else None
     folder = Evaluations(root).folder
-    candidates = [best[0].parent / "best.zip"] if best is not None else []
+    candidates = [best[0]] if best is not None else []
     candidates += [Path(folder) / "best_model.zip"] if folder is not None else []
     return next((path for path in candidates if path.is_file()), None)
 

@@ -96,10 +96,17 @@ class BestCheckpointCallback(BaseCallback):
 
     def best_of_phase(self) -> tuple[Path, float] | None:
         """:return: file and mean reward of the best evaluated model of the current phase, up to this moment"""
+        return self._best_of(self._phase_name)
+
+    def best_of_all(self) -> tuple[Path, float] | None:
+        """:return: file and mean reward of the best evaluated model, up to this moment"""
+        return self._best_of(_ALL)
+
+    def _best_of(self, key: str) -> tuple[Path, float] | None:
         if self._rests:
             return None
         self._poll()
-        entry = self._record.get(self._phase_name)
+        entry = self._record.get(key)
         return None if entry is None else (Path(entry["file"]), float(entry["reward"]))
 
     @refusals_end_the_search

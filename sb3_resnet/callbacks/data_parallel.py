@@ -105,6 +105,12 @@ class DataParallelCallback(CallbackList):
         self._stops = self._stops_all = False
         if self._ranks.size == 1:
             return
+        begins = self._ranks.gather((self.model.num_timesteps, host.updates_done(self.model)))
+        if len({*begins}) > 1:
+            raise ValueError(
+                f"The ranks begin at other timesteps and updates, {begins}: load the same checkpoint on each. Where "
+                "PreemptionCallback has loaded them, delete the folders rank1, rank2 and so on beside those of rank 0"
+            )
         root = host.root_callback(self)
         if is_trial(root):
             raise ValueError("a trial of a search trains in one process: leave DataParallelCallback out of the search")
@@ -184,6 +190,8 @@ class DataParallelCallback(CallbackList):
         if self._ranks.is_first or not _is_of_first_rank(callback):
             before = _evaluations(callback)
             goes_on = callback.on_step()
+            if isinstance(callback, ProgressBarCallback):  # it has counted this rank's steps alone
+                callback.pbar.update(self.training_env.num_envs * (self._ranks.size - 1))
         else:
             before, goes_on = _evaluations(callback), True
             callback.n_calls, callback.num_timesteps = callback.n_calls + 1, self.num_timesteps

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch as th
-from stable_baselines3.common.callbacks import BaseCallback, CallbackList
+from stable_baselines3.common.callbacks import BaseCallback
 
 from sb3_resnet.callbacks._evaluations import is_trial, refusals_end_the_search, walk
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, path_of
-from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, remove_checkpoint, run_of, state_of
+from sb3_resnet.common.checkpoints import RUN_STATE, checkpoints, progress_of, remove_checkpoint, run_of, state_of
 from sb3_resnet.common.files import prepare_folder, remove_left_overs
 from sb3_resnet.common.resuming import resume_run, save_run, start_of
 from sb3_resnet.common.signals import Shield, SignalNotes, close, signals_of
@@ -146,7 +146,7 @@ class PreemptionCallback(BaseCallback):
         for callback in walk(host.root_callback(self)):
             if callback is self:
                 return
-            if type(callback).__module__.startswith("sb3_resnet.") and not isinstance(callback, CallbackList):
+            if type(callback).__module__.startswith("sb3_resnet."):
                 raise ValueError(
                     f"PreemptionCallback must be the first callback, since {type(callback).__name__} before it would "
                     "begin with a model that is not resumed yet: write callback=[PreemptionCallback(...), ...]"
@@ -154,8 +154,11 @@ class PreemptionCallback(BaseCallback):
 
     def _resume(self) -> None:
         self._start = (self.model.num_timesteps, host.updates_done(self.model))
-        own = self._of_this_learn(self._folder)
-        found = own or self._of_this_learn(self.save_path)  # there may be more processes than there were
+        own, first = (self._of_this_learn(folder) for folder in (self._folder, self.save_path))
+        # All ranks begin where the first one does: there may be more than there were, or one was killed while saving.
+        if own and first and progress_of(own[-1]) != progress_of(first[-1]):
+            own = []
+        found = own or first
         self._run = uuid.uuid4().hex
         if not found:
             return

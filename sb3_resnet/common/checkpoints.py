@@ -32,7 +32,7 @@ def checkpoints(folder: str | Path) -> list[Path]:
     found = []
     for path in Path(folder).expanduser().glob(_MODELS):
         try:
-            found.append((*_progress(path), path.stat().st_mtime_ns, path))
+            found.append((*progress_of(path), path.stat().st_mtime_ns, path))
         except FileNotFoundError:  # the run that wrote it has removed it since
             continue
     return [path for *_, path in sorted(found)]
@@ -70,6 +70,19 @@ def free_path(folder: Path, steps: int, run: str) -> Path:
         number += 1
         path = folder / f"rl_model_{number}_{steps}_steps.zip"
     return path
+
+
+def progress_of(path: Path) -> tuple[int, int]:
+    """
+    :param path: file of a checkpoint
+    :return: its gradient updates and environment steps, from what SB3 saves as plain JSON: nothing is unpickled
+    """
+    try:
+        data = json.loads(_read(path, "data") or b"")
+        return int(data["_n_updates"]), int(data["num_timesteps"])
+    except (KeyError, TypeError, ValueError):
+        number = re.search(r"(\d+)_steps$", path.stem)
+        return -1, int(number[1]) if number else -1
 
 
 def buffer_of(checkpoint: Path) -> Path:
@@ -170,13 +183,3 @@ def _read(path: Path, member: str) -> bytes | None:
             return archive.read(member)
     except (OSError, KeyError, zipfile.BadZipFile):
         return None
-
-
-def _progress(path: Path) -> tuple[int, int]:
-    """Gradient updates and environment steps, from what SB3 saves as plain JSON: nothing is unpickled."""
-    try:
-        data = json.loads(_read(path, "data") or b"")
-        return int(data["_n_updates"]), int(data["num_timesteps"])
-    except (KeyError, TypeError, ValueError):
-        number = re.search(r"(\d+)_steps$", path.stem)
-        return -1, int(number[1]) if number else -1

@@ -85,10 +85,19 @@ class SignalNotes:
         now = time.monotonic()
         if self.received is None:
             self.received, self._received_at = number, now
-        elif now - self._received_at > PATIENCE and self._alive_at < self._received_at:
+        elif now - self._received_at > PATIENCE and self._alive_at < self._received_at and not _learns(frame):
             # learn() ended by an exception, of which SB3 tells nobody: nothing will ever be saved.
             self.give_back()
             os.kill(os.getpid(), number)
+
+
+def _learns(frame: Any) -> bool:
+    """Whether a ``learn()`` runs: an evaluation or an update may take minutes, in which it comes to no hook."""
+    while frame is not None:
+        if frame.f_code.co_name == "learn":
+            return True
+        frame = frame.f_back
+    return False
 
 
 class _Told(str):

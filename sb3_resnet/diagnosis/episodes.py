@@ -35,6 +35,7 @@ class EpisodeValues:
         """Forget episodes that did not end in an earlier ``learn()``."""
         self._episodes.clear()
         self._fresh.clear()  # after a resume, the first observation may be in the middle of an episode
+        self._last = -math.inf  # timesteps may begin at 0 again
 
     def step(self, model: BaseAlgorithm, local: Mapping[str, Any]) -> None:
         """
@@ -55,7 +56,7 @@ class EpisodeValues:
         for env in [*self._episodes]:
             episode = self._episodes[env]
             episode[1] += episode[2] * float(rewards[env])
-            episode[2] *= float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
+            episode[2] *= _gamma(model)
             if dones[env]:
                 del self._episodes[env]
                 if not local["infos"][env].get(
@@ -72,7 +73,7 @@ class EpisodeValues:
         if self.finished:
             expected, got = np.mean(self.finished, axis=0)
             values = {"monitor/q_start": float(expected), "monitor/return_start": float(got)}
-        gamma = float(model.gamma)  # type: ignore[attr-defined]  # of every SB3 algorithm
+        gamma = _gamma(model)
         if self.largest_reward > 0:
             values["monitor/reward_max"] = self.largest_reward
         if self.largest_reward > 0 and gamma < 1:
@@ -89,6 +90,11 @@ class EpisodeValues:
             values = policy.online(observations) if hasattr(policy, "online") else policy.predict_values(observations)
         values = values.mean(dim=1) if values.ndim == 3 else values
         return dict(zip(envs, values.max(dim=1).values.tolist(), strict=True))
+
+
+def _gamma(model: Any) -> float:
+    """Of n-step returns it is the replay buffer's, which SB3's ``train()`` takes."""
+    return float(getattr(getattr(model, "replay_buffer", None), "gamma", model.gamma))
 
 
 def _of_env(observations: Any, env: int) -> Any:

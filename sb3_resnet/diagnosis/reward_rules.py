@@ -19,7 +19,9 @@ def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Findin
     """Find rewards that do not rise."""
     keys = [key for key in ("eval/mean_reward", "rollout/ep_rew_mean") if len(logged(columns, key)) >= enough()]
     steps = logged(columns, "time/total_timesteps")
-    if not keys or not len(steps) or steps[-1] - steps[0] < slow_after:
+    # A second learn() may count from 0 again.
+    made = float(np.maximum(np.diff(steps), 0).sum()) if len(steps) else 0.0
+    if not keys or not len(steps) or made < slow_after:
         return None
     reward = logged(columns, keys[0])
     first, _, last = np.array_split(reward, 3)
@@ -33,8 +35,7 @@ def slow_curve(columns: Columns, slow_after: float, model: Any = None) -> Findin
         return None
     return Finding(
         "slow_curve",
-        f"{keys[0]} was {first.mean():.4g} in the first third of {steps[-1] - steps[0]:.0f} steps and "
-        f"{last.mean():.4g} in the last.",
+        f"{keys[0]} was {first.mean():.4g} in the first third of {made:.0f} steps and {last.mean():.4g} in the last.",
         "The agent does not get better (ignore this if it is already as good as can be).",
         f"Try {_unfreeze(model) if _is_frozen(columns) else ''}a learning_rate three times as high for the head.",
     )

@@ -64,7 +64,8 @@ class Experiment:
         trial.set_user_attr(ATTRIBUTE, {"algo": self.algo, "env": self.env_id, "section": section, "values": values})
         if section.get("callback"):
             manager.specified_callbacks = section["callback"]
-        changed = {key: value for key, value in section.items() if key in values or key == "policy_kwargs"}
+        beside = ("policy_kwargs", "replay_buffer_kwargs")
+        changed = {key: value for key, value in section.items() if key in values or key in beside}
         if "learning_rate" in section:
             changed["learning_rate"] = section["learning_rate"]
         schedules = {key: changed.pop(key) for key in _SCHEDULED if key in changed}

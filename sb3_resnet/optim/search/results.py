@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,5 +67,13 @@ def zoo_sections(trial: Any, n_timesteps: int | None = None) -> tuple[str, dict[
     if n_timesteps is not None:
         section["n_timesteps"] = n_timesteps
         at = {name: value for name, value in kept["values"].items() if name == "unfreeze_at"}
+        before = sections.phases_of(section)
         section = sections.with_values(section, at)
+        lost = len(before) - len(sections.phases_of(section))
+        if lost:
+            warnings.warn(
+                f"The last {lost} of the {len(before)} phases would begin before the searched one, which begins later "
+                f"in {n_timesteps} steps. They are left out: write their at_timestep for the longer run into the YAML",
+                stacklevel=2,
+            )
     return str(kept["algo"]), {str(kept["env"]): section}

@@ -13,6 +13,7 @@ _SCHEDULE = "sb3_resnet.callbacks.LRScheduleCallback"
 _UNFREEZE = "sb3_resnet.callbacks.UnfreezeCallback"
 _RECIPE = "fine_tuning_callbacks"
 _TOP = "layer4"  # the extractor's last_stage
+_IN_BUFFER = ("gamma", "n_steps")
 _LINEAR = "lin_"  # what RL-Zoo's YAML has before a learning rate that falls to 0
 Callback = tuple[str, dict[str, Any]]  # path and arguments
 
@@ -92,6 +93,12 @@ def with_values(section: Mapping[str, Any], values: Mapping[str, Any], learning_
     extractor |= {name: values.pop(name) for name in ("last_stage", "pooling") if name in values}
     if extractor:
         policy["features_extractor_kwargs"] = extractor
+    in_buffer = changed.get("replay_buffer_kwargs")
+    if isinstance(in_buffer, Mapping):  # FrameNStepReplayBuffer has a gamma of its own, which counts
+        own = {name: values[name] for name in _IN_BUFFER if name in values and name in in_buffer}
+        changed["replay_buffer_kwargs"] = {**in_buffer, **own}
+        if "n_steps" in own:
+            del values["n_steps"]  # SB3's argument of that name is for its own buffer
     callbacks = _callbacks(changed)
     if "warmup_steps" in values:
         arguments = _arguments(callbacks, "LRScheduleCallback", _RECIPE)
@@ -163,10 +170,18 @@ def _time(phase: Mapping[str, Any]) -> float | None:
     return None if at is None else float(at)
 
 
+def phases_of(section: Mapping[str, Any]) -> list[Any]:
+    """
+    :param section: of RL-Zoo's YAML
+    :return: the phases of its ``UnfreezeCallback``; empty without one, or where they are no list
+    """
+    phases = (_arguments(_callbacks(section), "UnfreezeCallback") or {}).get("phases")
+    return phases if isinstance(phases, list) else []
+
+
 def _first_phase(section: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    arguments = _arguments(_callbacks(section), "UnfreezeCallback")
-    phases = None if arguments is None else arguments.get("phases")
-    return phases[0] if isinstance(phases, list) and phases and isinstance(phases[0], Mapping) else None
+    phases = phases_of(section)
+    return phases[0] if phases and isinstance(phases[0], Mapping) else None
 
 
 def _callbacks(section: Mapping[str, Any]) -> list[Callback]:
