@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -93,11 +94,7 @@ class SignalNotes:
 
 def _learns(frame: Any) -> bool:
     """Whether a ``learn()`` runs: an evaluation or an update may take minutes, in which it comes to no hook."""
-    while frame is not None:
-        if frame.f_code.co_name == "learn":
-            return True
-        frame = frame.f_back
-    return False
+    return any(one.f_code.co_name == "learn" for one, _ in traceback.walk_stack(frame))
 
 
 class _Told(str):
