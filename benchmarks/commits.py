@@ -5,7 +5,7 @@ Is one commit as fast as another? The same arms of ``throughput.py`` in both, in
 
 Each measurement is a process of its own in a work tree of the commit, with that commit's ``benchmarks/throughput.py``:
 environment steps per second of Pong with a frozen ResNet-18 and the feature cache at 1 and 8 environments, and
-milliseconds of a head's update. A ratio is the median of the rounds' own ratios: both commits of a round meet the same
+updates of the head per second. A ratio is the median of the rounds' own ratios: both commits of a round meet the same
 load of the machine.
 """
 

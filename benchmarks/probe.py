@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results" / "probe"
+SEED = 2_000_003
 GRID = {
     "--last-stage": ["layer1", "layer2", "layer3", "layer4"],
     "--pooling": ["avg", "grid", "spatial_softmax"],
@@ -35,7 +36,8 @@ def main() -> None:
     options = [word for option, values in grid.items() for value in values for word in (option, value)]
     file = arguments.output / f"{arguments.game}.csv"
     chosen = ["--env", f"{arguments.game}NoFrameskip-v4", "--steps", str(arguments.steps), "-o", str(file)]
-    chosen += ["--plot", str(file.with_suffix(".png"))]
+    # Other episodes than those of a pretraining, whose seed is 0.
+    chosen += ["--plot", str(file.with_suffix(".png")), "--seed", str(SEED)]
     subprocess.run([sys.executable, "-m", "sb3_resnet", "probe", *chosen, *options], check=True)
 
 

@@ -1,5 +1,5 @@
 """
-What the quickstart of the README prints, and how long it takes: ``python benchmarks/quickstart.py``, about two minutes.
+What the quickstart of the README prints, and how long it takes: ``python benchmarks/quickstart.py``, some minutes.
 
 It runs the first block of Python in README.md as it stands, and writes ``benchmarks/results/quickstart.json``.
 """

@@ -168,6 +168,7 @@ def memories(transitions: int) -> dict[str, int]:
     """Of ours and of SB3's, each in a process of its own."""
     return {
         "transitions": transitions,
+        "transitions, stock": transitions // 5,
         "lean, pixels and entries": round(in_fresh_process(memory, "ours", transitions)),
         "stock, pixels": round(in_fresh_process(memory, "stock", transitions // 5)),
     }
@@ -235,6 +236,9 @@ def main() -> None:
         "--memory-only", action="store_true", help="memory of a transition, which takes no quiet machine"
     )
     arguments = parser.parse_args()
+    is_part = arguments.steps_only or arguments.updates_only or arguments.memory_only
+    if is_part and arguments.output == RESULTS / "throughput.json":
+        parser.error("a part of the measurement would replace the whole file: write -o FILE beside it")
     warnings.simplefilter("ignore")
     rates: dict[str, dict[str, Any]] = {"one update per 4 steps": {}, "one update per step": {}}
     result: dict[str, Any] = {

@@ -52,7 +52,7 @@ def main() -> None:
         UnfreezeCallback(phases, verbose=1),
         GradientClipCallback(1.0),
         BestCheckpointCallback(max(STEPS // 10, 8), "logs/phases"),
-        EvalCallback(eval_env, eval_freq=max(STEPS // 80, 8), n_eval_episodes=1, verbose=0),  # in steps of all 8 games
+        EvalCallback(eval_env, eval_freq=max(STEPS // 240, 8), n_eval_episodes=1, verbose=0),  # in steps of all 8 games
     ]
     model.learn(STEPS, callback=callbacks)
     print("Lowest stage that trains:", model.policy.freeze_boundary)

@@ -14,7 +14,7 @@ from sb3_resnet.pretraining import pretrain
 
 STEPS = int(sys.argv[1]) if len(sys.argv) > 1 else 50_000
 GAME = "PongNoFrameskip-v4"
-FILE = "pong.safetensors"
+FILE = f"pong_{STEPS}.safetensors"
 
 
 def main() -> None:

@@ -1,11 +1,13 @@
 """Fixtures: no network, one torch thread, and a weights file as torchvision would publish it."""
 
 import os
+import random
 import shutil
 import socket
 from pathlib import Path
 
 import gymnasium as gym
+import numpy as np
 import pytest
 import torch as th
 import torchvision
@@ -17,6 +19,14 @@ th.set_num_threads(1)
 settings.register_profile("same", derandomize=True, deadline=None)
 settings.register_profile("search", deadline=None)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """What a test draws does not depend on those before it."""
+    random.seed(0)
+    np.random.seed(0)
+    th.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

@@ -132,7 +132,7 @@ def test_invariant_12_float16_equals_a_loop_with_grad_scaler(algorithm, optimize
     policy_kwargs = {"optimizer_class": optimizer, **OPTIMIZERS[optimizer]}
     model = small(algorithm, policy_kwargs=policy_kwargs, max_grad_norm=0.05, device=device)
     plan = {5: ("trunk", INF), 6: ("head", NAN), 9: ("head", -INF), 10: ("trunk", NAN)}
-    scaling = {"init_scale": 2.0**20, "growth_interval": 2}
+    scaling = {"init_scale": 2.0**20, "growth_factor": 4.0, "backoff_factor": 0.25, "growth_interval": 2}
     np.random.seed(3)
     expected, sequence = loop_with_grad_scaler(model, plan, 12, **scaling)
 

@@ -22,7 +22,8 @@ from sb3_resnet.callbacks._updates import extractors_of
 from tests.helpers import Rewards, TinyGame, assert_same, make_actor_critic, snapshot
 
 # A2C has PPO's policy and buffer.
-algorithms = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
+algorithms = pytest.mark.parametrize("algorithm", ["ppo"])  # whose policy and buffer A2C has
+both = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
 UPDATES = {"ppo": 4, "a2c": 1}  # in each train(), after 8 steps
 
 
@@ -61,7 +62,7 @@ def test_a_phase_begins_between_rollout_and_training_and_ramps_in_updates(algori
     assert rates[4 * updates :] == pytest.approx([1e-4] * 2 * updates)
 
 
-@algorithms
+@both
 def test_warmup_is_counted_in_gradient_updates(algorithm):
     model = make_actor_critic(algorithm, learning_rate=1e-3)
     updates = UPDATES[algorithm]

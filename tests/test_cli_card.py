@@ -146,6 +146,18 @@ def test_what_is_not_there_is_an_error_in_one_line(run, tmp_path, monkeypatch):
     assert "holds no model" in error_of(run, "-o", "x.md")
 
 
+def test_tuples_and_classes_of_the_command_line_are_read_as_text(run):
+    """RL-Zoo evaluates ``-params`` and dumps what comes out."""
+    values = "!!python/tuple [1, episode]"
+    (run / ENV / "config.yml").write_text(
+        (ORDERED % ("train_freq", values))
+        + "  - - activation_fn\n    - !!python/name:torch.nn.modules.activation.ReLU ''\n"
+    )
+    text = card(run)
+    assert "[1, 'episode']" in text or "(1, 'episode')" in text or "- episode" in text
+    assert "torch.nn.modules.activation.ReLU" in text
+
+
 def test_a_dash_prints_the_card(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, text, _ = run_command("card", run, "-o", "-")

@@ -255,6 +255,25 @@ def test_labels_grow_until_they_differ(tmp_path):
     assert [curve.label for curve in found] == ["new/Pong", "old/Pong"]
 
 
+def test_an_experiment_is_one_however_its_folders_are_written(tmp_path, monkeypatch):
+    for number in (1, 2):
+        write_run(tmp_path / f"a_{number}", [number])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "a_2")
+    for other in (tmp_path / "a_2", "link"):
+        (curve,) = plot.curves([*find_runs("a_1"), *find_runs(other)], "training", 10, 95)
+        assert (curve.label, curve.runs) == ("a", 2)
+
+
+def test_the_model_of_the_present_folder_is_its_last_one(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "Pong_1", [1])
+    for name in ("Pong", "best_model"):
+        (folder / f"{name}.zip").touch()
+    monkeypatch.chdir(folder)
+    (run,) = find_runs(".")
+    assert run.model.name == "Pong.zip"
+
+
 @pytest.mark.slow
 def test_plot_writes_a_picture(tmp_path):
     write_run(tmp_path / "logs" / "a_1", range(20), [[0, 2], [4, 6]])

@@ -4,7 +4,13 @@ import math
 
 import pytest
 from stable_baselines3 import A2C, PPO, SAC
-from stable_baselines3.common.callbacks import CallbackList, CheckpointCallback, EvalCallback, EveryNTimesteps
+from stable_baselines3.common.callbacks import (
+    CallbackList,
+    CheckpointCallback,
+    ConvertCallback,
+    EvalCallback,
+    EveryNTimesteps,
+)
 from stable_baselines3.common.envs import FakeImageEnv
 
 from sb3_resnet.callbacks import LRScheduleCallback
@@ -171,6 +177,20 @@ def test_plateau_follows_the_evaluation_reward(first):
     model.learn(40, callback=[callback, evaluations] if first else [evaluations, callback])
     # Patience 2 bears 1.5 and 2.0; the next 2.0 halves the rate; 0.0 for the third time halves it again.
     assert [rate / LR for rate in used.rates["head"]] == pytest.approx([1.0] * 4 + [0.5] * 5 + [0.25])
+
+
+def test_a_plateau_has_a_smallest_gain_and_a_smallest_factor_and_says_what_it_does(capsys):
+    model = make_model(learning_starts=0, extractor={"backbone": "resnet_mini"})
+    arguments = {"patience": 0, "min_delta": 0.6, "gamma": 0.1, "min_factor": 0.05, "verbose": 1}
+    callback, factors = LRScheduleCallback(0, "plateau", **arguments), []
+    look = ConvertCallback(lambda *_: factors.append(callback.factor(0)) is None)
+    model.learn(16, callback=[Rewards([0.0, 1.0, 1.5, 2.0]), callback, look])
+    assert factors[3::4] == pytest.approx([1.0, 1.0, 0.1, 0.1])
+    model.learn(8, callback=[Rewards([0.0, 0.0]), callback, look], reset_num_timesteps=False)
+    assert factors[-1] == pytest.approx(0.05)
+    text = capsys.readouterr().out
+    assert "LRSchedule: warmup 0 updates, then plateau, at update 0" in text
+    assert "LRSchedule: no gain on plateau, learning rates x 0.1" in text
 
 
 def test_plateau_state_lives_in_the_checkpoint(tmp_path):

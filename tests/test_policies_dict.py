@@ -53,9 +53,7 @@ from tests.helpers import (
 
 HOSTS = {"dqn": DQN, "ppo": PPO, "a2c": A2C}
 # What PPO does with one image is in test_policies_actor_critic.py, and A2C has PPO's policy.
-algorithms = pytest.mark.parametrize(
-    "algorithm", ["dqn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ppo", "a2c"))]
-)
+algorithms = pytest.mark.parametrize("algorithm", ["dqn", pytest.param("ppo", marks=pytest.mark.slow)])
 GREY = spaces.Box(0, 255, (1, 32, 32), np.uint8)
 SPEED = spaces.Box(-np.inf, np.inf, (3,), np.float32)
 
@@ -116,8 +114,8 @@ def test_invariant_2_effective_rates_after_every_train(algorithm):
 
 
 @algorithms
-@pytest.mark.parametrize("updates", [4, pytest.param(200, marks=pytest.mark.slow)])
-def test_invariant_5_frozen_means_frozen(algorithm, updates):
+def test_invariant_5_frozen_means_frozen(algorithm):
+    updates = 4
     kwargs = {"weight_decay": 0.1, "lr_backbone": 1e-2}
     model = make_dict_model(algorithm, None, kwargs, {"norm": "batch", "vector_arch": [4]}, learning_rate=1e-2)
     model.policy.set_freeze_boundary("layer3")
@@ -276,11 +274,10 @@ def golden_run(folder, algorithm):
     return model
 
 
-@algorithms
-def test_invariant_7_golden_resume(tmp_path, algorithm):
-    whole = golden_run(tmp_path, algorithm)
+def test_invariant_7_golden_resume(tmp_path):
+    whole = golden_run(tmp_path, "dqn")
     for point in (SAVES["before"], SAVES["in the ramp"]):
-        assert_golden(whole, resume(tmp_path, algorithm, point))
+        assert_golden(whole, resume(tmp_path, "dqn", point))
 
 
 @pytest.mark.slow
@@ -395,10 +392,9 @@ def test_frames_may_be_stacked(channels_last, order):
 
 
 @pytest.mark.slow
-@algorithms
-def test_environments_may_run_in_processes_of_their_own(algorithm):
+def test_environments_may_run_in_processes_of_their_own():
     env = make_vec_env(DictGame, n_envs=2, vec_env_cls=SubprocVecEnv, seed=0)
-    model = make_dict_model(algorithm, env)
+    model = make_dict_model("dqn", env)
     model.learn(32)
     action, _ = model.predict(env.reset())
     assert action.shape == (2,)
@@ -511,13 +507,23 @@ def test_callbacks_name_the_policy_that_they_need(callback):
 
 @algorithms
 def test_amp_in_float16_scales_the_gradients_of_all_trunks(algorithm):
-    model = make_dict_model(algorithm, extractor={"freeze_backbone": False})
-    before = [snapshot(extractor) for extractor in trunks(model)]
-    model.learn(24, callback=AMPCallback("float16", verbose=0, init_scale=64.0))
-    assert "train/amp_scale" in model.logger.name_to_value or algorithm == "dqn"
-    for extractor, state in zip(trunks(model), before, strict=True):
-        assert not th.equal(extractor.backbone.conv1.weight, state["backbone.conv1.weight"])
-        assert all(value.isfinite().all() for value in extractor.state_dict().values())
+    """And divides them again: each has the norm that it has in float32."""
+
+    def norms(dtype):
+        model = make_dict_model(algorithm, extractor={"freeze_backbone": False}, max_grad_norm=1e9)
+        first = {}
+
+        def look(optimizer, *_):
+            for extractor in trunks(model)[:2]:  # the online network's
+                grads = [p.grad.norm() for p in extractor.parameters() if p.grad is not None]
+                first.setdefault(id(extractor), th.stack(grads).norm().item())
+
+        model.policy.optimizer.register_step_post_hook(look)
+        model.learn(16, callback=AMPCallback(dtype, verbose=0, init_scale=1024.0))
+        return [*first.values()]
+
+    assert len(norms("float16")) == 2
+    assert norms("float16") == pytest.approx(norms("float32"), rel=0.1)
 
 
 def test_the_frozen_precision_is_converted_in_all_trunks():

@@ -55,7 +55,7 @@ SETTINGS = {
 @pytest.fixture(autouse=True)
 def _handlers():
     """Whatever a test does, the process has its handlers again."""
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -236,6 +236,24 @@ def test_a_later_signal_changes_nothing_and_the_former_handler_has_its_turn_afte
     os.kill(os.getpid(), signal.SIGTERM)  # until Python has ended, the exit code is safe
     assert simple(tmp_path).num_timesteps == 60
     assert signal.getsignal(signal.SIGUSR1) is former
+
+
+def test_other_signals_and_no_replay_buffer(tmp_path):
+    arguments = {"signals": "SIGUSR2", "save_replay_buffer": False}
+    former, seen = signal.getsignal(signal.SIGTERM), []
+
+    class Look(BaseCallback):
+        def _on_step(self):
+            seen.append(signal.getsignal(signal.SIGTERM))
+            return True
+
+    with pytest.raises(SystemExit):
+        simple(tmp_path, Look(), Send(21, number=signal.SIGUSR2), **arguments)
+    assert {*seen} == {former}
+    assert not [*tmp_path.rglob("*_replay_buffer.pkl")]
+    with pytest.warns(UserWarning, match="replay begins empty"):
+        model = simple(tmp_path, **arguments)
+    assert (model.num_timesteps, model.replay_buffer.pos) == (60, 36)
 
 
 def test_a_second_signal_long_after_the_first_changes_nothing_while_learn_runs(tmp_path, monkeypatch):
@@ -475,9 +493,9 @@ def start_job(folder, kind, total):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["processes", "one process"])
-def test_a_signal_to_all_processes_of_a_job_saves_it_and_the_same_command_goes_on(tmp_path, kind):
+def test_a_signal_to_all_processes_of_a_job_saves_it_and_the_same_command_goes_on(tmp_path):
     """As systemd, srun and timeout send it: the processes of environments get it too."""
+    kind = "processes"
     job = start_job(tmp_path, kind, 10**6)
     assert any(line == "begins\n" for line in job.stdout)
     time.sleep(random.Random(1).random())

@@ -135,6 +135,14 @@ def test_the_recipe_logs_what_a_run_needs(tmp_path):
     assert {f"{key}{name}" for key in ("train/lr_", "grad_norm/", "grad_norm_clipped/") for name in groups} <= logged
 
 
+def test_the_recipe_hands_its_arguments_on(tmp_path):
+    arguments = {"warmup_steps": 3, "ramp": 4, "max_norm": 1.5, "save_freq": 7, "save_path": tmp_path}
+    warmup, unfreeze, clip, monitor, best = fine_tuning_callbacks(100, restore_best=True, **arguments).callbacks
+    assert (warmup.warmup_steps, clip.max_norm, monitor.every) == (3, 1.5, 100)
+    assert (best.save_freq, best.save_path) == (7, tmp_path)
+    assert {(phase.ramp, phase.restore_best) for phase in unfreeze.phases} == {(4, True)}
+
+
 @pytest.mark.parametrize(("every", "found"), [(100, [100]), (7, [7]), (None, [])])
 def test_the_recipes_monitor_can_be_left_out(every, found):
     recipe = fine_tuning_callbacks(monitor_every=every)

@@ -1,5 +1,6 @@
 """Golden resume through ``learn()``: a run that is cut and resumed from its checkpoints equals the run that is not."""
 
+import contextlib
 import os
 import random
 import signal
@@ -129,18 +130,21 @@ def test_a_run_that_is_killed_at_ten_moments_equals_the_run_that_is_not(tmp_path
     generator = random.Random(0)
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
     command = [sys.executable, "-c", TRAINER, str(tmp_path)]
-    kills, starts = 0, 0
+    kills, starts, resumed = 0, 0, 0
     with subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes) as trainer:
         while not (tmp_path / "result.pth").exists():
+            resumed += bool([*(tmp_path / "saved").glob("*.zip")])
             trainer.stdin.write("\n")
             child, starts = int(trainer.stdout.readline()), starts + 1
             if kills < 10:
                 time.sleep(generator.uniform(0.1, 0.5))
-                os.kill(child, signal.SIGKILL)
-                kills += 1
+                with contextlib.suppress(ProcessLookupError):  # it was faster
+                    os.kill(child, signal.SIGKILL)
+                    kills += 1
             assert trainer.stdout.readline() == "gone\n"
         trainer.stdin.close()
-    assert kills == 10 or starts == kills  # fewer if the run was faster than that
+    assert kills == 10 or starts <= kills + 1  # fewer if the run was faster than that
+    assert resumed > 0
     assert_equal(everything(whole), th.load(tmp_path / "result.pth", weights_only=True))
     assert not [path for path in (tmp_path / "saved").iterdir() if path.name.startswith(".writing")]
 

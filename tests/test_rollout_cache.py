@@ -31,7 +31,7 @@ from tests.helpers import (
 )
 
 # A2C has PPO's policy and buffer.
-algorithms = pytest.mark.parametrize("algorithm", ["ppo", pytest.param("a2c", marks=pytest.mark.slow)])
+algorithms = pytest.mark.parametrize("algorithm", ["ppo"])  # whose buffer A2C has
 SGD = {"optimizer_class": "SGD"}
 ALL = [{"at_timestep": 32, "unfreeze_from": "all"}]
 MOVES = [{"at_timestep": 48, "unfreeze_from": "layer4"}, {"at_timestep": 96, "unfreeze_from": "layer3"}]

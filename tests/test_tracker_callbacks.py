@@ -95,6 +95,13 @@ def test_a_tracker_gets_every_number_that_the_csv_gets(tmp_path):
     assert list((tmp_path / "log").glob("events.out.tfevents*"))
 
 
+def test_the_best_model_is_kept_only_where_it_is_asked_for(tmp_path):
+    callback = MemoryCallback(save_best=False)
+    train(tmp_path, callback)
+    assert (tmp_path / "best" / "best.zip").exists()
+    assert callback.trackers[0].files == []
+
+
 def test_hyperparameters_are_flat_and_say_what_was_given():
     values = hyperparameters(make_model(learning_rate=lambda progress: 1e-3, gamma=0.9))
     expected = {

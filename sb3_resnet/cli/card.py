@@ -18,6 +18,7 @@ from sb3_resnet.cli.saved_groups import saved_groups
 from sb3_resnet.cli.texts import one_line, printable
 
 _ORDERED = "tag:yaml.org,2002:python/object/apply:collections.OrderedDict"
+_TUPLE, _NAME = "tag:yaml.org,2002:python/tuple", "tag:yaml.org,2002:python/name:"
 _HUB_MODULES = {"qrdqn": "sb3_contrib"}
 
 
@@ -170,6 +171,9 @@ def _saved(path: Path) -> dict[str, Any]:
         pass
 
     Loader.add_constructor(_ORDERED, lambda loader, node: dict(loader.construct_sequence(node, deep=True)[0]))
+    Loader.add_constructor(_TUPLE, lambda loader, node: loader.construct_sequence(node, deep=True))
+    # Classes and functions, such as of -params "policy_kwargs:dict(activation_fn=nn.ReLU)": their names, as text.
+    Loader.add_multi_constructor(_NAME, lambda loader, suffix, node: suffix)
     try:
         found = yaml.load(path.read_text(encoding="utf-8"), Loader=Loader)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:

@@ -48,14 +48,15 @@ class Run:
     @property
     def experiment(self) -> Path:
         """The folder without the number at its end: runs of one experiment differ only in the seed."""
-        name = _COUNTER.sub("", self.folder.name)
-        return self.folder.parent / name if name else self.folder.parent
+        folder = self.folder.resolve()  # two ways to write it are one experiment, and "." has no name
+        name = _COUNTER.sub("", folder.name)
+        return folder.parent / name if name else folder.parent
 
     @property
     def model(self) -> Path | None:
         """The last model, else the best one, else the newest file; ``None`` if there is none."""
         zips = sorted(self.folder.glob("*.zip"), key=lambda file: file.stat().st_mtime)
-        final = [file for file in zips if self.folder.name.startswith(file.stem)]
+        final = [file for file in zips if self.folder.resolve().name.startswith(file.stem)]
         best = [file for file in zips if file.stem == "best_model"]
         return next(iter([*final, *best, *zips[::-1]]), None)
 
