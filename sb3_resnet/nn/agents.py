@@ -61,9 +61,16 @@ def normalisation(
     eyes: Eyes | None, has_weights: bool, use_imagenet_norm: bool | None, mean: Any, std: Any, images: Preprocessing
 ) -> tuple[Numbers, Numbers]:
     """
-    As :func:`~sb3_resnet.nn.preprocessing.statistics`, but those of an agent's file where the arguments say nothing.
+    The statistics of images, but those of an agent's file where the arguments say nothing.
 
     :param eyes: of :func:`read_eyes`
+    :param has_weights: as in :func:`~sb3_resnet.nn.preprocessing.statistics`
+    :param use_imagenet_norm: likewise
+    :param mean: likewise
+    :param std: likewise
+    :param images: likewise
+    :return: mean and standard deviation by which images are normalised, or ``None``
+    :raises ValueError: as there
     """
     found = statistics(has_weights, use_imagenet_norm, mean, std, images)
     if eyes is None or use_imagenet_norm is not None or mean is not None:
