@@ -22,8 +22,9 @@ help:  ## Show this help
 demo: $(STAMP)  ## Watch a ResNet-18 DQN learn a game through RL-Zoo: a few minutes on two CPU cores
 	@$(PY) scripts/demo.py
 
-# One process a core and one thread a process: several torch threads in each would fight for the cores.
-PYTEST_OPTIONS := -n auto --maxprocesses 4
+# One process a core and one thread a process: several torch threads in each would fight for the cores. A process that is
+# done takes tests from the other, so that none waits at the end.
+PYTEST_OPTIONS := -n auto --maxprocesses 4 --dist worksteal
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest $(PYTEST_OPTIONS)
 
 test: $(STAMP)  ## Run the tests but the slow ones
