@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch as th
 from stable_baselines3 import DDPG, DQN, PPO, SAC
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
@@ -169,12 +170,12 @@ def test_spread_rows_are_pieces_of_a_longer_recording():
 def test_lives_of_one_game_are_in_one_split():
     """A lost life ends an episode; what the game shows goes on."""
 
-    class Lives(gym.Wrapper):
+    class Lives(EpisodicLifeEnv):
         def reset(self, **kwargs):
-            return super().reset(**kwargs) if getattr(self, "over", True) else (self.latest, {})
+            return self.env.reset(**kwargs) if getattr(self, "over", True) else (self.latest, {})
 
         def step(self, action):
-            self.latest, reward, ends, cut, info = super().step(action)
+            self.latest, reward, ends, cut, info = self.env.step(action)
             self.over = ends or cut
             return self.latest, reward, ends or self.unwrapped.clock % 4 == 0, cut, info
 
@@ -183,6 +184,16 @@ def test_lives_of_one_game_are_in_one_split():
         return np.flatnonzero(np.diff(recording.episodes, prepend=-1)).tolist()
 
     assert starts_of(wrapper_class=Lives) == starts_of() == [0, 12, 24, 36]
+
+
+def test_an_episode_that_a_wrapper_ends_is_one_though_no_monitor_tells():
+    class Ends(gym.Wrapper):
+        def step(self, action):
+            observation, reward, _, cut, info = super().step(action)
+            return observation, reward, self.unwrapped.clock % 10 == 0, cut, info
+
+    recording = record(make_vec_env(lambda: TinyGame(length=1000), 1, wrapper_class=Ends), 40, 0)
+    assert np.flatnonzero(np.diff(recording.episodes, prepend=-1)).tolist() == [0, 10, 20, 30]
 
 
 def test_progress_of_a_recording_counts_steps_of_each_environment():

@@ -107,11 +107,11 @@ class Evaluations:
         :param model: an SB3 model
         :return: as :meth:`poll`, if the model has made updates since the last one that was returned here
         """
-        reward, updates = self.poll(), gradient_updates(model)
-        if reward is None or updates == self._updates:
+        reward = self.poll()
+        if reward is None:
             return None
-        self._updates = updates
-        return reward
+        before, self._updates = self._updates, gradient_updates(model)
+        return None if self._updates == before else reward
 
     def _count(self) -> int:
         return 0 if self._source is None else host.evaluations_done(self._source)

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecMonitor
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.labels import LabelReader
+from sb3_resnet.envs.vec_env import AtariVecEnv
 
 Array = NDArray[Any]
 #: Called with what is done and how much there is in all.
@@ -38,9 +39,9 @@ def played(
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
     episodes = np.zeros(env.num_envs, int)
-    games, tells = np.ones(env.num_envs, bool), _tells_games(env)
+    games, has_lives = np.ones(env.num_envs, bool), _has_lives(env)
     for step in range(each * spread):
-        episodes += starts & games if tells else starts
+        episodes += starts & games if has_lives else starts
         for index, inner in enumerate(env.get_attr("unwrapped")):
             if step // _SUCCESSIVE % spread or len(tracks[index]) == each:
                 continue
@@ -53,16 +54,11 @@ def played(
         # Numbers are no classes.
         choices = actions - getattr(env.action_space, "start", 0) if actions.ndim == 1 else np.zeros(env.num_envs, int)
         observations, rewards, starts, infos = env.step(actions)
-        games = np.array(["episode" in info for info in infos])
+        games = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
         progress(step + 1, each * spread)
     return kept.reshape(-1, *kept.shape[2:]), tracks
 
 
-def _tells_games(env: VecEnv) -> bool:
-    """Whether a Monitor tells when a game is over: a lost life ends an episode, but the game goes on."""
-    layer: Any = env
-    while isinstance(layer, VecEnvWrapper):
-        if isinstance(layer, VecMonitor):
-            return True
-        layer = layer.venv
-    return all(env.env_is_wrapped(Monitor))
+def _has_lives(env: VecEnv) -> bool:
+    """Whether an Atari game goes on where an episode ends, at a lost life: its Monitor tells when the game is over."""
+    return isinstance(env.unwrapped, AtariVecEnv) or all(env.env_is_wrapped(EpisodicLifeEnv))
