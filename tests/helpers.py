@@ -432,3 +432,16 @@ def resuming_callbacks(folder, cached=False, **saving):
         Evaluation(),
         *([FeatureCacheCallback()] if cached else []),
     ]
+
+
+def resumed_in_a_new_process(test, folder, algorithm, points):
+    """:return: the files of what ``resume`` of a test file makes of the models that were saved at some points"""
+    script = (
+        f"import sys; from tests.{test} import resume\n"
+        "folder, algorithm, *points = sys.argv[1:]\n"
+        "for point in points:\n"
+        "    resume(folder, algorithm, int(point)).save(f'{folder}/resumed {point}.zip')"
+    )
+    points = [*map(str, points)]
+    subprocess.run([sys.executable, "-c", script, str(folder), algorithm, *points], check=True)
+    return [folder / f"resumed {point}.zip" for point in points]

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import gymnasium as gym
@@ -31,6 +29,7 @@ from tests.helpers import (
     make_actor_critic,
     observations,
     probabilities_and_values,
+    resumed_in_a_new_process,
     snapshot,
 )
 
@@ -320,16 +319,8 @@ def golden_run(folder, algorithm, shared=True):
 @sharing
 def test_invariant_7_golden_resume_in_a_new_process(tmp_path, algorithm, shared):
     whole = golden_run(tmp_path, algorithm, shared)
-    script = (
-        "import sys; from tests.test_policies_actor_critic import resume\n"
-        "folder, algorithm, *points = sys.argv[1:]\n"
-        "for point in points:\n"
-        "    resume(folder, algorithm, int(point)).save(f'{folder}/resumed {point}.zip')"
-    )
-    points = [*map(str, SAVES.values())]
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), algorithm, *points], check=True)
-    for point in points:
-        assert_golden(whole, ON_POLICY[algorithm].load(tmp_path / f"resumed {point}.zip", device="cpu"))
+    for file in resumed_in_a_new_process("test_policies_actor_critic", tmp_path, algorithm, SAVES.values()):
+        assert_golden(whole, ON_POLICY[algorithm].load(file, device="cpu"))
 
 
 @algorithms

@@ -2,8 +2,6 @@
 
 import copy
 import pickle
-import subprocess
-import sys
 import warnings
 
 import numpy as np
@@ -45,6 +43,7 @@ from tests.helpers import (
     assert_same,
     dict_observations,
     make_dict_model,
+    resumed_in_a_new_process,
     run_command,
     scores,
     slowly,
@@ -284,16 +283,8 @@ def test_invariant_7_golden_resume(tmp_path):
 @algorithms
 def test_invariant_7_golden_resume_in_a_new_process(tmp_path, algorithm):
     whole = golden_run(tmp_path, algorithm)
-    script = (
-        "import sys; from tests.test_policies_dict import resume\n"
-        "folder, algorithm, *points = sys.argv[1:]\n"
-        "for point in points:\n"
-        "    resume(folder, algorithm, int(point)).save(f'{folder}/resumed {point}.zip')"
-    )
-    points = [*map(str, SAVES.values())]
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), algorithm, *points], check=True)
-    for point in points:
-        assert_golden(whole, HOSTS[algorithm].load(tmp_path / f"resumed {point}.zip", device="cpu"))
+    for file in resumed_in_a_new_process("test_policies_dict", tmp_path, algorithm, SAVES.values()):
+        assert_golden(whole, HOSTS[algorithm].load(file, device="cpu"))
 
 
 @algorithms
