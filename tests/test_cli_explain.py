@@ -1,10 +1,12 @@
 """Heat maps with a known answer, and the pictures made of them."""
 
+import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch as th
 from PIL import Image
+from stable_baselines3.common.env_util import make_vec_env
 from torch.nn import functional as F
 
 from sb3_resnet.cli import pictures
@@ -113,6 +115,16 @@ def test_an_episode_is_played_greedily_to_its_end(tiny_id):
     np.testing.assert_allclose(episode.scores, q_values(model, episode.observations).numpy(), atol=1e-6)
     assert (episode.actions == episode.scores.argmax(axis=1)).all()
     assert len(play_greedily(model, env_for(model, tiny_id), 5).rewards) == 5
+
+
+def test_an_episode_that_a_wrapper_ends_is_over_though_no_monitor_tells():
+    class Ends(gym.Wrapper):
+        def step(self, action):
+            observation, reward, _, cut, info = super().step(action)
+            return observation, reward, self.unwrapped.clock == 7, cut, info
+
+    env = make_vec_env(TinyGame, 1, wrapper_class=Ends)
+    assert len(play_greedily(make_model(), env, 100).rewards) == 7
 
 
 def test_overlay_leaves_cold_places_as_they_are():

@@ -22,6 +22,7 @@ from sb3_resnet.cli.observed import by_key, label
 from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
 from sb3_resnet.cli.pictures import Episode
 from sb3_resnet.common.arguments import choice, integer
+from sb3_resnet.diagnosis.playing import lives_end_episodes
 from sb3_resnet.nn.backbones import STAGES
 
 METHODS = ("gradcam", "saliency")
@@ -116,6 +117,7 @@ def play_greedily(model: Any, env: Any, steps: int, key: str = "") -> Episode:
     :return: the episode
     """
     network = ScoreNetwork(model, key).eval()
+    has_lives = lives_end_episodes(env)
     observation = env.reset()
     seen, features, scores, rewards = [], [], [], []
     for _ in range(steps):
@@ -127,7 +129,7 @@ def play_greedily(model: Any, env: Any, steps: int, key: str = "") -> Episode:
         scores.append(score[0])
         observation, reward, done, infos = env.step(score.argmax(axis=1))
         rewards.append(float(reward[0]))
-        if done[0] and "episode" in infos[0]:  # Monitor's, of the whole game
+        if done[0] and ("episode" in infos[0] or not has_lives):  # Monitor's, of the whole game
             break
     table, names = np.stack(scores), _action_names(env, network.n_actions)
     channels = network.extractor.preprocessing.frame_channels

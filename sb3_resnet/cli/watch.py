@@ -17,6 +17,7 @@ from sb3_resnet.cli.explain import default_layer, heat_maps
 from sb3_resnet.cli.loading import load_model
 from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer, number
+from sb3_resnet.diagnosis.playing import lives_end_episodes
 
 FORMATS = (".gif", ".mp4")
 
@@ -99,6 +100,7 @@ def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, 
     """
     random = np.random.default_rng(seed)
     env.action_space.seed(seed)
+    has_lives = lives_end_episodes(env)
     observation = env.reset()
     played: list[tuple[Array, Any, Any, float]] = []
     done = False
@@ -109,7 +111,7 @@ def play(model: Any, env: Any, steps: int, epsilon: float = 0.0, seed: int = 0, 
         seen = observation if isinstance(observation, dict) else observation[0]
         observation, rewards, dones, infos = env.step(np.array([action]))
         played.append((frame, seen, action, float(rewards[0])))
-        done = bool(dones[0]) and "episode" in infos[0]  # Monitor's, of the whole game
+        done = bool(dones[0]) and ("episode" in infos[0] or not has_lives)  # Monitor's, of the whole game
     return Film(played, done)
 
 

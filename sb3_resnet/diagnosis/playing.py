@@ -39,7 +39,7 @@ def played(
     choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
     episodes = np.zeros(env.num_envs, int)
-    games, has_lives = np.ones(env.num_envs, bool), _has_lives(env)
+    games, has_lives = np.ones(env.num_envs, bool), lives_end_episodes(env)
     for step in range(each * spread):
         episodes += starts & games if has_lives else starts
         for index, inner in enumerate(env.get_attr("unwrapped")):
@@ -59,6 +59,9 @@ def played(
     return kept.reshape(-1, *kept.shape[2:]), tracks
 
 
-def _has_lives(env: VecEnv) -> bool:
-    """Whether an Atari game goes on where an episode ends, at a lost life: its Monitor tells when the game is over."""
+def lives_end_episodes(env: VecEnv) -> bool:
+    """
+    :param env: environments
+    :return: whether a game of Atari goes on where an episode ends, at a lost life: its Monitor tells when it is over
+    """
     return isinstance(env.unwrapped, AtariVecEnv) or all(env.env_is_wrapped(EpisodicLifeEnv))
