@@ -2,8 +2,8 @@
 
 from sb3_resnet.callbacks.recipes import fine_tuning_callbacks
 from sb3_resnet.common.checkpoints import newest_checkpoint
+from sb3_resnet.common.normalizer_state import restore_vec_normalize
 from sb3_resnet.common.seeding import restore_random_states, seed_everything
-from sb3_resnet.common.statistics import restore_vec_normalize
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor
 from sb3_resnet.optim.search.registering import register_samplers

@@ -296,3 +296,20 @@ def test_plot_writes_a_picture(tmp_path):
     write_run(tmp_path / "empty", log="a\n")
     assert "nothing to draw" in invoke("plot", tmp_path / "empty", "-o", output)[2]
     assert "--window must be" in invoke("plot", tmp_path / "logs", "-o", output, "--window", 0)[2]
+
+
+@pytest.mark.slow
+def test_the_window_and_the_confidence_of_the_command_are_those_of_the_picture(tmp_path):
+    write_run(tmp_path / "a", range(20))
+    options = ("-o", tmp_path / "curves.svg", "--window", 7, "--confidence", 80)
+    assert invoke("plot", tmp_path / "a", *options)[0] == 0
+    drawn = (tmp_path / "curves.svg").read_text()  # matplotlib writes each text beside its outlines
+    assert "training, mean of 7 episodes" in drawn
+    assert "Mean and 80 % bootstrap interval" in drawn
+
+
+def test_the_window_is_the_number_of_episodes_in_a_mean(tmp_path):
+    write_run(tmp_path / "a", [0, 2, 4, 6])
+    runs = find_runs(tmp_path / "a")
+    assert plot.curves(runs, "training", 1, 95)[0].mean.tolist() == [0, 2, 4, 6]
+    assert plot.curves(runs, "training", 3, 95)[0].mean.tolist() == [2, 4]  # from the first whole window on

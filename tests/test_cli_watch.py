@@ -5,8 +5,10 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import torch as th
-from stable_baselines3 import DQN
+from sb3_contrib import QRDQN
+from stable_baselines3 import A2C, DQN, PPO, SAC, TD3
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 
 from sb3_resnet.cli import pictures
 from sb3_resnet.cli.envs import env_for
@@ -30,12 +32,20 @@ class DrawnGame(TinyGame):
         return picture
 
 
+def registered(name):
+    gym.register(f"{name}-v0", f"tests.test_cli_watch:{name}")
+    yield f"{name}-v0"
+    del gym.envs.registration.registry[f"{name}-v0"]
+
+
 @pytest.fixture
 def drawn_id():
-    registry = gym.envs.registration.registry
-    gym.register("Drawn-v0", "tests.test_cli_watch:DrawnGame")
-    yield "Drawn-v0"
-    del registry["Drawn-v0"]
+    yield from registered("DrawnGame")
+
+
+@pytest.fixture
+def steering_id():
+    yield from registered("DrawnSteering")
 
 
 @pytest.fixture
@@ -76,6 +86,33 @@ def test_any_model_is_watched_and_a_heat_map_needs_a_resnet(drawn_id, tmp_path):
     status, _, error = run_command(*words, "--gradcam")
     assert status == 1
     assert "sees with FlattenExtractor, not with ResNetExtractor" in error
+
+
+class DrawnSteering(DrawnGame):
+    """Takes three numbers; the largest is the action."""
+
+    def __init__(self, render_mode=None):
+        super().__init__(render_mode)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (3,), np.float32)
+
+    def step(self, action):
+        return super().step(int(np.argmax(action)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [QRDQN, PPO, A2C, SAC, TD3])
+def test_the_model_of_each_algorithm_is_watched(algorithm, drawn_id, steering_id, tmp_path):
+    game_id = steering_id if algorithm in (SAC, TD3) else drawn_id
+    game = DrawnSteering() if algorithm in (SAC, TD3) else DrawnGame()
+    small = {"buffer_size": 10} if issubclass(algorithm, OffPolicyAlgorithm) else {}
+    model = algorithm("MlpPolicy", game, seed=0, **small)
+    model.save(tmp_path / "model.zip")
+    words = ("--env", game_id, "-o", tmp_path / "film.gif", "--seed", 3)
+    status, printed, error = run_command("watch", tmp_path / "model.zip", *words)
+    assert status == 0, error
+    film = play(model, env_for(model, game_id, seed=3), 100)
+    assert film.is_over
+    assert f"return {film.rewards.sum():g} in 13 steps" in printed
 
 
 class DrawnDictGame(DictGame):

@@ -800,6 +800,32 @@ def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe
     assert "write adapter='per_frame'" in " ".join(text.split())
 
 
+def test_each_option_of_the_command_is_an_argument_of_pretrain(tiny_id, tmp_path, monkeypatch):
+    given = {
+        "minutes": 2.5, "updates": 7, "objective": "barlow", "backbone": "resnet_mini", "last_stage": "layer1",
+        "adapter": "per_frame", "pooling": "avg", "frame_channels": 1, "image_size": 48, "frames": 170,
+        "held_out": 130, "batch_size": 8, "neighbours": 2, "shift_probability": 0.25, "learning_rate": 2e-3,
+        "warmup": 3, "probe_every": 4, "patience": 5, "dtype": "float32", "seed": 9, "epsilon": 0.3,
+    }  # fmt: skip
+    others = {"tensorboard_log": tmp_path / "board", "info_key": "place", "no_imagenet_norm": None, "n_envs": 3}
+    received = {}
+
+    def pretrain(env, path, **arguments):
+        received.update(arguments, path=path, n_envs=env.num_envs)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("sb3_resnet.cli.pretrain.pretrain", pretrain)
+    words = []
+    for name, value in {**given, **others}.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is None else [value])]
+    assert "seen" in run_command("pretrain", "--env", tiny_id, "-o", tmp_path / "w.safetensors", *words)[2]
+    assert {name: received[name] for name in given} == given
+    assert (received["path"], received["n_envs"]) == (tmp_path / "w.safetensors", 3)
+    assert received["use_imagenet_norm"] is False
+    assert [*received["info_keys"]] == ["place"]
+    assert received["tensorboard_log"] == tmp_path / "board"
+
+
 def test_the_command_takes_three_grey_frames(tmp_path):
     gym.register("ThreeGrey-v0", RGBGame)
     options = ["--updates", 1, "--frames", 160, "--held-out", 120, "--batch-size", 8, "--backbone", "resnet_mini"]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sb3_resnet.common.files import written_whole
-from sb3_resnet.common.statistics import add_statistics
+from sb3_resnet.common.normalizer_state import add_statistics
 
 #: Key of a run's id in the optimizer's groups, where it is saved with the model.
 RUN_STATE = "best_checkpoint"

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import unwrap_vec_normalize
 from sb3_resnet.common import host
 from sb3_resnet.common.arguments import flag, integer, shown
 from sb3_resnet.common.checkpoints import random_states_of
-from sb3_resnet.common.statistics import has_statistics, restore_vec_normalize
+from sb3_resnet.common.normalizer_state import has_statistics, restore_vec_normalize
 
 _CUBLAS = "CUBLAS_WORKSPACE_CONFIG"
 _LARGEST = 2**32 - 1  # NumPy's
