@@ -24,6 +24,9 @@ def problems(tag: str, root: Path = ROOT) -> list[str]:
     dated = re.search(rf"^## \[{re.escape(version)}\] - (\d{{4}}-\d\d-\d\d)$", changelog, re.MULTILINE)
     if dated is None:
         found.append(f"CHANGELOG.md has no heading '## [{version}] - YYYY-MM-DD'")
+    unreleased = re.search(r"^## \[Unreleased\]\n(.*?)(?=^## \[|\Z)", changelog, re.MULTILINE | re.DOTALL)
+    if unreleased is not None and unreleased[1].strip():
+        found.append("CHANGELOG.md has entries under [Unreleased], which would be released: name a version for them")
     citation = (root / "CITATION.cff").read_text(encoding="utf-8")
     if f"\nversion: {version}\n" not in citation:
         found.append(f"CITATION.cff does not name the version {version}")

@@ -54,16 +54,22 @@ def test_the_release_is_refused_until_all_fits(tmp_path):
         shutil.copy(ROOT / name, tmp_path / name)
     pyproject = tmp_path / "pyproject.toml"
     pyproject.write_text(PYPROJECT.replace("https://example.org/", "https://example.com/"))
+    changelog = tmp_path / "CHANGELOG.md"
+    released = re.sub(r"## \[Unreleased\]\n.*?(?=## \[)", "## [Unreleased]\n\n", changelog.read_text(), flags=re.DOTALL)
+    changelog.write_text(released)
     tag = f"v{sb3_resnet.__version__}"
     assert problems(tag, tmp_path) == []
+    changelog.write_text(released.replace("## [Unreleased]\n", "## [Unreleased]\n\n### Fixed\n\n- A defect.\n"))
+    (found,) = problems(tag, tmp_path)
+    assert "has entries under [Unreleased]" in found
+    changelog.write_text(released)
     assert "does not name the version" in problems("v9", tmp_path)[0]
     pyproject.write_text("https://example.org/x")
     assert "example.org" in problems(tag, tmp_path)[0]
-    changelog = tmp_path / "CHANGELOG.md"
     pyproject.write_text("")
-    changelog.write_text(re.sub(r"\] - \d{4}-\d\d-\d\d", "] - soon", changelog.read_text()))
+    changelog.write_text(re.sub(r"\] - \d{4}-\d\d-\d\d", "] - soon", released))
     assert "has no heading" in problems(tag, tmp_path)[0]
-    shutil.copy(ROOT / "CHANGELOG.md", changelog)
+    changelog.write_text(released)
     citation = tmp_path / "CITATION.cff"
     citation.write_text(citation.read_text().replace("date-released: 2", "date-released: 1"))
     assert "does not name the date" in problems(tag, tmp_path)[0]
