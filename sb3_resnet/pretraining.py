@@ -7,7 +7,6 @@ killed goes on where it was when the same call is made again.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 import warnings
@@ -24,7 +23,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_resnet.common.arguments import listed
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.common.labels import check_labels
-from sb3_resnet.diagnosis.readout import split_episodes
+from sb3_resnet.diagnosis.readout import Score, split_episodes
+from sb3_resnet.diagnosis.scores import features_of, mark_of, scores_of
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
@@ -36,15 +36,14 @@ from sb3_resnet.nn.pretraining.identity import source_of
 from sb3_resnet.nn.pretraining.run import CHECKPOINT, CLOCK, Probe, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
+from sb3_resnet.nn.pretraining.store import is_stored, store, stored
 from sb3_resnet.nn.pretraining.trainer import Trainer
-from sb3_resnet.probing import LabelFunction, Recording, features_of, record, scores_of
+from sb3_resnet.probing import LabelFunction, Recording, record
 
 _HELD_OUT_SEED = 1_000_003  # added to the seed: other episodes
+_LEAST_FRAMES = 5  # of each environment, however slow it is
 _SPREAD = 4  # with eight environments and 2,400 rows each shows 1,200 steps
 _SPLITS = 3  # ways to split the episodes held out, since one alone scores by luck
-_IDENTITY = "arguments"  # key in the metadata of the file of frames
-_IS_WHOLE = "is_whole"  # likewise
-_LABEL = "label."
 _FRAMES = "frames.safetensors"
 
 
@@ -63,7 +62,7 @@ class Result:
 
     @property
     def score(self) -> float:
-        """Probe score of the weights: mean R² of the labels that are numbers, else the F1 of actions; NaN for none."""
+        """Probe score of the weights, over several ways to split: see :attr:`sb3_resnet.probing.Row.mark`."""
         return _number(self.card["score"])
 
     @property
@@ -123,12 +122,12 @@ def pretrain(
     run = Run(folder, chosen, identity, began)
     collecting = {**source, **chosen.plain(only_collecting=True)}
     with tensorboard(tensorboard_log, run.next_update) as log:
-        if not _is_stored(folder / _FRAMES, collecting, run):
+        if not is_stored(folder / _FRAMES, collecting, run.next_update is not None):
             held_out = _held_out(env, run, model, labels, info_keys, told)
-            _store(folder / _FRAMES, _collected(env, model, replay_buffer, run, told), held_out, collecting)
+            store(folder / _FRAMES, _collected(env, model, replay_buffer, run, told), held_out, collecting)
             del held_out
         # Read back in any case, so that a run without a stop has nothing that one with a stop lacks.
-        frames, held_out = _stored(folder / _FRAMES, env.observation_space)
+        frames, held_out = stored(folder / _FRAMES, env.observation_space)
         trainer = Trainer(chosen, env.observation_space, frames, n_actions(env.action_space))
         run.train(trainer, _probe_of(held_out, chosen), told, log)
     return _written(path, run, trainer, {**identity, **budget})
@@ -187,52 +186,21 @@ def _collected(env: VecEnv, model: Any, replay_buffer: Any, run: Run, told: Told
 
     if replay_buffer is not None:
         return from_buffer(replay_buffer, settings.frames, channels, env.observation_space, report), True
-    frames = play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report, run.may_collect)
+    needed = max(2 * settings.batch_size, _LEAST_FRAMES * env.num_envs)  # else there might be nothing to train on
+
+    def may_go_on(frames: int) -> bool:
+        return frames < needed or run.may_collect()
+
+    frames = play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report, may_go_on)
     used = len(frames.pixels)
     is_whole = used + frames.parts.shape[1] > settings.frames
     if not is_whole:
         warnings.warn(
             f"Half of the minutes left are spent, and {used:,} of {settings.frames:,} frames are there: these are "
-            "trained on. Write fewer frames, or more minutes.",
+            "trained on. Write fewer frames or held_out, or more minutes.",
             stacklevel=3,
         )
     return frames, is_whole
-
-
-def _store(path: Path, collected: tuple[Frames, bool], held_out: Recording, identity: Mapping[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    arrays = {"observations": held_out.observations, "episodes": held_out.episodes, "actions": held_out.actions}
-    arrays |= {f"{_LABEL}{name}": values for name, values in held_out.labels.items()}
-    tensors = {f"held_out.{name}": th.from_numpy(values) for name, values in arrays.items()}
-    frames, is_whole = collected
-    metadata = {_IDENTITY: json.dumps(identity), _IS_WHOLE: json.dumps(is_whole)}
-    with written_whole(path) as (temporary,):
-        save_file({**frames.tensors(), **tensors}, temporary, metadata=metadata)
-
-
-def _is_stored(path: Path, identity: Mapping[str, Any], run: Run) -> bool:
-    from safetensors import safe_open
-
-    if not path.exists():
-        return False
-    with safe_open(path, "pt") as file:
-        metadata = file.metadata()
-    # Frames for which there was no time are for the checkpoint that was trained on them: another attempt may have more.
-    is_whole = json.loads(metadata.get(_IS_WHOLE, "true")) or run.next_update is not None
-    return bool(is_whole and json.loads(metadata[_IDENTITY]) == identity)
-
-
-def _stored(path: Path, space: Any) -> tuple[Frames, Recording]:
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    arrays = {
-        key.removeprefix("held_out."): value.numpy() for key, value in tensors.items() if key.startswith("held_out.")
-    }
-    labels = {key.removeprefix(_LABEL): arrays[key] for key in sorted(arrays) if key.startswith(_LABEL)}
-    recording = Recording(arrays["observations"], arrays["episodes"], arrays["actions"], labels, space)
-    return Frames.of(tensors), recording
 
 
 def _probe_of(held_out: Recording, settings: Settings) -> Probe:
@@ -247,8 +215,8 @@ def _probe_of(held_out: Recording, settings: Settings) -> Probe:
         found = [scores_of(held_out, features, settings.seed + split) for split in range(_SPLITS)]
         kinds = {name: score.kind for one in found for name, score in one.items() if score.value is not None}
         scores = {name: _mean([one[name].value for one in found]) for name in sorted(found[0])}
-        numbers = _mean([scores[name] for name, kind in kinds.items() if kind == "R2"])
-        return _number(scores["action"] if numbers is None else numbers), scores, features
+        score = mark_of({name: Score(scores[name], kind) for name, kind in kinds.items()})
+        return score, scores, features
 
     return probe
 

@@ -11,22 +11,24 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from gymnasium.spaces import Discrete
 from numpy.typing import NDArray
+from stable_baselines3.common.utils import get_device
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
 
-from sb3_resnet.common.arguments import integer, listed, number
-from sb3_resnet.common.labels import LabelReader, label_columns
+from sb3_resnet.common.arguments import integer, listed, number, read_device
+from sb3_resnet.common.labels import LabelReader
 from sb3_resnet.common.playing import check_model, next_actions
+from sb3_resnet.common.recording import Recording, joined
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.features import features_at
 from sb3_resnet.diagnosis.playing import Progress, played
-from sb3_resnet.diagnosis.readout import Score, mean_r2, read_out, split_episodes
+from sb3_resnet.diagnosis.readout import Score, split_episodes
+from sb3_resnet.diagnosis.scores import mark_of, mean_of, scores_of
 from sb3_resnet.envs.atari_ram import ram_labels
-from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.image_spaces import check_played_images
 
 __all__ = ["Recording", "Row", "check_probe", "probe", "record"]
@@ -38,27 +40,6 @@ LabelFunction = Callable[[Any], Mapping[str, Any]]
 
 _LAST_STAGES = ("layer1", "layer2", "layer3", "layer4")
 _POOLINGS = ("avg", "grid", "spatial_softmax")
-_FEW_REWARDS = 5  # different values up to which rewards are classes
-
-
-@dataclass(frozen=True)
-class Recording:
-    """
-    Played observations and what is known about each.
-
-    :param observations: as the environment gives them, ``(rows, C, H, W)``
-    :param episodes: number of the episode of each, ``(rows,)``; rows of one episode follow each other
-    :param actions: the action that led to the observation, counted from 0 whatever the ``start`` of the action space,
-        ``(rows,)``; -1 in rows that are not scored; 0 for numbers
-    :param labels: by name, ``(rows,)``: numbers as floats, classes as integers
-    :param space: of the observations
-    """
-
-    observations: Array
-    episodes: Array
-    actions: Array
-    labels: Mapping[str, Array]
-    space: Any
 
 
 @dataclass(frozen=True)
@@ -86,13 +67,17 @@ class Row:
     @property
     def mean(self) -> float:
         """Mean R² of the numbers among the labels; NaN where there are none."""
-        return mean_r2(self.scores)
+        return mean_of(self.scores, "R2")
+
+    @property
+    def mean_f1(self) -> float:
+        """Mean F1 of the classes among the labels, but those of every environment; NaN where there are none."""
+        return mean_of(self.scores, "F1")
 
     @property
     def mark(self) -> float:
-        """By which rows are ordered: the mean R²; the F1 of the actions where there are no numbers; else NaN."""
-        action = self.scores["action"].value if "action" in self.scores else None
-        return self.mean if action is None or not math.isnan(self.mean) else action
+        """By which rows are ordered: the mean R²; without numbers the mean F1; without both that of the actions."""
+        return mark_of(self.scores)
 
 
 def record(
@@ -134,11 +119,9 @@ def record(
     steps, spread = integer("steps", steps, 1), integer("spread", spread, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     reader = LabelReader(env, labels, listed("info_keys", info_keys))
-    env.seed(seed)
-    env.action_space.seed(seed)
     act = partial(next_actions, env, model=model, epsilon=epsilon, rng=np.random.default_rng(seed))
-    observations, tracks = played(env, act, reader, -(-steps // env.num_envs), spread, progress)
-    return _joined(observations, tracks, env.observation_space)
+    observations, tracks = played(env, seed, act, reader, -(-steps // env.num_envs), spread, progress)
+    return joined(observations, tracks, env.observation_space, isinstance(env.action_space, Discrete))
 
 
 def probe(
@@ -152,6 +135,7 @@ def probe(
     device: str = "cpu",
     progress: Progress = lambda done, total: None,
     frame_channels: int | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> list[Row]:
     """
     Read every label from the features of every combination.
@@ -165,10 +149,11 @@ def probe(
         images, and for weights of a pretraining the one with which they were trained
     :param seed: of random weights and of the splits
     :param backbone: a torchvision ResNet
-    :param device: where features are computed
+    :param device: where features are computed; ``"auto"``: on a GPU where there is one
     :param progress: called with the observations done and their number in all
     :param frame_channels: channels of one frame, as :class:`~sb3_resnet.ResNetExtractor` takes it; for weights of a
         pretraining those with which they were trained
+    :param image_size: to which images are resized, likewise
     :return: a row per combination, the best :attr:`Row.mark` first; weights of
         :func:`~sb3_resnet.pretraining.pretrain` are read as they were trained, and left out of combinations with
         another adapter or a higher stage; so are stages and poolings for which images of this size are too small
@@ -176,16 +161,19 @@ def probe(
     :raises TypeError: for wrong types
     :raises FileNotFoundError: if weights are not there
     """
-    found = combinations(recording.space, weights, adapter, last_stage, pooling, backbone, frame_channels)
-    if not all((split & (recording.actions >= 0)).any() for split in split_episodes(recording.episodes, seed)):
-        raise ValueError("These are too few steps to be probed: record steps=2400 or so")
+    found = combinations(recording.space, weights, adapter, last_stage, pooling, backbone, frame_channels, image_size)
+    where = get_device(read_device(device))
+    led = recording.actions >= 0
+    if not all((split & led).any() for split in split_episodes(recording.episodes, seed)):
+        short = "" if led.any() else ". Episodes that are over after one step cannot be probed"
+        raise ValueError(f"These are too few steps to be probed: record steps=2400 or so{short}")
     rows: list[Row] = []
     for index, one in enumerate(found):
 
         def report(done: int, first: int = index) -> None:
             progress(first * len(recording.actions) + done, len(found) * len(recording.actions))
 
-        extractor = one.extractor(recording.space, seed).to(device)
+        extractor = one.extractor(recording.space, seed).to(where)
         for stage, pool, features, rate in features_at(extractor, recording.observations, one.ends, report):
             scores = scores_of(recording, features, seed)
             rows.append(Row(one.source, stage, pool, one.adapter, features.shape[1], rate, scores))
@@ -200,6 +188,7 @@ def check_probe(
     adapter: Sequence[str] | None = None,
     backbone: str = "resnet18",
     frame_channels: int | None = None,
+    image_size: int | Sequence[int] | None = None,
 ) -> None:
     """
     Find before an environment is played what :func:`probe` would refuse, weights that cannot be read included.
@@ -211,41 +200,15 @@ def check_probe(
     :param adapter: how frames reach the trunk
     :param backbone: a torchvision ResNet
     :param frame_channels: channels of one frame
+    :param image_size: to which images are resized
     :raises ValueError: for values that cannot work
     :raises TypeError: for wrong types
     :raises FileNotFoundError: if weights are not there
     """
     check_played_images(env)
     space = env.observation_space
-    for one in combinations(space, weights, adapter, last_stage, pooling, backbone, frame_channels):
+    for one in combinations(space, weights, adapter, last_stage, pooling, backbone, frame_channels, image_size):
         one.extractor(space, seed=0)
-
-
-def features_of(recording: Recording, extractor: ResNetExtractor) -> Array:
-    """
-    :param recording: of :func:`record`
-    :param extractor: in eval mode, without a projection
-    :return: the pooled features of every observation, ``(rows, n)``
-    """
-    end = (extractor.stages[-1], extractor.pooling)
-    ((_, _, features, _),) = features_at(extractor, recording.observations, [end])
-    return features
-
-
-def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str, Score]:
-    """
-    :param recording: of :func:`record`
-    :param features: of every observation, ``(rows, n)``
-    :param seed: of the splits
-    :return: how well each label can be read from them
-    """
-    led = recording.actions >= 0
-    fit, choose, score = (split[led] for split in split_episodes(recording.episodes, seed))
-    labels = {name: values[led] for name, values in recording.labels.items()}
-    found = read_out(features[led], labels, (fit, choose, score))
-    # Inverse dynamics: which action led from the observation before to this one?
-    pairs = np.concatenate([features[:-1][led[1:]], features[1:][led[1:]]], axis=1)
-    return {**found, **read_out(pairs, {"action": recording.actions[led]}, (fit, choose, score))}
 
 
 def _check(env: VecEnv, model: Any) -> None:
@@ -253,17 +216,3 @@ def _check(env: VecEnv, model: Any) -> None:
     if isinstance(env.unwrapped, SubprocVecEnv):
         raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
     check_model(model, env)
-
-
-def _joined(observations: Array, tracks: Sequence[Sequence[Mapping[str, Any]]], space: Any) -> Recording:
-    """One row per observation, environment after environment, with the labels that need a step before."""
-    rows = [row for track in tracks for row in track]
-    firsts = np.array([row["first"] or index == 0 for track in tracks for index, row in enumerate(track)])
-    names = [(env, row["episode"]) for env, track in enumerate(tracks) for row in track]
-    begins = [before != now for before, now in pairwise([None, *names])]
-    actions = np.array([row["action"] for row in rows])
-    labels, unknown = label_columns([row["labels"] for row in rows])
-    actions[firsts | unknown] = -1
-    kinds, which = np.unique(rewards := np.array([row["reward"] for row in rows]), return_inverse=True)
-    labels["reward"] = which if len(kinds) <= _FEW_REWARDS else rewards
-    return Recording(observations, np.cumsum(begins), actions, labels, space)

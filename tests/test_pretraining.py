@@ -77,6 +77,14 @@ class OneAxisGame(TinyGame):
         return super().step(int(action[0] > 0))
 
 
+class OneActionGame(TinyGame):
+    """Leaves no choice."""
+
+    def __init__(self):
+        super().__init__()
+        self.action_space = spaces.Discrete(1)
+
+
 class StillGame(TinyGame):
     """Shows nothing."""
 
@@ -408,7 +416,7 @@ def test_the_same_call_again_returns_the_file_and_trains_nothing(pretrained, mon
 def test_a_file_without_the_names_of_newer_arguments_is_of_a_run_with_their_old_values(pretrained, tmp_path):
     path = tmp_path / "w.safetensors"
     card = read_card(pretrained)
-    newer = ("neighbours", "shift_probability", "wrappers", "labels_module")
+    newer = ("neighbours", "shift_probability", "wrappers", "labels_module", "env_kwargs")
     card["arguments"] = {name: value for name, value in card["arguments"].items() if name not in newer}
     save_with_card(path, load_file(pretrained), card)
     with pytest.raises(ValueError, match=r"other arguments \(shift_probability=1.0 instead of 0.1\): write the same"):
@@ -526,13 +534,23 @@ def test_collecting_ends_when_half_of_the_minutes_are_spent(tmp_path, clock, mon
     monkeypatch.setattr(Trainer, "step", slow)
     # Held-out steps take 480 seconds of 990, and each step of four environments takes 4.
     path = tmp_path / "w.safetensors"
-    words = r"Half of the minutes .* spent, and \d+ of 5,000 frames are there: .* Write fewer frames, or more minutes"
+    words = (
+        r"Half of the minutes .* spent, and \d+ of 5,000 frames are there: .* Write fewer frames or held_out, or more"
+    )
     with pytest.warns(UserWarning, match=words):
         card = small(path, SlowGame, frames=5_000, updates=None, minutes=990 / 60).card
     assert (card["updates"], card["frames"]) == (10, 4 * 4 + 4)
     clock[0] = 0.0
     whole = small(tmp_path / "whole.safetensors", SlowGame, minutes=1e6)
     assert_same_weights(whole.path, small(tmp_path / "never.safetensors", SlowGame).path)
+
+
+def test_a_batch_is_collected_however_slow_the_environment(tmp_path, clock):
+    # The episodes that are held out take all of the time.
+    with pytest.warns(UserWarning, match="fewer frames or held_out, or more minutes"):
+        card = small(tmp_path / "w.safetensors", SlowGame, frames=5_000, updates=None, minutes=1.0).card
+    assert card["frames"] >= 16
+    assert card["updates"] == 1
 
 
 def test_minutes_count_the_time_of_attempts_that_were_killed_while_they_collected(tmp_path, clock):
@@ -621,10 +639,41 @@ def test_a_score_that_is_not_finite_never_counts_as_best_where_there_is_a_finite
     assert result.card["update"] == update
 
 
+def test_labels_that_are_classes_are_the_score_where_none_is_a_number(tmp_path):
+    result = small(tmp_path / "w.safetensors", OneAxisGame, labels=lambda env: {"column": env.column}, updates=2)
+    assert result.score == result.card["scores"]["column"]
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"length": 14}, r"env_kwargs=\{.* instead of \{'length': '14'"),
+        ({"steps": 25}, r"env_kwargs=\{.*'25'"),
+        ({"labels": lambda env: {"x": float(env.clock)}}, "labels=.*clock"),
+    ],
+    ids=["arguments", "limit", "labels"],
+)
+def test_a_run_with_other_arguments_of_the_environment_is_told_apart(other, words, tmp_path):
+    gym.register("Long-v0", TinyGame, kwargs={"length": 13})
+
+    def run(length=13, steps=20, labels=lambda env: {"x": float(env.column)}):
+        wrap = partial(gym.wrappers.TimeLimit, max_episode_steps=steps)
+        env = make_vec_env("Long-v0", 4, env_kwargs={"length": length}, wrapper_class=wrap)
+        return pretrain(env, tmp_path / "w.safetensors", labels=labels, **SMALL)
+
+    first = run()
+    assert run().card == first.card
+    with pytest.raises(ValueError, match=f"other arguments .*{words}"):
+        run(**other)
+    del gym.envs.registration.registry["Long-v0"]
+
+
 def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_last_weights_are_kept(tmp_path):
     result = small(tmp_path / "a.safetensors", labels=lambda env: {})
     assert result.score == result.card["scores"]["action"]
-    none = small(tmp_path / "b.safetensors", OneAxisGame, labels=lambda env: {}, updates=2)
+    numbers = small(tmp_path / "n.safetensors", OneAxisGame, labels=lambda env: {}, updates=2)
+    assert numbers.score == numbers.card["scores"]["action"]
+    none = small(tmp_path / "b.safetensors", OneActionGame, labels=lambda env: {}, updates=2)
     assert np.isnan(none.score)
     assert none.card["update"] == 2
 

@@ -1,6 +1,7 @@
 import csv
 import itertools
 import math
+import re
 import tracemalloc
 from functools import partial
 
@@ -10,7 +11,7 @@ import pytest
 import torch as th
 from stable_baselines3 import DDPG, DQN, PPO, SAC
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
-from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.env_util import make_atari_env, make_vec_env, unwrap_wrapper
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
 
@@ -20,6 +21,7 @@ from sb3_resnet.common.labels import ResetInfos
 from sb3_resnet.diagnosis import features
 from sb3_resnet.diagnosis.features import features_at
 from sb3_resnet.diagnosis.readout import Score, read_out, split_episodes
+from sb3_resnet.diagnosis.scores import scores_of
 from sb3_resnet.envs import make_atari_vec_env
 from sb3_resnet.envs.atari_ram import ADDRESSES, ram_labels
 from sb3_resnet.pretraining import pretrain
@@ -33,6 +35,7 @@ ANY = {"dqn": DQN, "ppo": PPO, "sac": SAC, "ddpg": DDPG}
 # Rows of scores, the first four in the order of -3.0, 0.7, 0.5, 0.2.
 SCORES = [{"x": -3.0, "action": 0.9}, {"x": 0.7}, {"action": 0.5}, {"x": None, "action": 0.2}, {"action": None}, {}]
 REST = ("episodes", "actions", "labels")
+SEVEN = gym.spaces.Box(0, 255, (4, 7, 7), np.uint8)
 SMALLEST = gym.spaces.Box(0, 255, (4, 12, 12), np.uint8)
 
 
@@ -96,6 +99,20 @@ def test_a_readout_finds_what_is_there_and_nothing_else(width):
     wide = read_out(features, labels, splits())
     assert abs(wide["noise"].value) < 0.15
     assert wide["perfect"].value > (0.999 if width < ROWS else 0.2)  # a random direction among too many
+
+
+def test_a_number_that_varies_by_rounding_alone_is_constant():
+    def labels(env):
+        return {
+            "time": 0.1 * env.clock,
+            "same": 0.1 + 0.2 if env.clock % 2 else 0.3,
+            "single": np.float32(0.1) * env.clock,
+        }
+
+    played = record(make_vec_env(TinyGame, 4), 400, labels=labels)
+    scores = scores_of(played, np.random.default_rng(0).normal(size=(400, 8)).astype(np.float32))
+    constant = {name for name, score in scores.items() if score.is_constant}
+    assert constant == {"same", "delta_same", "delta_time", "delta_single"}
 
 
 def test_a_few_images_unlike_all_others_do_not_decide_the_score():
@@ -473,6 +490,74 @@ def test_ends_of_which_images_leave_nothing_are_left_out(recording):
     assert {row.last_stage for row in probe(tiny, pooling="avg", **options)} == {"layer1", "layer2", "layer3"}
 
 
+def test_classes_of_ones_own_count_before_actions_and_behind_numbers():
+    scores = {"reward": Score(0.1, "F1"), "column": Score(0.4, "F1"), "is_left": Score(0.8, "F1")}
+    scores |= {"action": Score(0.9, "F1"), "still": Score(None, "R2")}
+    row = partial(Row, "random", "layer1", "avg", "conv1x1", 1, 1.0)
+    assert row(scores).mark == row(scores).mean_f1 == pytest.approx(0.6)
+    assert row({**scores, "x": Score(0.2, "R2")}).mark == 0.2
+    # The R2 of actions that are numbers is none of a label's.
+    assert row({"action": Score(0.3, "R2")}).mark == 0.3
+    assert np.isnan(row({"action": Score(0.3, "R2")}).mean)
+
+
+class SteeredGame(TinyGame):
+    """Shows which action was taken last."""
+
+    def __init__(self, space):
+        super().__init__((1, 32, 32))
+        self.action_space = space
+
+    def step(self, action):
+        parts = np.ravel(action) if isinstance(self.action_space, gym.spaces.Box) else np.ravel(action) % 2
+        _, *rest = super().step(0)
+        picture = np.zeros((1, 32, 32), np.uint8)
+        picture[0, :, :8] = 128 + int(100 * parts[0])
+        return picture, *rest
+
+
+@pytest.mark.parametrize(
+    ("space", "kind"),
+    [
+        (gym.spaces.Box(-1.0, 1.0, (2,)), "R2"),
+        (gym.spaces.MultiDiscrete([2, 2], start=[3, 0]), "F1"),
+        (gym.spaces.MultiBinary(2), "F1"),
+    ],
+    ids=["Box", "MultiDiscrete", "MultiBinary"],
+)
+def test_actions_of_any_kind_are_read_part_by_part(space, kind):
+    played = record(make_vec_env(partial(SteeredGame, space), 4), 600, labels=lambda env: {})
+    assert played.parts.shape == (600, 2)
+    assert kind == "R2" or {*played.parts.ravel()} == {0, 1}
+    features = played.observations[:, 0, 0, :1].astype(np.float32)
+    action = scores_of(played, features)["action"]
+    # The first part is in the picture, and nobody can know the second one.
+    first, second = (1.0, 0.0) if kind == "R2" else (1.0, 0.5)
+    assert action.kind == kind
+    assert action.value == pytest.approx((first + second) / 2, abs=0.12)
+    assert (played.actions[1:] >= 0).sum() > 500
+
+
+def test_the_same_seed_plays_the_same_again_also_where_a_lost_life_ends_an_episode():
+    gym.register_envs(pytest.importorskip("ale_py"))
+    env = VecTransposeImage(make_atari_env("PongNoFrameskip-v4", 2))
+    for inner in env.envs:  # not at the end of a game, where SB3's wrapper would go on
+        assert unwrap_wrapper(inner, EpisodicLifeEnv) is not None
+    one, other = (record(env, 80, seed=3) for _ in range(2))
+    assert np.array_equal(one.observations, other.observations)
+    assert all(np.array_equal(one.labels[name], other.labels[name]) for name in one.labels)
+    assert not np.array_equal(record(env, 80, seed=4).observations, one.observations)
+
+
+def test_small_images_are_resized(recording):
+    tiny = Recording(recording.observations[:, :, :7, :7], *(getattr(recording, name) for name in REST), SEVEN)
+    options = {"backbone": "resnet_mini", "adapter": "conv1x1", "last_stage": "layer3", "pooling": "avg"}
+    with pytest.raises(ValueError, match="write image_size="):
+        probe(tiny, **options)
+    (row,) = probe(tiny, image_size=32, device="auto", **options)
+    assert row.scores["column"].value is not None
+
+
 def test_without_numbers_the_best_f1_of_actions_is_first_and_what_is_not_known_last():
     def row(**scores):
         return {name: Score(value, "R2" if name == "x" else "F1") for name, value in scores.items()}
@@ -533,6 +618,9 @@ def test_too_few_episodes_or_steps_are_refused_before_anything_is_encoded(monkey
     for envs, steps, words in ((2, 10, "needs at least 3 episodes"), (3, 3, "too few steps to be probed: record st")):
         with pytest.raises(ValueError, match=words):
             probe(record(make_vec_env(TinyGame, envs), steps, labels=tiny_labels), backbone="resnet_mini")
+    at_once = record(make_vec_env(partial(TinyGame, length=1), 4), 40, labels=tiny_labels)
+    with pytest.raises(ValueError, match="Episodes that are over after one step cannot be probed"):
+        probe(at_once, backbone="resnet_mini")
 
 
 def test_memory_of_games_is_read_and_other_environments_have_none():
@@ -547,6 +635,12 @@ def test_memory_of_games_is_read_and_other_environments_have_none():
     assert labels["ball_x"] > 0
     assert len(ADDRESSES) >= 10
     assert ram_labels(gym.make("CartPole-v1")) == {}
+
+
+def test_another_environment_with_the_name_of_a_game_has_no_memory():
+    env = TinyGame()
+    env.spec = gym.envs.registration.EnvSpec("MiniBreakout-v0", kwargs={"game": "breakout"})
+    assert ram_labels(env) == {}
 
 
 def test_the_memory_of_games_in_c_is_not_taken_for_empty():
@@ -666,6 +760,49 @@ def test_the_command_lets_any_model_play(algorithm, tmp_path):
     status, _, error = run_command("probe", *arguments, "--model", tmp_path / "model.zip")
     assert status == 0, error
     del gym.envs.registration.registry["Any-v0"]
+
+
+@pytest.mark.parametrize("frames", [None, 4])
+def test_the_command_plays_with_the_frames_of_the_model(frames, tmp_path, monkeypatch):
+    gym.register("Single-v0", lambda: TinyGame((1, 40, 40)))
+    env = VecFrameStack(make_vec_env(partial(TinyGame, (1, 40, 40)), 1), 4)
+    policy = {"features_extractor_class": FlattenExtractor, "net_arch": [4]}
+    DQN("CnnPolicy", env, policy_kwargs=policy, buffer_size=10).save(tmp_path / "model.zip")
+    shapes = []
+    monkeypatch.setattr(
+        "sb3_resnet.cli.probe.check_probe", lambda game, **_: shapes.append(game.observation_space.shape)
+    )
+    arguments = ["--env", "Single-v0", "--labels", "tests.test_probing.tiny_labels", "--backbone", "resnet_mini"]
+    arguments += ["--last-stage", "layer1", "--pooling", "avg", "--steps", 120, "--n-envs", 4]
+    if frames is None:
+        arguments += ["--model", tmp_path / "model.zip"]
+    else:
+        arguments += ["--frame-stack", frames]
+    status, _, error = run_command("probe", *arguments)
+    del gym.envs.registration.registry["Single-v0"]
+    assert status == 0, error
+    assert shapes == [(4, 40, 40)]
+
+
+@pytest.mark.parametrize("option", [("--frame-stack", 0), ("--image-size", 0)])
+def test_wrong_numbers_of_the_command_are_refused(option, tiny_id):
+    status, _, error = run_command("probe", "--env", tiny_id, *option)
+    assert status == 1
+    assert option[0].removeprefix("--").replace("-", "_") in error.replace("--frame-stack", "frame_stack")
+
+
+def test_the_table_shows_classes_where_there_are_no_numbers(tiny_id):
+    arguments = ["--env", tiny_id, "--labels", "tests.test_probing.columns_alone", "--backbone", "resnet_mini"]
+    arguments += ["--last-stage", "layer1", "--pooling", "avg", "--adapter", "conv1x1", "--steps", 120, "--n-envs", 4]
+    status, text, error = run_command("probe", *arguments)
+    assert status == 0, error
+    assert "mean F1" in text
+    assert "mean R" not in text
+    assert re.search(r"column 0\.\d\d", text)
+
+
+def columns_alone(env):
+    return {"column": env.column}
 
 
 class OneAxis(TinyGame):

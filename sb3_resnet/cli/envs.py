@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import VecEnv, VecFrameStack, VecTranspose
 from sb3_resnet.cli.extras import missing_extra
 from sb3_resnet.cli.observed import described
 from sb3_resnet.cli.texts import one_line
+from sb3_resnet.common.arguments import integer
 
 ATARI_STACK = 4
 _ATARI_HINT = "Atari games need ale-py: pip install 'sb3_resnet[atari]'"
@@ -79,6 +80,32 @@ def env_for(model: Any, env_id: str, seed: int = 0, wrapper: str | None = None, 
             "training, and --wrapper if it had one"
         )
     return env
+
+
+def make_played_env(
+    env_id: str, n_envs: int, seed: int, frame_stack: int | None, wrapper: str | None, player: Any
+) -> VecEnv:
+    """
+    Make environments to be played, with the frames that a model or replay buffer has, if it has some.
+
+    :param env_id: id of gymnasium's registry
+    :param n_envs: number of environments
+    :param seed: seed of the first one
+    :param frame_stack: frames of an observation; ``None``: those of the player
+    :param wrapper: dotted path of a further wrapper class
+    :param player: model or replay buffer, or ``None``
+    :return: the environments, with images channels first
+    :raises ValueError: if they cannot be made, with the reason in one line
+    """
+    n_envs = integer("--n-envs", n_envs, 1)
+    frame_stack = None if frame_stack is None else integer("--frame-stack", frame_stack, 1)
+    wanted = getattr(player, "observation_space", None)
+    if frame_stack is None and wanted is not None:
+        single = make_env(env_id, n_envs, seed, 1, wrapper)
+        frame_stack = _frames_of(wanted, single.observation_space)
+        single.close()
+        frame_stack = None if frame_stack == 1 and wanted != single.observation_space else frame_stack
+    return make_env(env_id, n_envs, seed, frame_stack, wrapper)
 
 
 def is_atari(env_id: str) -> bool:

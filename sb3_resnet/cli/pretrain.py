@@ -14,10 +14,9 @@ from rich.text import Text
 
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
-from sb3_resnet.cli.options import Device, EnvId, FrameChannels, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, FrameChannels, FrameStack, ImageSize, Packages, Trust, Wrapper
 from sb3_resnet.cli.pickles import read_pickle
 from sb3_resnet.cli.show import gigabytes
-from sb3_resnet.common.arguments import integer
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.nn.cards import extractor_arguments
@@ -48,7 +47,7 @@ def command(
     adapter: Adapter = None,
     pooling: Annotated[str, typer.Option(metavar="NAME", help="of the last map")] = "spatial_softmax",
     frame_channels: FrameChannels = None,
-    image_size: Annotated[int | None, typer.Option(metavar="PIXELS", help="resize to this")] = None,
+    image_size: ImageSize = None,
     imagenet_norm: Annotated[bool, typer.Option(help="normalise with the ImageNet statistics")] = True,
     frames: Annotated[int, typer.Option(metavar="N", help="frames to train on, kept in memory")] = 50_000,
     held_out: Annotated[int, typer.Option(metavar="N", help="observations of other episodes, for the probe")] = 2400,
@@ -68,6 +67,7 @@ def command(
     info_key: Annotated[list[str] | None, typer.Option(metavar="KEY", help="of info, as a label; repeat")] = None,
     tensorboard_log: Annotated[Path | None, typer.Option(metavar="FOLDER", help="for TensorBoard")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="of everything")] = 0,
+    frame_stack: FrameStack = None,
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
     device: Device = "auto",
@@ -81,7 +81,6 @@ def command(
     given = {name: value for name, value in locals().items() if name in Settings.__dataclass_fields__}
     given |= {"device": read_device(device), "use_imagenet_norm": None if imagenet_norm else False}
     settings = Settings.read(given)
-    n_envs = integer("--n-envs", n_envs, 1)
     envs.import_packages(gym_packages or [])
     sources: dict[str, Any] = {
         "model": None if model is None else load_model(model, device, trust, only_plays=True),
@@ -89,7 +88,8 @@ def command(
         "labels": ram_labels if labels is None else envs.class_of("--labels", labels),
         "info_keys": info_key or (),
     }
-    with contextlib.closing(envs.make_env(env, n_envs, settings.seed, wrapper=wrapper)) as game:
+    player = sources["replay_buffer"] or sources["model"]
+    with contextlib.closing(envs.make_played_env(env, n_envs, settings.seed, frame_stack, wrapper, player)) as game:
         _say_memory(context, settings, game.observation_space)
         with _told(context) as told:
             result = pretrain(game, output, tensorboard_log=tensorboard_log, told=told, **sources, **given)

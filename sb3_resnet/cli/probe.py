@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,9 +16,9 @@ from rich.text import Text
 
 from sb3_resnet.cli import envs
 from sb3_resnet.cli.loading import load_model, read_device
-from sb3_resnet.cli.options import Device, EnvId, FrameChannels, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, EnvId, FrameChannels, FrameStack, ImageSize, Packages, Trust, Wrapper
 from sb3_resnet.cli.plot import refuse_bad_picture
-from sb3_resnet.cli.probe_plot import draw
+from sb3_resnet.cli.probe_plot import draw, means_of
 from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.probing import Row, check_probe, probe, record
@@ -43,6 +43,7 @@ def command(
     pooling: Annotated[list[str] | None, typer.Option(metavar="NAME", help="of the last map; repeat")] = None,
     adapter: Annotated[list[str] | None, typer.Option(metavar="NAME", help="how frames are put in; repeat")] = None,
     frame_channels: FrameChannels = None,
+    image_size: ImageSize = None,
     backbone: Annotated[str, typer.Option(metavar="NAME", help="torchvision ResNet")] = "resnet18",
     steps: Annotated[int, typer.Option(metavar="N", help="observations")] = 2400,
     n_envs: Annotated[int, typer.Option(metavar="N", help="environments; each begins an episode of its own")] = 8,
@@ -53,6 +54,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", metavar="FILE.csv", help="all scores")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="picture of all scores: .png, .svg or .pdf")] = None,
     seed: Annotated[int, typer.Option(metavar="N", help="of environment, actions, weights and splits")] = 0,
+    frame_stack: FrameStack = None,
     wrapper: Wrapper = None,
     gym_packages: Packages = None,
     device: Device = "cpu",
@@ -64,7 +66,7 @@ def command(
     The state of an Atari game is its annotated memory. Scores are of episodes that the readout has not seen.
     """
     device = read_device(device)
-    steps, n_envs = integer("--steps", steps, 1), integer("--n-envs", n_envs, 1)
+    steps = integer("--steps", steps, 1)
     epsilon = number("--epsilon", epsilon, 0.0, 1.0)
     if output is not None and output.suffix != ".csv":
         raise ValueError(f"-o {output}: the name must end with .csv")
@@ -75,24 +77,23 @@ def command(
     reads = ram_labels if labels is None else envs.class_of("--labels", labels)
     given = {"weights": weights, "last_stage": last_stage, "pooling": pooling, "adapter": adapter}
     chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
-    chosen |= {"backbone": backbone, "frame_channels": frame_channels}
-    with contextlib.closing(envs.make_env(env, n_envs, seed, wrapper=wrapper)) as game:
-        check_probe(game, **chosen)
-        recording = record(game, steps, seed, agent, epsilon, reads, info_key or ())
+    chosen |= {"backbone": backbone, "frame_channels": frame_channels, "image_size": image_size}
     with Progress(console=context.obj, transient=True) as bar:
-        task = bar.add_task("Encoding")
-        rows = probe(
-            recording,
-            **chosen,
-            seed=seed,
-            device=device,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        with contextlib.closing(envs.make_played_env(env, n_envs, seed, frame_stack, wrapper, agent)) as game:
+            check_probe(game, **chosen)
+            recording = record(game, steps, seed, agent, epsilon, reads, info_key or (), progress=_told(bar, "Playing"))
+        rows = probe(recording, **chosen, seed=seed, device=device, progress=_told(bar, "Encoding"))
     show(context, rows)
     if output is not None:
         write(output, rows)
     if plot is not None:
         draw(plot, rows)
+
+
+def _told(bar: Progress, what: str) -> Callable[[int, int], None]:
+    """:return: moves a line of its own of a progress bar"""
+    task = bar.add_task(what)
+    return lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def show(context: typer.Context, rows: Sequence[Row]) -> None:
@@ -105,16 +106,20 @@ def show(context: typer.Context, rows: Sequence[Row]) -> None:
     table = Table(title=Text("Readout", style="bold"), title_justify="left", title_style="")
     for name in ("weights", "last_stage", "pooling", "adapter"):
         table.add_column(name, overflow="fold")
-    for name in ("features", "images/s", "mean R2", "action F1"):
+    means = means_of(rows)
+    kind = rows[0].scores["action"].kind if "action" in rows[0].scores else "F1"
+    for name in ("features", "images/s", *means, f"action {kind}"):
         table.add_column(name, justify="right")
     table.add_column("hardest labels", overflow="fold")
-    for row in rows:
+    for line, row in enumerate(rows):
         scores = {name: score.value for name, score in row.scores.items() if score.value is not None}
-        numbers = sorted((value, name) for name, value in scores.items() if row.scores[name].kind == "R2")
-        hardest = ", ".join(f"{name} {value:.2f}" for value, name in numbers[:_WORST])
-        cells = (row.weights, row.last_stage, row.pooling, row.adapter, f"{row.features:,}")
-        rounded = (f"{row.images_per_second:,.0f}", _text(row.mean), _text(scores.get("action")))
-        table.add_row(*map(Text, (*cells, *rounded, hardest)))
+        rare = {"action", *(["reward"] if "reward" in row.scores and row.scores["reward"].kind == "F1" else [])}
+        own = sorted((value, name) for name, value in scores.items() if name not in rare)
+        hardest = ", ".join(f"{name} {value:.2f}" for value, name in own[:_WORST])
+        cells = [row.weights, row.last_stage, row.pooling, row.adapter, f"{row.features:,}"]
+        rounded = [_text(values[line]) for values in means.values()]
+        cells += [f"{row.images_per_second:,.0f}", *rounded, _text(scores.get("action"))]
+        table.add_row(*map(Text, (*cells, hardest)))
     context.obj.print(table)
     constant = sorted(name for name, score in rows[0].scores.items() if score.is_constant)
     if constant:

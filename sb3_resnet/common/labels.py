@@ -13,7 +13,8 @@ from sb3_resnet.common.arguments import shown
 
 Array = NDArray[Any]
 
-_CHANGE = "delta_"
+#: Begins the name of the change of a number from step to step.
+CHANGE = "delta_"
 _EVERYWHERE = ("reward", "action")  # labels of every environment
 _MANY = 20  # different whole numbers up to which they are classes
 
@@ -103,8 +104,8 @@ def _refuse_taken(names: Sequence[str], keys: Sequence[str]) -> None:
         why = ""
         if name in _EVERYWHERE:
             why = "is a label of every environment"
-        elif isinstance(name, str) and name.removeprefix(_CHANGE) in ({*names, *keys} - {name}):
-            why = f"is how the change of {name.removeprefix(_CHANGE)!r} is called"
+        elif isinstance(name, str) and name.removeprefix(CHANGE) in ({*names, *keys} - {name}):
+            why = f"is how the change of {name.removeprefix(CHANGE)!r} is called"
         elif name in names and name in keys:
             why = "is also one of info_keys"
         if why:
@@ -128,6 +129,8 @@ def checked_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     found = {}
     for name, value in labels.items():
         array = np.asarray(value)
+        if array.dtype == np.longdouble:  # files have no wider numbers
+            array = array.astype(np.float64)
         if array.ndim or array.dtype.kind not in "biuf":
             raise ValueError(
                 f"label {name!r} must be one number, True or False, got {shown(value)}: leave it out, or make numbers "
@@ -166,6 +169,6 @@ def label_columns(rows: Sequence[Mapping[str, Any]]) -> tuple[dict[str, Array], 
         if np.issubdtype(columns[name].dtype, np.integer) and len(np.unique(columns[name])) > _MANY:
             columns[name] = columns[name].astype(np.float64)
         if np.issubdtype(columns[name].dtype, np.floating):
-            columns[f"{_CHANGE}{name}"] = np.diff(columns[name], prepend=columns[name][:1])
+            columns[f"{CHANGE}{name}"] = np.diff(columns[name], prepend=columns[name][:1])
             unknown[1:] |= ~known
     return columns, unknown[:-1]

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
+from stable_baselines3.common.env_util import unwrap_wrapper
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import shown
@@ -29,6 +31,24 @@ def check_model(model: Any, env: VecEnv) -> None:
                 f"The model has the {kind}s {own}, and the environment {given}: give the environment of its training, "
                 "with the same wrappers"
             )
+
+
+def begin(env: VecEnv, seed: int) -> Any:
+    """
+    Begin new episodes, the same for the same seed.
+
+    :param env: environments in this process
+    :param seed: of environments and random actions
+    :return: the first observations
+    """
+    env.seed(seed)
+    env.action_space.seed(seed)
+    for one in getattr(env.unwrapped, "envs", ()):
+        # SB3's wrapper goes on where a life was lost, and in the midst of a life too, unless the last game was over.
+        lives: Any = unwrap_wrapper(one, EpisodicLifeEnv)
+        if lives is not None:
+            lives.was_real_done = True
+    return env.reset()
 
 
 def next_actions(env: VecEnv, observations: Any, model: Any, epsilon: float, rng: np.random.Generator) -> NDArray[Any]:

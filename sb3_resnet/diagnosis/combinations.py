@@ -17,7 +17,7 @@ from sb3_resnet.nn.adapters import ADAPTERS, read_frame_channels
 from sb3_resnet.nn.backbones import STAGES, available
 from sb3_resnet.nn.cards import extractor_arguments, read_card
 from sb3_resnet.nn.pooling import POOLINGS
-from sb3_resnet.nn.preprocessing import check_size
+from sb3_resnet.nn.preprocessing import check_size, read_image_size
 
 #: Name of random weights.
 RANDOM = "random"
@@ -61,6 +61,7 @@ def combinations(
     poolings: Sequence[str],
     backbone: str,
     frame_channels: int | None,
+    image_size: int | Sequence[int] | None,
 ) -> list[Combination]:
     """
     :param space: observation space
@@ -70,6 +71,7 @@ def combinations(
     :param poolings: of the last map
     :param backbone: a torchvision ResNet, for weights without a card
     :param frame_channels: channels of one frame, likewise
+    :param image_size: to which images are resized, likewise
     :return: all that fit; ends of which images of this size leave nothing do not
     :raises ValueError: if none does, and for names that there are not
     :raises TypeError: for wrong types
@@ -80,7 +82,9 @@ def combinations(
     one_image = (channels, read_frame_channels(frame_channels, channels)) == (3, 3)
     usual = ["conv1x1"] if one_image else ["conv1x1", "per_frame"]
     wanted = None if adapters is None else _names("adapter", adapters, ADAPTERS)
-    common = {"backbone": choice("backbone", backbone, available()), "frame_channels": frame_channels}
+    size = read_image_size(image_size)
+    common: dict[str, Any] = {"backbone": choice("backbone", backbone, available()), "image_size": size}
+    common |= {"frame_channels": frame_channels}
     found = []
     for source in map(str, listed("weights", weights)):
         is_file = source not in (_PRETRAINED, RANDOM)
@@ -89,12 +93,12 @@ def combinations(
             own, kinds, below = {}, wanted or usual, stages
         else:
             # Used as it was trained, whatever was chosen for others.
-            own = {"frame_channels": None, "adapter": "conv1x1", **extractor_arguments(card, space)}
+            own = {"frame_channels": None, "image_size": None, "adapter": "conv1x1", **extractor_arguments(card, space)}
             kinds = [own["adapter"]] if wanted is None or own["adapter"] in wanted else []
             below = [stage for stage in stages if STAGES.index(stage) <= STAGES.index(card["last_stage"])]
         if not (kinds and below):
             continue
-        ends = _ends(tuple(own.get("image_size", space.shape[1:])), below, poolings)
+        ends = _ends(tuple(own.get("image_size", size) or space.shape[1:]), below, poolings)
         read = {"weights": str(Path(source).expanduser())} if is_file else {"pretrained": source == _PRETRAINED}
         last = max((stage for stage, _ in ends), key=STAGES.index)
         for kind in kinds:

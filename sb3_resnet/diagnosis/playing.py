@@ -11,6 +11,7 @@ from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.labels import LabelReader
+from sb3_resnet.common.playing import begin
 from sb3_resnet.envs.vec_env import AtariVecEnv
 
 Array = NDArray[Any]
@@ -21,10 +22,11 @@ _SUCCESSIVE = 16  # steps that are kept together
 
 
 def played(
-    env: VecEnv, act: Callable[[Any], Array], reader: LabelReader, each: int, spread: int, progress: Progress
+    env: VecEnv, seed: int, act: Callable[[Any], Array], reader: LabelReader, each: int, spread: int, progress: Progress
 ) -> tuple[Array, list[list[dict[str, Any]]]]:
     """
-    :param env: environments in this process, with their seed
+    :param env: environments in this process
+    :param seed: of environments and random actions
     :param act: gives the actions for observations
     :param reader: of labels
     :param each: observations of each environment
@@ -32,11 +34,12 @@ def played(
     :param progress: called after each step
     :return: observations, ``(rows, C, H, W)``, and by environment what is known about each
     """
-    observations: Any = env.reset()
+    observations: Any = begin(env, seed)
     kept = np.empty((env.num_envs, each, *observations.shape[1:]), observations.dtype)
     tracks: list[list[dict[str, Any]]] = [[] for _ in range(env.num_envs)]
     starts = np.ones(env.num_envs, bool)
-    choices, rewards = np.full(env.num_envs, -1), np.zeros(env.num_envs)
+    space: Any = env.action_space
+    choices, rewards = np.zeros((env.num_envs, int(np.prod(space.shape))), space.dtype), np.zeros(env.num_envs)
     infos: Sequence[Mapping[str, Any]] = [{}] * env.num_envs
     episodes = np.zeros(env.num_envs, int)
     games, has_lives = np.ones(env.num_envs, bool), lives_end_episodes(env)
@@ -47,12 +50,11 @@ def played(
                 continue
             first = bool(starts[index]) or (spread > 1 and step % _SUCCESSIVE == 0)
             known = reader.read(index, inner, infos[index], bool(starts[index]))
-            then = {"labels": known, "action": int(choices[index]), "reward": float(rewards[index])}
+            then = {"labels": known, "action": choices[index], "reward": float(rewards[index])}
             kept[index, len(tracks[index])] = observations[index]
             tracks[index].append({"episode": int(episodes[index]), "first": first, **then})
         actions = act(observations)
-        # Numbers are no classes.
-        choices = actions - getattr(env.action_space, "start", 0) if actions.ndim == 1 else np.zeros(env.num_envs, int)
+        choices = (actions - getattr(space, "start", 0)).reshape(env.num_envs, -1)
         observations, rewards, starts, infos = env.step(actions)
         games = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
         progress(step + 1, each * spread)

@@ -85,12 +85,6 @@ def read_out(features: Array, labels: Mapping[str, Array], splits: tuple[Array, 
     return {name: _score(solver, values, splits) for name, values in labels.items()}
 
 
-def mean_r2(scores: Mapping[str, Score]) -> float:
-    """:return: mean R² of the numbers among some labels; NaN where there are none"""
-    values = [score.value for score in scores.values() if score.kind == "R2" and score.value is not None]
-    return float(np.mean(values)) if values else float("nan")
-
-
 class _Ridge:
     """Ridge regressions of many targets on the same rows: one decomposition serves all targets and penalties."""
 

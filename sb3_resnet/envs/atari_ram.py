@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from sb3_resnet.envs.game import AtariGame
+
 #: Address in the 128 bytes of memory by game (as ale-py names its ROM) and name.
 ADDRESSES: dict[str, dict[str, int]] = {
     "asteroids": {"player_x": 73, "player_y": 74, "missile_x": 83, "missile_y": 86},
@@ -63,10 +65,12 @@ def ram_labels(env: Any) -> dict[str, float]:
     game = inner.spec.kwargs.get("game") if inner.spec is not None else None
     if game not in ADDRESSES:
         return {}
-    if not hasattr(inner, "ale"):
+    if isinstance(inner, AtariGame):
         raise ValueError(
             "The memory of games in C++ (make_atari_vec_env) cannot be read: make them with make_atari_env, or write "
             "labels=lambda env: {}"
         )
+    if not hasattr(inner, "ale"):  # another emulation, of the same name
+        return {}
     memory = inner.ale.getRAM()
     return {name: float(memory[address]) for name, address in ADDRESSES[game].items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -10,6 +11,8 @@ import gymnasium as gym
 import numpy as np
 import torch as th
 from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+
+_STEPS = "max_episode_steps"  # of gymnasium's TimeLimit, which notes it here
 
 
 def name_of(env: VecEnv) -> str:
@@ -23,14 +26,15 @@ def name_of(env: VecEnv) -> str:
 
 def source_of(
     env: VecEnv, model: Any, replay_buffer: Any, labels: Any, info_keys: Sequence[str]
-) -> dict[str, str | int | list[str]]:
+) -> dict[str, str | int | list[str] | dict[str, str]]:
     """
     :param env: environments
     :param model: an SB3 model that plays them, or ``None``
     :param replay_buffer: whose frames are trained on, or ``None``
     :param labels: function of an environment
     :param info_keys: keys of ``info`` that are labels
-    :return: what tells them from others; models and buffers by a checksum, environments by their classes
+    :return: what tells them from others; models and buffers by a checksum, environments by their classes and the
+        arguments that gymnasium knows of
     """
     player = "random actions" if model is None else _model(model)
     if replay_buffer is not None:
@@ -42,9 +46,44 @@ def source_of(
         "space": str(env.observation_space),
         "wrappers": _classes(env),
         "source": player,
-        "labels": [named.__qualname__, *info_keys],
+        "labels": [named.__qualname__, *_content(named), *info_keys],
         "labels_module": named.__module__,
+        "env_kwargs": _arguments(env),
     }
+
+
+def _arguments(env: VecEnv) -> dict[str, str]:
+    """:return: arguments of an environment that its registration does not have, and those of gymnasium's wrappers"""
+    if not name_of(env):
+        return {}
+    spec = env.get_attr("spec")[0]
+    try:
+        registered = gym.spec(spec.id)
+        usual = {**registered.kwargs, _STEPS: registered.max_episode_steps}
+    except gym.error.Error:  # its registration is gone
+        usual = {}
+    given = {name: _text(value) for name, value in {**spec.kwargs, _STEPS: spec.max_episode_steps}.items()}
+    given.pop("render_mode", None)  # a picture for people changes nothing of what is observed
+    found = {name: text for name, text in given.items() if name not in usual or _text(usual[name]) != text}
+    for wrapper in spec.additional_wrappers:
+        if wrapper.kwargs:
+            found[wrapper.name] = _text(wrapper.kwargs)
+    return found
+
+
+def _text(value: Any) -> str:
+    """:return: the same text in each process, so of other than plain values the name of their class"""
+    return json.dumps(value, sort_keys=True, default=lambda other: type(other).__qualname__)
+
+
+def _content(function: Any) -> list[str]:
+    """:return: what tells a function without a name from others: the names and constants in it"""
+    if "<lambda>" not in function.__qualname__:
+        return []
+    code = function.__code__
+    return [
+        " ".join(map(str, (*code.co_names, *(one for one in code.co_consts if isinstance(one, (str, int, float))))))
+    ]
 
 
 def _model(model: Any) -> str:

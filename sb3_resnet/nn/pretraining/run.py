@@ -29,7 +29,7 @@ CHECKPOINT, CLOCK = "checkpoint.pt", "seconds.json"
 # What a run did whose arguments lack these names; files of version 0.1.0 do.
 _WITHOUT = {"neighbours": 1, "shift_probability": 1.0}
 # What such files do not tell, so that it is not compared.
-_NOT_TOLD = {"wrappers", "labels_module"}
+_NOT_TOLD = {"wrappers", "labels_module", "env_kwargs"}
 _SAVE_SECONDS = 60.0  # between checkpoints, beside those of the probes
 _CLOCK_SECONDS = 10.0  # between notes of the time, before there is a checkpoint
 

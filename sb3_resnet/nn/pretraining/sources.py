@@ -10,7 +10,7 @@ from gymnasium import spaces
 from numpy.typing import NDArray
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_resnet.common.playing import next_actions
+from sb3_resnet.common.playing import begin, next_actions
 from sb3_resnet.nn.pretraining.frames import Frames, FrameWriter
 
 Report = Callable[[float], None]
@@ -24,7 +24,7 @@ def play(
     model: Any,
     epsilon: float,
     told: Report,
-    has_time: Callable[[], bool] = lambda: True,
+    may_go_on: Callable[[int], bool] = lambda frames: True,
 ) -> Frames:
     """
     Play until so many frames are there, or time is up.
@@ -36,15 +36,13 @@ def play(
     :param model: an SB3 model whose greedy actions are played; ``None``: random actions
     :param epsilon: share of random actions beside those of the model
     :param told: called with the share that is done
-    :param has_time: whether to play on
+    :param may_go_on: called with the frames that are there; whether to play on
     :return: the frames
     """
     shape: Any = env.observation_space.shape
     writer = FrameWriter(capacity, shape, frame_channels, env.num_envs)
     rng = np.random.default_rng(seed)
-    env.seed(seed)
-    env.action_space.seed(seed)
-    observations: Any = env.reset()
+    observations: Any = begin(env, seed)
     starts = np.ones(env.num_envs, bool)
     is_choice = n_actions(env.action_space) is not None
     while True:
@@ -58,7 +56,7 @@ def play(
                 writer.act(index, int(action) - _first(env.action_space))
         observations, _, starts, _ = env.step(actions)
         told(writer.used / capacity)
-        if not has_time():
+        if not may_go_on(writer.used):
             return writer.finished()
 
 
