@@ -1,5 +1,7 @@
 """The film of an episode: the environment's own pictures, the actions that were taken, and the return."""
 
+import json
+
 import gymnasium as gym
 import imageio.v2 as imageio
 import numpy as np
@@ -210,6 +212,18 @@ def test_what_cannot_work_is_refused_in_one_line(model_file, drawn_id, tiny_id, 
     assert message in error
     assert error.count("\n") == 1
     assert not film.exists()
+
+
+def test_the_card_beside_a_model_names_its_environment(model_file, drawn_id, tmp_path):
+    words = ("watch", model_file, "-o", tmp_path / "film.gif")
+    for text in (None, "{", '{"environment": 3}', "[]"):
+        if text is not None:
+            model_file.with_suffix(".json").write_text(text)
+        status, _, error = run_command(*words, width=1000)
+        assert status == 1
+        assert f"Write --env ID: there is no {model_file.with_suffix('.json')} that names one" in error
+    model_file.with_suffix(".json").write_text(json.dumps({"environment": drawn_id}))
+    assert run_command(*words)[0] == 0
 
 
 def test_code_in_a_model_runs_only_with_trust(drawn_id, tmp_path):

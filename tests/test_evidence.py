@@ -284,22 +284,28 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("# Title\n<!-- report: atari cpu -->\nold\n<!-- end of report: atari cpu -->\nafter\n")
     text = reports.report(tmp_path / "atari" / "cpu", "atari", page=page)
-    first = page.read_text().splitlines()[2:6]
+    first = page.read_text().splitlines()[2:5]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     iqm = found["iqm"]["last"]
-    gain = iqm["random_frozen"]["value"] - iqm["nature"]["value"]
-    assert abs(gain - 0.4) < 0.03
-    won = (
-        r"\*\*Won\*\* over `nature`, IQM 0\.\d+ \[0\.\d+, 0\.\d+\]: `random_frozen` by (.+) \[(.+), (.+)\], IQM 0\.\d+ "
-    )
-    by, low, high = map(float, re.match(won, first[0]).groups())
-    assert low < by < high
-    assert by == pytest.approx(gain, abs=1e-3)
-    assert re.match(r"\*\*Lost\*\* to it: `nature_head` by -0\.\d+ \[", first[1])
-    assert first[2] == "No arm is left undecided.<br>"
-    assert first[3].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
-    assert found["verdict"] == {"control": "nature", "won": ["random_frozen"], "lost": ["nature_head"], "open": []}
-    assert found["probability of such a difference by chance"]["random_frozen"] < 0.02
+    for line, control, words in (
+        (first[0], "nature_head", "the same head: what sees is all that differs"),
+        (first[1], "nature", "as SB3 has it"),
+    ):
+        won = (
+            rf"\*\*Won\*\* over `{control}` \({words}\), IQM 0\.\d+ \[0\.\d+, 0\.\d+\]: "
+            r"`random_frozen` by (.+?) \[(.+?), (.+?)\], IQM 0\.\d+ "
+        )
+        by, low, high = map(float, re.match(won, line).groups())
+        assert low < by < high
+        assert by == pytest.approx(iqm["random_frozen"]["value"] - iqm[control]["value"], abs=1e-3)
+        assert found["probability of such a difference by chance"][f"random_frozen over {control}"] < 0.03
+    assert "**Nothing was shown to lose** to it. No arm is left undecided." in first[0]
+    assert re.search(r"\*\*Lost\*\* to it: `nature_head` by -0\.\d+ \[", first[1])
+    assert first[2].startswith("**Measured:** 3 seeds x 2 games, 20,000 steps")
+    assert found["verdict"] == {
+        "nature_head": {"won": ["random_frozen"], "lost": [], "open": []},
+        "nature": {"won": ["random_frozen"], "lost": ["nature_head"], "open": []},
+    }
     assert found["probability of improvement"]["random_frozen over nature"]["value"] == 1.0
     assert found["command"] == "python benchmarks/atari.py report --suite atari --budget cpu"
     # Each table and picture says how many seeds, and each link leads somewhere.
@@ -317,7 +323,9 @@ def test_the_report_says_first_what_won_by_how_much_and_what_lost(tmp_path):
 def test_where_intervals_overlap_the_report_says_that_nothing_was_shown(tmp_path):
     fill(tmp_path, {"nature": 0.2, "random_frozen": 0.32}, spread=0.2)
     first = reports.report(tmp_path / "atari" / "cpu", "atari").splitlines()[:4]
-    assert first[0].startswith("**Nothing was shown to win** over `nature`, IQM 0.")
+    assert first[0].startswith("**Nothing was shown to win** over `nature` (as SB3 has it), IQM 0.")
+    assert "`nature_head` is not among them, so what sees and the head are not told apart" in first[3]
+    assert "can show nothing" not in first[3]
     assert first[1].startswith("**Nothing was shown to lose**")
     assert first[2].startswith("**Nothing was shown** of `random_frozen` by 0.")
     assert "Won" not in "".join(first)
@@ -328,10 +336,11 @@ def test_one_seed_shows_nothing_however_large_the_difference(tmp_path):
     fill(tmp_path, {"nature": 0.0, "random_frozen": 0.9}, seeds=1)
     text = reports.report(tmp_path / "atari" / "cpu", "atari")
     assert text.startswith("**Nothing was shown to win** over `nature`")
+    assert "so few runs can show nothing, however far apart they are" in text.splitlines()[3]
     assert "one seed: no interval" in text.splitlines()[0]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     assert found["iqm"]["last"]["nature"]["low"] is None
-    assert found["verdict"]["open"] == ["random_frozen"]
+    assert found["verdict"]["nature"]["open"] == ["random_frozen"]
 
 
 def test_the_verdict_needs_intervals_apart_and_a_difference_that_chance_does_not_make():
@@ -340,10 +349,28 @@ def test_the_verdict_needs_intervals_apart_and_a_difference_that_chance_does_not
     iqm |= {name: interval(0.55, 0.41, 0.6) for name in ("random_frozen", "pretrained_frozen")}
     iqm |= {"nature_head": interval(0.5, 0.39, 0.6)}
     chances = {"scratch": 0.001, "random_frozen": 0.04, "pretrained_frozen": 0.06, "nature_head": 0.01}
-    found = statistics.verdict(iqm, chances)
-    assert found["control"] == "nature"
-    assert (found["won"], found["lost"]) == (["random_frozen"], ["scratch"])
-    assert found["open"] == ["pretrained_frozen", "nature_head"]
+    found = statistics.verdict(iqm, {(arm, "nature"): chance for arm, chance in chances.items()})
+    assert [*found] == ["nature"]
+    assert (found["nature"]["won"], found["nature"]["lost"]) == (["random_frozen"], ["scratch"])
+    assert found["nature"]["open"] == ["pretrained_frozen", "nature_head"]
+
+
+def test_each_arm_is_compared_with_each_control_and_the_controls_once():
+    pairs = [("random_frozen", "nature_head"), ("nature_head", "nature"), ("random_frozen", "nature")]
+    assert statistics.pairs_of(["nature", "nature_head", "random_frozen"]) == pairs
+    assert statistics.pairs_of(["nature", "scratch"]) == [("scratch", "nature")]
+    assert statistics.pairs_of(["random_frozen", "scratch"]) == [("scratch", "random_frozen")]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "some_games", "tests"), [(2, 1, 1), (3, 1, 1), (5, 1, 7), (3, 2, 7), (2, 2, 1), (5, 1, 2)]
+)
+def test_what_cannot_decide_never_does(seeds, some_games, tests):
+    by_arm = {"nature": np.zeros((seeds, some_games)), "scratch": np.ones((seeds, some_games))}
+    (chance,) = statistics.chances(by_arm).values()  # of arms as far apart as any can be
+    if not statistics.can_decide(seeds, some_games, tests):
+        assert tests * chance >= 0.9 * statistics.CHANCE
+    assert statistics.can_decide(3, 4, 9)
 
 
 def test_arms_that_are_alike_seldom_differ():
@@ -351,8 +378,11 @@ def test_arms_that_are_alike_seldom_differ():
     alike = [statistics.chances({arm: random.normal(size=(3, 4)) for arm in arms.ARMS}) for _ in range(20)]
     assert sum(min(found.values()) < statistics.CHANCE for found in alike) <= 2
     few = statistics.chances({"nature": np.zeros((3, 1)), "scratch": np.ones((3, 1))})
-    assert few["scratch"] == pytest.approx(2 / 20, abs=0.01)  # 20 ways to deal out six runs, and two are as far apart
-    assert statistics.chances({"nature": np.zeros((1, 4)), "scratch": np.ones((1, 4))})["scratch"] > statistics.CHANCE
+    assert few["scratch", "nature"] == pytest.approx(
+        2 / 20, abs=0.01
+    )  # 20 ways to deal out six runs, and two are as far apart
+    one = statistics.chances({"nature": np.zeros((1, 4)), "scratch": np.ones((1, 4))})
+    assert one["scratch", "nature"] > statistics.CHANCE
 
 
 @pytest.mark.usefixtures("_rliable")
@@ -398,17 +428,6 @@ def test_arms_with_other_settings_are_not_compared(tmp_path):
         table.read(tmp_path / "atari" / "cpu", games.SUITES["atari"])
 
 
-def test_a_run_killed_right_after_its_result_keeps_its_agent(tmp_path):
-    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 1e-4)
-    result(tmp_path, "nature", "Pong", 0, [1.0])
-    folder = tmp_path / "checkpoints" / run.folder / run.name
-    folder.mkdir(parents=True)
-    for name in ("model-20000.zip", "log.json", "settings.json"):
-        (folder / name).write_text(name)
-    suite.execute_all([run], tmp_path, tmp_path / "checkpoints")
-    assert {file.name: file.read_text() for file in folder.iterdir()} == {"agent.zip": "model-20000.zip"}
-
-
 def test_minigrid_is_seen_in_colour_and_plays_the_same_again():
     pytest.importorskip("minigrid", reason="pip install -e '.[evidence]'")
     random = np.random.default_rng(0)
@@ -445,7 +464,7 @@ def test_the_learning_rate_with_the_best_mean_over_all_tuning_games_is_taken(tmp
     found = tuning.choose(files, "atari", "cpu", tmp_path, "the command")["arms"]["nature"]
     # The lower one of two that are equal.
     tries = {"3e-05": 0.35, "0.0001": 0.3, "0.0003": 0.35}
-    others = {"runs per try": 2, "steps": 20_000, "command": "the command"}
+    others = {"games": ["Breakout", "Pong"], "runs per try": 2, "steps": 20_000, "command": "the command"}
     assert found == {"learning_rate": 3e-5, "tries": tries, **others}
     assert tuning.learning_rate_of("nature", tmp_path, "atari", "cpu") == 3e-5
     assert all(file.parent.name == "tuning" for file in files)
@@ -510,6 +529,117 @@ def test_another_runs_file_is_not_taken_for_ones_own(tmp_path):
         runs.execute(pretrained, tmp_path, tmp_path / "checkpoints")
 
 
+def finished(run, folder):
+    """The checkpoints of a run that has made its last step."""
+    place = folder / run.folder / run.name
+    place.mkdir(parents=True)
+    for steps in (10_000, 9_000):
+        (place / f"model-{steps}.zip").write_text(str(steps))
+    (place / "settings.json").write_text(json.dumps({"command": run.command, "shared": {}}))
+    (place / "buffer-10000.pkl").touch()
+    log = recording.Log(steps=10_000, evaluations=[{"step": 10_000, "returns": [1.0]}], seconds=[[10_000, 1, 1, 1]])
+    (place / "log.json").write_text(json.dumps(dataclasses.asdict(log)))
+    return place
+
+
+def test_the_last_model_is_kept_as_the_agent_also_beside_an_older_one(tmp_path):
+    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 10_000, 1e-4)
+    place = finished(run, tmp_path / "checkpoints")
+    runs.execute(run, tmp_path, tmp_path / "checkpoints")
+    assert sorted(file.name for file in place.iterdir()) == ["agent.zip", "lock"]
+    assert (place / "agent.zip").read_text() == "10000"
+
+
+@pytest.mark.slow
+def test_a_run_killed_right_after_its_result_keeps_its_agent(tmp_path):
+    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 10_000, 1e-4)
+    result(tmp_path, "nature", "Pong", 0, [1.0], steps=10_000)
+    place = finished(run, tmp_path / "checkpoints")
+    suite.execute_all([run], tmp_path, tmp_path / "checkpoints")
+    assert sorted(file.name for file in place.iterdir()) == ["agent.zip", "lock"]
+    assert (place / "agent.zip").read_text() == "10000"
+
+
+def test_a_run_that_is_not_finished_keeps_its_checkpoints_where_another_folder_has_a_result(tmp_path):
+    result(tmp_path, "nature", "Pong", 0, [1.0])
+    run = spec.Run("atari", "cpu", "Pong", "nature", 0, 20_000, 1e-4)
+    place = finished(run, tmp_path / "checkpoints")
+    before = sorted(file.name for file in place.iterdir())
+    runs.execute(run, tmp_path, tmp_path / "checkpoints")
+    suite.execute_all([run], tmp_path, tmp_path / "checkpoints")
+    assert sorted(file.name for file in place.iterdir()) == sorted([*before, "lock"])
+
+
+def test_a_checkpoint_of_another_rate_is_not_taken_for_this_run_though_nothing_is_left_to_train(tmp_path):
+    place = finished(spec.Run("atari", "cpu", "Pong", "nature", 0, 10_000, 3e-4), tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="is of another run"):
+        runs.execute(spec.Run("atari", "cpu", "Pong", "nature", 0, 10_000, 1e-4), tmp_path, tmp_path / "checkpoints")
+    assert (place / "model-10000.zip").exists()
+
+
+def test_two_seeds_have_no_environment_in_common(tmp_path, monkeypatch):
+    firsts = []
+
+    def made(suite, game, n_envs, seed, **others):
+        firsts.append(seed)
+        raise RuntimeError
+
+    monkeypatch.setattr(runs, "make_env", made)
+    for seed in range(3):
+        with pytest.raises(RuntimeError):
+            runs.execute(spec.Run("atari", "cpu", "Pong", "nature", seed, 8_000, 1e-4), tmp_path, tmp_path)
+    assert firsts == [0, games.N_ENVS, 2 * games.N_ENVS]  # SB3 gives the others of a run the numbers in between
+
+
+def mixed(folder, **others):
+    fill(folder, {"nature": 0.2, "random_frozen": 0.3}, seeds=2, some_games=["Boxing"])
+    path = folder / "atari" / "cpu" / "Boxing-random_frozen-20000-s1.json"
+    found = json.loads(path.read_text())
+    found.update({name: value for name, value in others.items() if name in found})
+    found["settings"].update({name: value for name, value in others.items() if name not in found})
+    path.write_text(json.dumps(found))
+    return folder / "atari" / "cpu"
+
+
+@pytest.mark.parametrize(
+    ("others", "words"),
+    [
+        ({"learning_rate": 3e-4}, "other learning_rate"),
+        ({"head": ["Linear(4)"]}, "other head"),
+        ({"trunk": {"arguments": {"frozen_dtype": "float32"}}}, "other trunk"),
+        ({"trunk": {"weights": {"sha256": "0"}}}, "other weights"),
+    ],
+    ids=str,
+)
+def test_the_runs_of_an_arm_differ_in_game_and_seed_alone(others, words, tmp_path):
+    folder = mixed(tmp_path, **others)
+    with pytest.raises(
+        ValueError, match=rf"Boxing-random_frozen-20000-s0\.json and .*s1\.json are of one arm.* {words}"
+    ):
+        reports.report(folder, "atari")
+
+
+def test_a_report_of_what_there_is_not_is_refused(tmp_path):
+    fill(tmp_path, {"nature": 0.2, "random_frozen": 0.3}, some_games=["Boxing"])
+    folder = tmp_path / "atari" / "cpu"
+    with pytest.raises(ValueError, match="--arms: there is no result of random_frozn, but of nature, random_frozen"):
+        reports.report(folder, "atari", arms=["nature", "random_frozn"])
+    with pytest.raises(ValueError, match="--games: there is no result of KrulNoFrameskip-v4, but of Boxing"):
+        reports.report(folder, "atari", games=["Boxing", "Krul"])
+
+
+@pytest.mark.usefixtures("_rliable")
+def test_the_report_names_what_it_compares_and_where_the_code_was_another(tmp_path):
+    folder = mixed(tmp_path, code="of yesterday")
+    result(tmp_path, "scratch", "Krull", 0, [1.0])
+    text = reports.report(folder, "atari", arms=["nature", "random_frozen"])
+    found = json.loads((folder / "report.json").read_text())
+    assert found["left out"] == ["Krull-scratch-20000-s0.json"]
+    assert len(found["files"]) == 4
+    assert not {*found["files"]} & {*found["left out"]}
+    assert f"The code of these runs is not the same for all; each file names its own: {results.code()}, of yest" in text
+
+
 @pytest.mark.parametrize("arm", ["nature_head", "random_frozen"])
 def test_a_small_agent_acts_as_the_large_one_and_names_no_place(arm, tmp_path):
     env = DummyVecEnv([lambda: FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4)] * 8)
@@ -538,6 +668,28 @@ def test_a_small_agent_acts_as_the_large_one_and_names_no_place(arm, tmp_path):
         agent.export(spec.Run("atari", "cpu", "Pong", arm, 0, 8, 1e-4), tmp_path, tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize("limit", [3_000_000, 1_000])
+def test_an_agent_that_is_too_large_leaves_its_card_and_the_command_that_trains_it_again(limit, tmp_path, monkeypatch):
+    env = DummyVecEnv([lambda: FakeImageEnv(action_dim=6, screen_height=84, screen_width=84, n_channels=4)] * 8)
+    model = arms.build("random_frozen", env, budgets.budget_of("smoke"), 0, 1e-4, None)
+    run = spec.Run("atari", "cpu", "Pong", "random_frozen", 0, 20_000, 1e-4)
+    result(tmp_path, "random_frozen", "Pong", 0, [1.0])
+    place = tmp_path / "checkpoints" / run.folder / run.name
+    place.mkdir(parents=True)
+    model.save(place / "agent.zip")
+    monkeypatch.setattr(agent, "LARGEST", limit)
+    monkeypatch.setattr(agent, "evaluate", lambda *_: [1.0, 3.0])
+    file = agent.export(run, tmp_path, tmp_path / "checkpoints", tmp_path / "agents")
+    card = json.loads((tmp_path / "agents" / "Pong-random_frozen.json").read_text())
+    assert card["mean return of this file"] == 2.0
+    assert card["environment"] == "PongNoFrameskip-v4"
+    assert file.suffix == (".zip" if limit > 1_000 else ".json")
+    assert ("file" in card) == (limit == 1_000)
+    if limit == 1_000:
+        assert run.command in card["file"]
+    assert len([*(tmp_path / "agents").iterdir()]) == (2 if limit > 1_000 else 1)
+
+
 def test_wrong_words_are_said_in_one_line(capsys):
     assert commands.main(["--arms", "natur"]) == 1
     assert capsys.readouterr().err.startswith("Error: --arms must be of nature, ")
@@ -545,7 +697,17 @@ def test_wrong_words_are_said_in_one_line(capsys):
     assert "holds no results" in capsys.readouterr().err
     assert commands.main(["--seeds", "0"]) == 1
     assert "at least 1, got 0" in capsys.readouterr().err
+    for rate in ("0", "-1", "nan", "inf"):
+        words = ["run", "--budget", "smoke", "--game", "Pong", "--arm", "nature", f"--learning-rate={rate}"]
+        assert commands.main(words) == 1
+        assert f"--learning-rate must be above 0, got {rate}" in capsys.readouterr().err
+    assert commands.main(["tune", "--games", "Boxing"]) == 1
+    assert "--games must be of Pong, Breakout, which are never reported, got 'Boxing'" in capsys.readouterr().err
     if not th.cuda.is_available():
+        assert (
+            commands.main(["agent", "--budget", "gpu", "--game", "Pong", "--arm", "nature", "--results", "none"]) == 1
+        )
+        assert "agent.zip is not there" in capsys.readouterr().err
         assert commands.main(["--budget", "gpu"]) == 1
         assert "PyTorch finds no GPU: write --budget cpu" in capsys.readouterr().err
 
@@ -597,6 +759,22 @@ def test_the_same_command_gives_the_same_result_file_bit_for_bit(twice):
     times = json.loads((twice[0] / "atari" / "smoke" / "Pong-random_frozen-5000-s0.times.json").read_text())
     assert [row[0] for row in times[results.SECONDS]] == [4_000, 5_000]
     assert 0 < times[results.SECONDS][0][1] < times[results.SECONDS][1][1]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("evidence")
+def test_a_signal_to_the_suite_alone_ends_its_runs_too(tmp_path):
+    process = started(tmp_path, *SMOKE)
+    while process.poll() is None and not [*tmp_path.glob("**/settings.json")]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "Stopped: the same command goes on" in error
+    assert "Traceback" not in error
+    (place,) = (tmp_path / "checkpoints").glob("atari/smoke/*")
+    with runs.locked(place):  # which its process would hold
+        assert not results_in(tmp_path)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +31,14 @@ def export(run: Run, results: Path, checkpoints: Path, folder: Path) -> Path:
     """
     Write ``<game>-<arm>.zip`` and its card, ``<game>-<arm>.json``.
 
+    Of an agent that is too large there is the card alone, with the command that trains it again.
+
     :param run: that has ended
     :param results: folder of all results
     :param checkpoints: folder of all checkpoints
     :param folder: where to write
-    :return: the agent's file, which ``DQN.load`` reads
+    :return: the agent's file, which ``DQN.load`` reads; its card, if it would be larger than :data:`LARGEST`
     :raises FileNotFoundError: without the run's result or agent
-    :raises ValueError: if the file would be larger than :data:`LARGEST`
     """
     file = checkpoints / run.folder / run.name / AGENT
     result_file = results / run.folder / f"{run.name}.json"
@@ -46,15 +48,21 @@ def export(run: Run, results: Path, checkpoints: Path, folder: Path) -> Path:
     result = json.loads(result_file.read_text())
     small = folder / f"{run.game}-{run.arm}.zip"
     folder.mkdir(parents=True, exist_ok=True)
-    with written_whole(small, small.with_suffix(".json")) as (agent_file, card_file):
-        save_small(DQN.load(file, device="cpu"), agent_file)
-        size = agent_file.stat().st_size
-        if size > LARGEST:
-            raise ValueError(f"{small.name} would take {size / 1e6:.1f} MB, and {LARGEST / 1e6:g} MB are the limit")
-        played = DQN.load(agent_file, device="cpu")
-        returns = evaluate(played, run.suite, run.game, run.arm, run.plan.episodes, _SEED)
-        card_file.write_text(json.dumps(_card(run, result, returns, size, results), indent=1) + "\n")
-    return small
+    with tempfile.TemporaryDirectory() as place:
+        made = Path(place) / small.name
+        save_small(DQN.load(file, device="cpu"), made)
+        played, content = DQN.load(made, device="cpu"), made.read_bytes()
+    returns = evaluate(played, run.suite, run.game, run.arm, run.plan.episodes, _SEED)
+    card = _card(run, result, returns, len(content), results)
+    if len(content) > LARGEST:
+        small.unlink(missing_ok=True)
+        card = {"file": f"none: it is larger than {LARGEST / 1e6:g} MB; trained again by {result['command']!r}", **card}
+    files = [small.with_suffix(".json"), *([small] if len(content) <= LARGEST else [])]
+    with written_whole(*files) as (card_file, *agent_files):
+        for agent_file in agent_files:
+            agent_file.write_bytes(content)
+        card_file.write_text(json.dumps(card, indent=1) + "\n")
+    return files[-1]
 
 
 def save_small(model: DQN, path: Path) -> None:

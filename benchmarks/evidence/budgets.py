@@ -64,12 +64,17 @@ def budget_of(name: str, steps: int | None = None) -> Budget:
     :param name: ``"smoke"``, ``"cpu"``, ``"quarter"``, ``"gpu"`` or ``"pong"``
     :param steps: other than the budget's
     :return: the budget
-    :raises ValueError: for an unknown name, steps that are no multiple of the number of environments, or a GPU that is
-        not there
+    :raises ValueError: for an unknown name, or steps that are no multiple of the number of environments
     """
     if name not in BUDGETS:
         raise ValueError(f"--budget must be one of {', '.join(BUDGETS)}, got {name!r}")
-    budget = BUDGETS[name]
-    if budget.device == "cuda" and not th.cuda.is_available():  # SB3 would take the CPU in silence
+    return BUDGETS[name] if steps is None else replace(BUDGETS[name], steps=steps)
+
+
+def check_device(name: str) -> None:
+    """
+    :param name: of a budget that is to be run here
+    :raises ValueError: if it needs a GPU that is not there
+    """
+    if BUDGETS[name].device == "cuda" and not th.cuda.is_available():  # SB3 would take the CPU in silence
         raise ValueError(f"--budget {name}, but PyTorch finds no GPU: write --budget cpu")
-    return budget if steps is None else replace(budget, steps=steps)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from .arms import ARMS, LEARNING_RATES, weights_for
-from .budgets import BUDGETS, budget_of
+from .budgets import BUDGETS, budget_of, check_device
 from .games import SUITES, suite_of
 from .runs import execute
 from .spec import Run
@@ -36,10 +37,14 @@ def main(words: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError, LookupError, RuntimeError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("\nStopped: the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 
 def _suite(given: argparse.Namespace) -> None:
+    check_device(given.budget)
     steps = budget_of(given.budget, given.steps).steps
     domain = suite_of(given.suite)
     arms = given.arms or [*domain.arms]
@@ -56,18 +61,21 @@ def _suite(given: argparse.Namespace) -> None:
 def _tune(given: argparse.Namespace) -> None:
     domain = suite_of(given.suite)
     arms = given.arms or [*domain.arms]
+    check_device(given.budget)
     steps = budget_of(given.budget, given.steps).steps
     rates = dict.fromkeys(arms, given.rates)
-    common = (given.suite, given.budget, steps, arms, domain.tuning, _seeds(given), rates, given.weights)
+    games = _tuning_games(given)
+    common = (given.suite, given.budget, steps, arms, games, _seeds(given), rates, given.weights)
     runs, skipped = runs_of(*common, given.imagenet, is_try=True)
     print(*skipped, sep="\n", end="\n" * bool(skipped), flush=True)
     # An arm that lacks the weights of one game would be judged by the others alone.
-    lacking = {run.arm for run in runs if {other.game for other in runs if other.arm == run.arm} != {*domain.tuning}}
+    lacking = {run.arm for run in runs if {other.game for other in runs if other.arm == run.arm} != {*games}}
     runs = [run for run in runs if run.arm not in lacking]
     if not runs:
         raise ValueError("No arm has all that it needs on all tuning games")
     files = execute_all(runs, given.results, given.checkpoints, given.processes)
     said = " ".join(_said(given, ("suite", "budget", "steps", "seeds")))
+    said += f" --games {' '.join(games)}" if given.games else ""
     files_used = [f"--weights {game}={Path(file).name}" for game, file in given.weights.items()]
     rates_tried = " ".join(f"{rate:g}" for rate in given.rates)
     command = " ".join(["python benchmarks/atari.py tune", said, f"--rates {rates_tried}", *files_used])
@@ -75,9 +83,18 @@ def _tune(given: argparse.Namespace) -> None:
         print(f"{arm}: {found['learning_rate']:g} of {found['tries']}")
 
 
+def _tuning_games(given: argparse.Namespace) -> list[str]:
+    domain = suite_of(given.suite)
+    for game in given.games or ():
+        if game not in domain.tuning:
+            raise ValueError(f"--games must be of {', '.join(domain.tuning)}, which are never reported, got {game!r}")
+    return given.games or [*domain.tuning]
+
+
 def _run(given: argparse.Namespace) -> None:
     if given.child:
         end_with_parent()
+    check_device(given.budget)
     run = _run_of(given)
     print_steps = (lambda done: print(STEPS, done, flush=True)) if given.child else (lambda done: None)
     file = execute(run, given.results, given.checkpoints, print_steps)
@@ -89,7 +106,11 @@ def _run_of(given: argparse.Namespace) -> Run:
     steps = budget_of(given.budget, given.steps).steps
     names = (given.suite, given.budget, given.game, given.arm)
     weights = weights_for(given.arm, given.game, given.weights, given.imagenet)
-    rate = given.learning_rate or learning_rate_of(given.arm, given.results, given.suite, given.budget)
+    rate = given.learning_rate
+    if rate is None:
+        rate = learning_rate_of(given.arm, given.results, given.suite, given.budget)
+    if not 0 < rate < math.inf:
+        raise ValueError(f"--learning-rate must be above 0, got {rate:g}")
     return Run(*names, given.seed, steps, rate, weights, given.is_try)
 
 
@@ -163,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
     suite = commands.add_parser("suite", parents=[places, kind, files, many], help="all runs (the default command)")
     suite.add_argument("--games", nargs="+", metavar="GAME")
     tune = commands.add_parser("tune", parents=[places, kind, files, many], help="a learning rate for each arm")
+    tune.add_argument("--games", nargs="+", metavar="GAME", help="of those for tuning; default: all")
     tune.add_argument("--rates", type=float, nargs="+", default=LEARNING_RATES, metavar="RATE", help="those tried")
     one = argparse.ArgumentParser(add_help=False)
     one.add_argument("--game", required=True)

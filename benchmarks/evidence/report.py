@@ -22,6 +22,7 @@ from .tuning import rates_file
 
 #: Around what the report puts into a page of the documentation, followed by the name of the suite and budget.
 BEGIN, END = "<!-- report: {} -->", "<!-- end of report: {} -->"
+_KINDS_OF_CONTROL = {"nature_head": "the same head: what sees is all that differs", "nature": "as SB3 has it"}
 PICTURES = ("report_iqm.png", "report_steps.png", "report_seconds.png")
 
 
@@ -31,19 +32,19 @@ class Compared:
     What a report says of the arms.
 
     :param iqm: by kind of score, by arm
-    :param gains: difference of each arm to the control
-    :param chances: with which such a difference is one of chance
-    :param better: probability of improvement, by arm and control
+    :param gains: difference, by arm and control
+    :param chances: with which such a difference is one of chance, likewise
+    :param better: probability of improvement, likewise
     """
 
     iqm: dict[str, dict[str, Interval]]
-    gains: dict[str, Interval]
-    chances: dict[str, float]
+    gains: dict[tuple[str, str], Interval]
+    chances: dict[tuple[str, str], float]
     better: dict[tuple[str, str], Interval]
 
     @property
-    def verdict(self) -> dict[str, Any]:
-        """Which arms won and lost."""
+    def verdict(self) -> dict[str, dict[str, list[str]]]:
+        """Which arms won and lost, by control."""
         return statistics.verdict(self.iqm["last"], self.chances)
 
 
@@ -98,19 +99,27 @@ def summary(compared: Compared, shown: str, unit: str) -> list[str]:
     :param compared: what was found
     :param shown: how many seeds, games and steps
     :param unit: of the scores
-    :return: what won, by how much, with which interval, what lost, and where nothing was shown
+    :return: what won over each control, by how much, with which interval, what lost, and where nothing was shown
     """
-    iqm, found = compared.iqm["last"], compared.verdict
-    control = f"`{found['control']}`, IQM {iqm[found['control']]}"
+    lines = []
+    for control, found in compared.verdict.items():
+        told = _against(compared, control, found)
+        lines += told if len(compared.verdict) == 1 else [" ".join(told)]
+    return [*lines, f"**Measured:** {shown}; {unit}."]
+
+
+def _against(compared: Compared, control: str, found: dict[str, list[str]]) -> list[str]:
+    iqm = compared.iqm["last"]
 
     def listed(arms: list[str]) -> str:
-        return "; ".join(f"`{arm}` by {compared.gains[arm]}, IQM {iqm[arm]}" for arm in arms)
+        return "; ".join(f"`{arm}` by {compared.gains[arm, control]}, IQM {iqm[arm]}" for arm in arms)
 
-    won = f"**Won** over {control}: {listed(found['won'])}." if found["won"] else "**Nothing was shown to win**"
+    won = f"**Won** over `{control}`" if found["won"] else f"**Nothing was shown to win** over `{control}`"
+    won += f" ({_KINDS_OF_CONTROL[control]})" if control in _KINDS_OF_CONTROL else ""
+    won += f", IQM {iqm[control]}" + (f": {listed(found['won'])}." if found["won"] else ".")
     lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
-    won += "" if found["won"] else f" over {control}."
     rest = f"**Nothing was shown** of {listed(found['open'])}." if found["open"] else "No arm is left undecided."
-    return [won, lost, rest, f"**Measured:** {shown}; {unit}."]
+    return [won, lost, rest]
 
 
 def _text(
@@ -123,6 +132,10 @@ def _text(
     suite = suite_of(name)
     tuning = [game for game in table.games if game in map(suite.env_id, suite.tuning)]
     note = f"; {', '.join(tuning)}: games for tuning, so no evidence for games that were not seen" if tuning else ""
+    if "nature" in table.arms and "nature_head" not in table.arms:
+        note += "; `nature_head` is not among them, so what sees and the head are not told apart"
+    if not statistics.can_decide(len(table.seeds), len(table.games), len(compared.chances)):
+        note += "; so few runs can show nothing, however far apart they are"
     *first, last = summary(compared, _shown(table), f"{suite.unit}{note}")
     # Each a line of its own, also where Markdown joins lines.
     lines = [*(f"{line}<br>" for line in first), last, ""]
@@ -131,7 +144,7 @@ def _text(
     lines += ["", f"IQM: interquartile mean over {_shown(table)}; in brackets 95 % stratified bootstrap intervals", ""]
     lines[-2] += (
         " of rliable. An arm won or lost where these do not overlap, and where chance makes such a difference with a "
-        f"probability below {statistics.CHANCE:g}, by a permutation test within each game that counts how many arms "
+        f"probability below {statistics.CHANCE:g}, by a permutation test within each game that counts how many pairs "
         "were tested. File: [report.json](PLACE/report.json)."
     )
     if compared.better:
@@ -149,16 +162,16 @@ def _text(
 
 def _aggregate_rows(table: Table, compared: Compared) -> list[str]:
     _, spent = tables.seconds(table)
-    iqm = compared.iqm
-    rows = [
-        f"| arm | what sees | {' | '.join(KINDS.values())} | by chance | learning rate | minutes | before it |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    iqm, chances = compared.iqm, compared.chances
+    controls = [*compared.verdict]
+    by_chance = [f"by chance, to `{control}`" for control in controls]
+    heads = ["arm", "what sees", *KINDS.values(), *by_chance, "learning rate", "minutes", "before it"]
+    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for arm in sorted(table.arms, key=lambda arm: -iqm["last"][arm].value):
         rate = table.results[arm, table.games[0], table.seeds[0]]["learning_rate"]
         cells = [str(iqm[kind][arm]) for kind in KINDS]
-        cells += [f"{compared.chances[arm]:.2g}" if arm in compared.chances else "", f"{rate:g}"]
-        cells += [f"{spent[arm][-1] / 60:.0f}", _before(table, arm)]
+        cells += [f"{chances[arm, one]:.2g}" if (arm, one) in chances else "" for one in controls]
+        cells += [f"{rate:g}", f"{spent[arm][-1] / 60:.0f}", _before(table, arm)]
         rows.append(f"| `{arm}` | {ARMS[arm].words} | {' | '.join(cells)} |")
     return rows
 
@@ -210,12 +223,15 @@ def _about(folder: Path, name: str, table: Table) -> str:
         f"* Minutes are {whose}, training alone, on {', '.join(machines)}.",
         f"* Versions: {', '.join(f'{package} {number}' for package, number in first['versions'].items())}.",
     ]
+    codes = sorted({result.get("code", "an older one") for result in table.results.values()})
+    if len(codes) > 1:
+        lines.append(f"* The code of these runs is not the same for all; each file names its own: {', '.join(codes)}.")
     if untuned:
         named = ", ".join(f"`{arm}` ({trained[arm]:g})" for arm in untuned)
         lines.append(f"* Learning rate not tuned (RL-Zoo's is {LEARNING_RATE:g}): {named}.")
     if tuned:
-        named = ", ".join(f"`{arm}`" for arm in tuned)
-        lines.append(f"* Learning rate tuned on {', '.join(suite.tuning)}: {named} ([tries](PLACE/{rates.name})).")
+        named, played = ", ".join(f"`{arm}`" for arm in tuned), ", ".join(chosen[tuned[0]]["games"])
+        lines.append(f"* Learning rate tuned on {played}: {named} ([tries](PLACE/{rates.name})).")
     if any(ARMS[arm].weights == "game" for arm in table.arms):
         lines.append(
             "* All seeds of a game share one pretrained trunk, so the intervals of these arms do not hold how much "
@@ -242,8 +258,10 @@ def _as_json(suite: Suite, table: Table, compared: Compared, command: str) -> di
         "seeds": [*table.seeds],
         "unit": suite.unit,
         "iqm": {kind: {arm: found.as_dict() for arm, found in by_arm.items()} for kind, by_arm in compared.iqm.items()},
-        "difference to the control": {arm: found.as_dict() for arm, found in compared.gains.items()},
-        "probability of such a difference by chance": {arm: round(p, 5) for arm, p in compared.chances.items()},
+        "difference": {f"{arm} over {one}": found.as_dict() for (arm, one), found in compared.gains.items()},
+        "probability of such a difference by chance": {
+            f"{arm} over {one}": round(chance, 5) for (arm, one), chance in compared.chances.items()
+        },
         "probability of improvement": {f"{arm} over {one}": f.as_dict() for (arm, one), f in compared.better.items()},
         "verdict": compared.verdict,
         "files": sorted(result["file"] for result in table.results.values()),

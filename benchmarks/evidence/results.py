@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import platform
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
         "evaluations": log.evaluations,
         "episodes of training (step, return)": log.episodes,
         "settings": {name: value for name, value in settings.items() if name != "command"},
+        "code": code(),
         "versions": _versions("ale-py" if run.suite == "atari" else "minigrid"),
     }
     times = {
@@ -55,6 +58,16 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
     with written_whole(path.with_suffix(".times.json"), path) as (times_file, result_file):
         times_file.write_text(json.dumps(times) + "\n")
         result_file.write_text(json.dumps(result) + "\n")
+
+
+@cache
+def code() -> str:
+    """:return: checksum of the package and the suite, which may change between two runs and not change a version"""
+    folders = (Path(sb3_resnet.__file__).parent, Path(__file__).parent)
+    found = hashlib.sha256()
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _versions(domain: str) -> dict[str, str]:

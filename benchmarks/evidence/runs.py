@@ -53,12 +53,16 @@ def execute(
     with locked(folder):
         if result.exists():
             refuse_other_settings(run, result)
-            keep_the_agent(folder)
+            log = _last(folder)
+            if log.steps >= run.steps or ends(log):  # else another folder of results has a run of this name
+                keep_the_agent(folder)
             tell(run.steps)
             return result
         remove_left_overs(folder)
         remove_left_overs(result.parent)
         log, settings = _last(folder), None
+        if log.steps:
+            refuse_other_settings(run, folder / "settings.json")
         while log.steps < run.steps and not ends(log):
             log, settings = _piece(run, folder, log, tell, ends)
             tell(log.steps)
@@ -73,8 +77,12 @@ def keep_the_agent(folder: Path) -> None:
 
     :param folder: of its checkpoints, if it has one here
     """
-    for file in folder.glob("model-*.zip"):
-        file.replace(folder / AGENT)
+    # One that was killed while it cleaned up may have an older one too.
+    models = sorted(folder.glob("model-*.zip"), key=lambda file: int(file.stem.removeprefix("model-")))
+    for older in models[:-1]:
+        older.unlink()
+    for last in models[-1:]:
+        last.replace(folder / AGENT)
     for file in folder.glob("*"):
         if file.name not in (AGENT, "lock"):
             file.unlink(missing_ok=True)
@@ -110,7 +118,8 @@ def locked(folder: Path) -> Iterator[None]:
 def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Log, dict[str, Any]]:
     """Train up to the next checkpoint, and write it."""
     sb3_resnet.seed_everything(run.seed)
-    env = make_env(run.suite, run.game, N_ENVS, run.seed, threads=run.plan.threads)
+    # No two seeds have an environment in common, as they would with SB3's numbers: seed, seed + 1, ...
+    env = make_env(run.suite, run.game, N_ENVS, N_ENVS * run.seed, threads=run.plan.threads)
     begins = log.steps == 0
     if begins:
         played = np.zeros((0, N_ENVS), np.uint8)
@@ -118,7 +127,6 @@ def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Lo
         settings = resolved(model, run.arm, run.suite, run.plan, run.learning_rate, run.weights)
         (folder / "settings.json").write_text(json.dumps({"command": run.command, **settings}))
     else:
-        refuse_other_settings(run, folder / "settings.json")
         played = np.load(folder / f"actions-{log.steps}.npy")
         model = _load(run, folder / f"model-{log.steps}.zip", env, _replay(env, played))
         settings = _same_settings(run, model, folder / "settings.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,8 @@ from typing import Any
 import numpy as np
 
 REPS = 2_000  # bootstrap samples, as many as rliable's own examples take at least
-CONTROLS = ("nature", "nature_head")  # what all others are compared with: the first one that was run decides
+#: What all others are compared with: one that differs from a ResNet in the trunk alone, and SB3's own.
+CONTROLS = ("nature_head", "nature")
 CHANCE = 0.05  # with which a difference may be said to be shown where all arms are alike
 PERMUTATIONS = 20_000
 
@@ -58,45 +60,45 @@ def improvements(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], Interva
     """:return: probability that a run of the first arm is better than one of the second, a control, in the same game"""
     from rliable import library, metrics
 
-    pairs = {
-        f"{arm},{control}": (by_arm[arm], by_arm[control])
-        for control in CONTROLS
-        for arm in by_arm
-        if control in by_arm and arm != control
-    }
+    pairs = {f"{arm},{control}": (by_arm[arm], by_arm[control]) for arm, control in pairs_of([*by_arm])}
     found = _intervals(pairs, metrics.probability_of_improvement, library) if pairs else {}
-    return {(arm, control): found[f"{arm},{control}"] for arm, control in (key.split(",") for key in found)}
+    return {pair: found[",".join(pair)] for pair in pairs_of([*by_arm])}
 
 
-def control_of(arms: Sequence[str]) -> str:
-    """:return: the arm with which all others are compared"""
-    return next((arm for arm in CONTROLS if arm in arms), arms[0])
+def pairs_of(arms: Sequence[str]) -> list[tuple[str, str]]:
+    """:return: each arm with each control, the first arm where none of them was run; the controls themselves once"""
+    controls = [control for control in CONTROLS if control in arms] or [arms[0]]
+    return [
+        (arm, control)
+        for index, control in enumerate(controls)
+        for arm in arms
+        if arm != control and arm not in controls[index + 1 :]
+    ]
 
 
-def differences(by_arm: dict[str, np.ndarray]) -> dict[str, Interval]:
-    """:return: IQM of each arm less that of the control, with a stratified bootstrap interval"""
+def differences(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], Interval]:
+    """:return: IQM of each arm less that of a control, with a stratified bootstrap interval"""
     from rliable import library
 
-    control = control_of([*by_arm])
-    pairs = {arm: (runs, by_arm[control]) for arm, runs in by_arm.items() if arm != control}
+    pairs = {f"{arm},{control}": (by_arm[arm], by_arm[control]) for arm, control in pairs_of([*by_arm])}
 
     def gain(runs: np.ndarray, others: np.ndarray) -> np.ndarray:
         return np.array([_iqm(runs.reshape(-1)) - _iqm(others.reshape(-1))])
 
-    return _intervals(pairs, gain, library) if pairs else {}
+    found = _intervals(pairs, gain, library) if pairs else {}
+    return {pair: found[",".join(pair)] for pair in pairs_of([*by_arm])}
 
 
-def chances(by_arm: dict[str, np.ndarray]) -> dict[str, float]:
+def chances(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], float]:
     """
-    A permutation test of each arm against the control. Bootstrap intervals of a few seeds are too narrow to decide.
+    A permutation test of each arm against each control. Bootstrap intervals of a few seeds are too narrow to decide.
 
     :return: how often the IQMs differ at least as much when the runs of each game are dealt out to both arms at random,
-        times the number of arms that are tested: among many arms one is the best by chance
+        times the number of tests: among many arms one is the best by chance
     """
-    control = control_of([*by_arm])
-    others = [arm for arm in by_arm if arm != control]
+    pairs = pairs_of([*by_arm])
     found = {}
-    for arm in others:
+    for arm, control in pairs:
         seeds, games = by_arm[arm].shape
         runs = np.concatenate([by_arm[arm], by_arm[control]])
         order = np.random.default_rng(0).random((PERMUTATIONS, 2 * seeds, games)).argsort(axis=1)
@@ -104,8 +106,13 @@ def chances(by_arm: dict[str, np.ndarray]) -> dict[str, float]:
         first, second = (_iqm(part.reshape(PERMUTATIONS, -1)) for part in (dealt[:, :seeds], dealt[:, seeds:]))
         seen = abs(float(_iqm(by_arm[arm].reshape(-1)) - _iqm(by_arm[control].reshape(-1))))
         as_large = np.count_nonzero(np.abs(first - second) >= seen - 1e-9)
-        found[arm] = min(1.0, len(others) * (1 + as_large) / (1 + PERMUTATIONS))
+        found[arm, control] = min(1.0, len(pairs) * (1 + as_large) / (1 + PERMUTATIONS))
     return found
+
+
+def can_decide(seeds: int, games: int, tests: int) -> bool:
+    """:return: whether so many runs can show a difference: two of all deals are as far apart as any can be"""
+    return bool(2 * tests / math.comb(2 * seeds, seeds) ** games < CHANCE)
 
 
 def _iqm(runs: np.ndarray) -> Any:
@@ -127,22 +134,23 @@ def _intervals(data: dict[str, Any], function: Any, library: Any) -> dict[str, I
     return {name: Interval(float(np.ravel(points[name])[0]), *map(float, ordered[name])) for name in data}
 
 
-def verdict(iqm: dict[str, Interval], by_chance: dict[str, float]) -> dict[str, Any]:
+def verdict(iqm: dict[str, Interval], by_chance: dict[tuple[str, str], float]) -> dict[str, dict[str, list[str]]]:
     """
-    Say which arms are better or worse than the control.
+    Say which arms are better or worse than a control.
 
     That is shown where the intervals of the two do not overlap, and chance alone seldom makes such a difference.
 
     :param iqm: of each arm
     :param by_chance: of :func:`chances`
-    :return: ``"control"``; ``"won"``, ``"lost"`` and ``"open"``: the other arms, the highest first
+    :return: by control ``"won"``, ``"lost"`` and ``"open"``: the other arms, the highest first
     """
-    control = control_of([*iqm])
-    others = sorted(by_chance, key=lambda arm: -iqm[arm].value)
-    shown = [arm for arm in others if by_chance[arm] < CHANCE]
-    won = [arm for arm in shown if iqm[arm].is_above(iqm[control])]
-    lost = [arm for arm in shown if iqm[control].is_above(iqm[arm])]
-    return {"control": control, "won": won, "lost": lost, "open": [arm for arm in others if arm not in (*won, *lost)]}
+    found: dict[str, dict[str, list[str]]] = {}
+    for arm, control in sorted(by_chance, key=lambda pair: -iqm[pair[0]].value):
+        arms = found.setdefault(control, {"won": [], "lost": [], "open": []})
+        shown = by_chance[arm, control] < CHANCE
+        won, lost = shown and iqm[arm].is_above(iqm[control]), shown and iqm[control].is_above(iqm[arm])
+        arms["won" if won else "lost" if lost else "open"].append(arm)
+    return {control: found[control] for _, control in by_chance}
 
 
 def mean_and_range(values: Sequence[float]) -> str:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from .arms import ARMS, weights_for
 from .games import check_game
-from .runs import keep_the_agent, refuse_other_settings
+from .runs import refuse_other_settings
 from .spec import Run
 
 #: Begins a line that tells how many steps a run has done.
@@ -75,12 +75,17 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
     for run, file in files.items():
         if file.exists():
             refuse_other_settings(run, file)
-            keep_the_agent(checkpoints / run.folder / run.name)
     bar = tqdm(total=sum(run.steps for run in runs), unit="step", unit_scale=True, dynamic_ncols=True)
-    missing = [run for run in runs if not files[run].exists()]
+    # One that was killed right after its result has its checkpoints still.
+    missing = [
+        run
+        for run in runs
+        if not files[run].exists() or [*(checkpoints / run.folder / run.name).glob(f"model-{run.steps}.zip")]
+    ]
     bar.update(sum(run.steps for run in runs) - sum(run.steps for run in missing))
     at_once = 1 if any(run.plan.device == "cuda" for run in runs) else cores()
     done, lock = [len(runs) - len(missing)], threading.Lock()
+    running: set[subprocess.Popen[str]] = set()
 
     def one(run: Run) -> str | None:
         seen = 0
@@ -92,7 +97,7 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
                 bar.set_postfix_str(f"{done[0]} of {len(runs)} runs")
             seen = steps
 
-        error = _process(run, results, checkpoints, tell)
+        error = _process(run, results, checkpoints, tell, running)
         if error is None:
             done[0] += 1
             tell(run.steps)
@@ -101,21 +106,24 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
     with bar, ThreadPoolExecutor(processes or at_once) as pool:
         try:
             errors = [error for error in pool.map(one, missing) if error is not None]
-        except BaseException:  # such as Ctrl-C: nothing more is begun
+        except BaseException:  # such as Ctrl-C: nothing more is begun, and what runs ends
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                process.terminate()
             raise
     if errors:
         raise RuntimeError("\n".join(errors))
     return [*files.values()]
 
 
-def _process(run: Run, results: Path, checkpoints: Path, tell: Any) -> str | None:
+def _process(run: Run, results: Path, checkpoints: Path, tell: Any, running: set[subprocess.Popen[str]]) -> str | None:
     """:return: what went wrong, if something did"""
     command = [sys.executable, str(SCRIPT), "run", *run.options(), "--child"]
     command += ["--results", str(results), "--checkpoints", str(checkpoints)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "OMP_NUM_THREADS": str(run.plan.threads)}
     with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
+        running.add(process)
         texts: list[str] = []
         reader = threading.Thread(target=lambda: texts.append(process.stderr.read()))
         reader.start()
@@ -124,6 +132,7 @@ def _process(run: Run, results: Path, checkpoints: Path, tell: Any) -> str | Non
             if word == STEPS:  # libraries may print what they like
                 tell(int(number))
         reader.join()
+    running.discard(process)
     return None if process.returncode == 0 else f"{run.name}: {texts[0].strip() or process.returncode}"
 
 

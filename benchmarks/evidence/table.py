@@ -23,7 +23,7 @@ class Table:
     """
     Results that can be compared: all arms on the same games, with the same number of seeds and steps.
 
-    :param results: all result files, with their times
+    :param results: what is compared, with its times, by arm, game and seed
     :param steps: environment steps of each run
     :param arms: in the order of :data:`~evidence.arms.ARMS`
     :param games: ids of the games that all these arms have
@@ -76,6 +76,8 @@ def read(
             results[result["arm"], result["game"], result["seed"]] = {**result, "times": times, "file": file.name}
     if not results:
         raise FileNotFoundError(f"{folder} holds no results of {steps} steps")
+    _refuse_unknown("--arms", arms, [key[0] for key in results])
+    _refuse_unknown("--games", games and [suite.env_id(game) for game in games], [key[1] for key in results])
     ids = [suite.env_id(game) for game in games or suite.games]
     in_games = {key: result for key, result in results.items() if key[1] in ids}
     counts = Counter(key[0] for key in in_games)
@@ -92,8 +94,9 @@ def read(
         )
     used = {(arm, game, seed) for arm in compared for game in played for seed in common}
     _refuse_other_settings([results[key] for key in sorted(used)])
+    _refuse_mixed_arms([results[key] for key in sorted(used)])
     left_out = tuple(result["file"] for key, result in sorted(results.items()) if key not in used)
-    return Table(results, steps, compared, played, common, left_out)
+    return Table({key: results[key] for key in sorted(used)}, steps, compared, played, common, left_out)
 
 
 def _refuse_other_settings(results: Sequence[dict[str, Any]]) -> None:
@@ -110,6 +113,30 @@ def _refuse_other_settings(results: Sequence[dict[str, Any]]) -> None:
                     f"{first['file']} and {result['file']} have other {what} ({', '.join(names)}), so their arms "
                     "differ by more than what sees: run one of them again, or choose with --arms and --games"
                 )
+
+
+def _refuse_mixed_arms(results: Sequence[dict[str, Any]]) -> None:
+    """The runs of an arm differ in game and seed alone; weights that are pretrained on a game are one file."""
+    firsts: dict[tuple[str, ...], tuple[Any, str]] = {}
+    for result in results:
+        trunk = dict(result["settings"].get("trunk") or {})
+        weights = (trunk.pop("weights", None) or {}).get("sha256")
+        arm = {"learning_rate": result["learning_rate"], "trunk": trunk}
+        in_game = {"weights": weights, "head": result["settings"].get("head")}  # which has an output per action
+        for key, value in (((result["arm"],), arm), ((result["arm"], result["game"]), in_game)):
+            first, file = firsts.setdefault(key, (value, result["file"]))
+            names = [name for name in value if first[name] != value[name]]
+            if names:
+                raise ValueError(
+                    f"{file} and {result['file']} are of one arm, and have other {', '.join(names)}: run one of them "
+                    "again"
+                )
+
+
+def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+    for name in given or ():
+        if name not in known:
+            raise ValueError(f"{option}: there is no result of {name}, but of {', '.join(sorted({*known}))}")
 
 
 def scores(table: Table, suite: Suite, kind: str) -> dict[str, np.ndarray]:

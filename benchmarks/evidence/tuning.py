@@ -22,7 +22,7 @@ def rates_file(results: Path, suite: str, budget: str) -> Path:
 
 def choose(files: Sequence[Path], suite: str, budget: str, results: Path, command: str) -> dict[str, Any]:
     """
-    Take the learning rate with the best mean of all evaluations, normalised, over all tuning games and seeds.
+    Take the learning rate with the best mean of all evaluations, normalised, over all games and seeds.
 
     :param files: result files of the tries
     :param suite: name of the suite
@@ -34,13 +34,14 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
     domain = suite_of(suite)
     names = {domain.env_id(game): game for game in domain.tuning}
     tries: dict[str, dict[float, list[float]]] = {}
+    games: set[str] = set()
     for file in files:
         found = json.loads(file.read_text())
         score = domain.normalised(names[found["game"]], found["mean of all evaluations"])
+        games.add(names[found["game"]])
         tries.setdefault(found["arm"], {}).setdefault(found["learning_rate"], []).append(score)
     (steps,) = {json.loads(file.read_text())["steps"] for file in files}
     chosen = {
-        "games": [*domain.tuning],
         "score": f"mean of all evaluations, {domain.unit}",
         **({"source": SCORES_SOURCE} if suite == "atari" else {}),
         "arms": {
@@ -48,6 +49,7 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
             arm: {
                 "learning_rate": max(sorted(scores), key=lambda rate, scores=scores: float(np.mean(scores[rate]))),
                 "tries": {f"{rate:g}": round(float(np.mean(scores[rate])), 4) for rate in sorted(scores)},
+                "games": sorted(games),
                 "runs per try": len(next(iter(scores.values()))),
                 "steps": steps,
                 "command": command,
@@ -58,11 +60,14 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
     file = rates_file(results, suite, budget)
     if file.exists():  # arms that were tuned before stay
         chosen["arms"] = {**json.loads(file.read_text())["arms"], **chosen["arms"]}
-    tried = {arm: ([*found["tries"]], found["runs per try"], found["steps"]) for arm, found in chosen["arms"].items()}
+    tried = {
+        arm: ([*found["tries"]], found["games"], found["runs per try"], found["steps"])
+        for arm, found in chosen["arms"].items()
+    }
     if len({*map(str, tried.values())}) > 1:
         raise ValueError(
-            f"Each arm must have the same tries, and here are (rates, runs of each, steps) {tried}: tune with the same "
-            f"--rates, --seeds and --steps, or delete {file}"
+            f"Each arm must have the same tries, and here are (rates, games, runs of each, steps) {tried}: tune with "
+            f"the same --rates, --games, --seeds and --steps, or delete {file}"
         )
     with written_whole(file) as (temporary,):
         temporary.write_text(json.dumps(chosen, indent=1) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,7 +16,7 @@ from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.explain import default_layer, heat_maps
 from sb3_resnet.cli.loading import load_model
-from sb3_resnet.cli.options import Device, EnvId, Model, Packages, Trust, Wrapper
+from sb3_resnet.cli.options import Device, Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.diagnosis.playing import lives_end_episodes
 
@@ -25,7 +26,10 @@ FORMATS = (".gif", ".mp4")
 def command(
     context: typer.Context,
     model: Model,
-    env: EnvId,
+    env: Annotated[
+        str | None,
+        typer.Option("--env", metavar="ID", help="environment; default: that in MODEL.json beside it"),
+    ] = None,
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="FILE", help="the film: its name ends with .gif or .mp4")
     ] = Path("episode.gif"),
@@ -53,6 +57,7 @@ def command(
         raise ValueError(f"--output {output} is a folder: write the name of a file in it")
     pictures.refuse_unwritable(output.parent)
     envs.import_packages(gym_packages or [])
+    env = _env_beside(model) if env is None else env
     agent = load_model(model, device, trust, only_plays=not gradcam)
     # An agent of Atari has not learned to go on after a lost life: the wrappers of its training press FIRE for it.
     with contextlib.closing(envs.env_for(agent, env, seed, wrapper, serves=True)) as game:
@@ -66,6 +71,18 @@ def command(
     end = "" if film.is_over else f"; the episode was not over, --steps {2 * steps} plays on"
     said = f"{output}: return {film.rewards.sum():g} in {len(film.actions)} steps{end}"
     context.obj.print(said, highlight=False, soft_wrap=True)
+
+
+def _env_beside(model: Path) -> str:
+    """:return: the environment that the card of a model names, as those of ``benchmarks/results/agents`` do"""
+    card = model.expanduser().with_suffix(".json")
+    try:
+        found = json.loads(card.read_text(encoding="utf-8"))["environment"]
+    except (OSError, ValueError, KeyError, TypeError):
+        found = None
+    if not isinstance(found, str):
+        raise ValueError(f"Which environment? Write --env ID: there is no {card} that names one")
+    return found
 
 
 class Film:
