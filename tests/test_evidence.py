@@ -154,8 +154,8 @@ def test_games_are_not_those_that_rates_are_chosen_on():
 
 def test_arms_without_their_weights_are_skipped_with_a_word(tmp_path):
     (tmp_path / "pong.safetensors").write_bytes(b"")
-    rates = {arm: [1e-4] for arm in arms.ARMS}
-    common = ("atari", "cpu", 100_000, [*arms.ARMS], ["Pong", "Boxing"], [0, 1], rates)
+    rates = {arm: [1e-4] for arm in games.SUITES["atari"].arms}
+    common = ("atari", "cpu", 100_000, [*games.SUITES["atari"].arms], ["Pong", "Boxing"], [0, 1], rates)
     found, skipped = suite.runs_of(*common, {"Pong": str(tmp_path / "pong.safetensors")}, None)
     assert {run.game for run in found if run.arm == "pretrained_frozen"} == {"Pong"}
     assert len(found) == 2 * (2 * 4 + 2)

@@ -91,6 +91,11 @@ class Arm:
         return self.is_resnet and self.extractor.get("freeze_backbone", True)
 
 
+def _choice(words: str, **other: str) -> Arm:
+    """Differs from ``random_frozen`` in one choice. Defaults are chosen so, on the games for tuning."""
+    return Arm(f"ResNet-18, random and frozen, {words}", extractor=other)
+
+
 _SCRATCH = {"freeze_backbone": False, "norm": "group"}
 ARMS = {
     "nature": Arm("NatureCNN, as SB3 has it", "CnnPolicy"),
@@ -101,6 +106,11 @@ ARMS = {
     "scratch": Arm("ResNet-18 up to layer2, all of it trained from scratch", extractor=_SCRATCH, lr_share=1.0),
     "imagenet_frozen": Arm("ResNet-18 up to layer2, ImageNet weights, frozen", weights="imagenet"),
     "imagenet_phases": Arm("the same, then unfrozen in phases", weights="imagenet", phases=True),
+    "random_grid": _choice("up to layer2, pooled by a grid", pooling="grid"),
+    "random_avg": _choice("up to layer2, averaged over positions", pooling="avg"),
+    "random_layer1": _choice("up to layer1", last_stage="layer1"),
+    "random_layer3": _choice("up to layer3", last_stage="layer3"),
+    "random_adapter": _choice("up to layer2, all frames at once through an adapter", adapter="conv1x1"),
 }
 
 
