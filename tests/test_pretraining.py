@@ -1,4 +1,5 @@
 import csv
+import json
 import re
 import shutil
 import signal
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -22,6 +24,7 @@ import sb3_resnet.pretraining
 from sb3_resnet import ResNetExtractor
 from sb3_resnet.callbacks import UnfreezeCallback
 from sb3_resnet.nn.cards import extractor_arguments, read_card, save_with_card
+from sb3_resnet.nn.pretraining import identity
 from sb3_resnet.nn.pretraining import settings as settings_of
 from sb3_resnet.nn.pretraining.barlow import barlow_loss
 from sb3_resnet.nn.pretraining.collapse import CollapseError, spread_and_rank
@@ -416,7 +419,7 @@ def test_the_same_call_again_returns_the_file_and_trains_nothing(pretrained, mon
 def test_a_file_without_the_names_of_newer_arguments_is_of_a_run_with_their_old_values(pretrained, tmp_path):
     path = tmp_path / "w.safetensors"
     card = read_card(pretrained)
-    newer = ("neighbours", "shift_probability", "wrappers", "labels_module", "env_kwargs")
+    newer = ("neighbours", "shift_probability", "wrappers", "labels_module", "labels_content", "env_kwargs")
     card["arguments"] = {name: value for name, value in card["arguments"].items() if name not in newer}
     save_with_card(path, load_file(pretrained), card)
     with pytest.raises(ValueError, match=r"other arguments \(shift_probability=1.0 instead of 0.1\): write the same"):
@@ -649,7 +652,7 @@ def test_labels_that_are_classes_are_the_score_where_none_is_a_number(tmp_path):
     [
         ({"length": 14}, r"env_kwargs=\{.* instead of \{'length': '14'"),
         ({"steps": 25}, r"env_kwargs=\{.*'25'"),
-        ({"labels": lambda env: {"x": float(env.clock)}}, "labels=.*clock"),
+        ({"labels": lambda env: {"x": float(env.clock)}}, "labels_content=.*clock"),
     ],
     ids=["arguments", "limit", "labels"],
 )
@@ -666,6 +669,33 @@ def test_a_run_with_other_arguments_of_the_environment_is_told_apart(other, word
     with pytest.raises(ValueError, match=f"other arguments .*{words}"):
         run(**other)
     del gym.envs.registration.registry["Long-v0"]
+
+
+def test_arguments_of_any_kind_become_a_text_that_is_the_same_in_each_process():
+    text = identity._text
+    assert text({(0, 1): 1.0, 2: "a", "b": None}) == text({"b": None, 2: "a", (0, 1): 1.0})
+    assert text({1: [True, b"x"]}) != text({1: [False, b"x"]})
+    assert text(np.arange(3)) != text(np.arange(3) + 1)
+    assert text([object()]) == "(object)"
+    assert identity._content(print) == identity._content(column) == identity._content(partial(column)) == ""
+    one, other = (
+        identity._content(function) for function in (lambda e: {"x": e.a, "y": 1}, lambda e: {"q": e.a, "z": 1})
+    )
+    assert one != other
+
+
+def test_frames_of_a_version_that_told_less_are_gone_on_with(tmp_path, monkeypatch):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(CutError):
+        small(path, told=stop_at_update(3))
+    (folder,) = tmp_path.glob("*.run")
+    frames = folder / "frames.safetensors"
+    with safe_open(frames, "pt") as file:
+        metadata = file.metadata()
+    older = {name: value for name, value in json.loads(metadata["arguments"]).items() if name != "env_kwargs"}
+    save_file(load_file(frames), frames, {**metadata, "arguments": json.dumps(older)})
+    monkeypatch.setattr(sb3_resnet.pretraining, "play", None)  # frames are there
+    assert small(path).card["updates"] == 6
 
 
 def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_last_weights_are_kept(tmp_path):

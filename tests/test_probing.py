@@ -115,6 +115,18 @@ def test_a_number_that_varies_by_rounding_alone_is_constant():
     assert constant == {"same", "delta_same", "delta_time", "delta_single"}
 
 
+@pytest.mark.parametrize(
+    ("kind", "place", "move"), [(np.float16, 84, 2), (np.float32, 2000, 0.005), (np.float64, 1e6, 1e-6)]
+)
+def test_a_small_move_is_no_rounding(kind, place, move):
+    def labels(env):
+        return {"x": kind(place + move * env.column)}
+
+    played = record(make_vec_env(TinyGame, 4), 400, labels=labels)
+    assert len(np.unique(played.labels["x"])) == 3
+    assert len(np.unique(played.labels["delta_x"])) >= 3
+
+
 def test_a_few_images_unlike_all_others_do_not_decide_the_score():
     rng = np.random.default_rng(0)
     features = rng.normal(size=(ROWS, 8)).astype(np.float32)

@@ -56,7 +56,7 @@ def export(run: Run, results: Path, checkpoints: Path, folder: Path) -> Path:
     card = _card(run, result, returns, len(content), results)
     if len(content) > LARGEST:
         small.unlink(missing_ok=True)
-        card = {"file": f"none: it is larger than {LARGEST / 1e6:g} MB; trained again by {result['command']!r}", **card}
+        card = {"file": f"none, since it is larger than {LARGEST / 1e6:g} MB: see 'trained by'", **card}
     files = [small.with_suffix(".json"), *([small] if len(content) <= LARGEST else [])]
     with written_whole(*files) as (card_file, *agent_files):
         for agent_file in agent_files:

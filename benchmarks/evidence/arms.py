@@ -237,6 +237,7 @@ def resolved(
         "exploration": [model.exploration_initial_eps, model.exploration_final_eps, model.exploration_fraction],
         "max_grad_norm": model.max_grad_norm,
         "environments": N_ENVS,
+        "first environment": f"{N_ENVS} times the seed",
         "environment": suite_of(suite).description,
         "observation": [*model.observation_space.shape],
         "steps": budget.steps,

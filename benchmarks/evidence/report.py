@@ -223,7 +223,7 @@ def _about(folder: Path, name: str, table: Table) -> str:
         f"* Minutes are {whose}, training alone, on {', '.join(machines)}.",
         f"* Versions: {', '.join(f'{package} {number}' for package, number in first['versions'].items())}.",
     ]
-    codes = sorted({result.get("code", "an older one") for result in table.results.values()})
+    codes = sorted({code for result in table.results.values() for code in result.get("code", ["an older one"])})
     if len(codes) > 1:
         lines.append(f"* The code of these runs is not the same for all; each file names its own: {', '.join(codes)}.")
     if untuned:

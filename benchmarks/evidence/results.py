@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import platform
-from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,19 @@ from .spec import Run
 
 #: Key of the columns of times.
 SECONDS = "seconds of training (step, processor, clock), and with evaluations (clock)"
+
+
+def _code() -> str:
+    folders = (Path(sb3_resnet.__file__).parent, Path(__file__).parent)
+    found = hashlib.sha256()
+    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
+        found.update(file.read_bytes())
+    return found.hexdigest()[:12]
+
+
+#: Checksum of the package and the suite, which may change between two runs and not change a version. It is taken when
+#: a process starts: files may be edited while it trains.
+CODE = _code()
 
 
 def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> None:
@@ -44,8 +56,8 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
         "mean of all evaluations": float(np.mean(returns)),
         "evaluations": log.evaluations,
         "episodes of training (step, return)": log.episodes,
-        "settings": {name: value for name, value in settings.items() if name != "command"},
-        "code": code(),
+        "settings": {name: value for name, value in settings.items() if name not in ("command", "code")},
+        "code": settings.get("code", [CODE]),
         "versions": _versions("ale-py" if run.suite == "atari" else "minigrid"),
     }
     times = {
@@ -58,16 +70,6 @@ def write_result(run: Run, path: Path, log: Log, settings: dict[str, Any]) -> No
     with written_whole(path.with_suffix(".times.json"), path) as (times_file, result_file):
         times_file.write_text(json.dumps(times) + "\n")
         result_file.write_text(json.dumps(result) + "\n")
-
-
-@cache
-def code() -> str:
-    """:return: checksum of the package and the suite, which may change between two runs and not change a version"""
-    folders = (Path(sb3_resnet.__file__).parent, Path(__file__).parent)
-    found = hashlib.sha256()
-    for file in (file for folder in folders for file in sorted(folder.rglob("*.py"))):
-        found.update(file.read_bytes())
-    return found.hexdigest()[:12]
 
 
 def _versions(domain: str) -> dict[str, str]:

@@ -23,7 +23,7 @@ from sb3_resnet.common.seeding import random_states
 from .arms import build, callbacks_of, resolved, sha256
 from .games import N_ENVS, make_env
 from .recording import Ends, Log, PieceOver, Recorder, Tell
-from .results import write_result
+from .results import CODE, write_result
 from .spec import Run
 
 #: The trained model in the folder of a run's checkpoints, for `sb3-resnet watch`.
@@ -53,8 +53,10 @@ def execute(
     with locked(folder):
         if result.exists():
             refuse_other_settings(run, result)
+            # Another folder of results may have a run of this name, whose checkpoints these are.
             log = _last(folder)
-            if log.steps >= run.steps or ends(log):  # else another folder of results has a run of this name
+            if log.steps and (log.steps >= run.steps or ends(log)):
+                refuse_other_settings(run, folder / "settings.json")
                 keep_the_agent(folder)
             tell(run.steps)
             return result
@@ -119,13 +121,16 @@ def _piece(run: Run, folder: Path, log: Log, tell: Tell, ends: Ends) -> tuple[Lo
     """Train up to the next checkpoint, and write it."""
     sb3_resnet.seed_everything(run.seed)
     # No two seeds have an environment in common, as they would with SB3's numbers: seed, seed + 1, ...
-    env = make_env(run.suite, run.game, N_ENVS, N_ENVS * run.seed, threads=run.plan.threads)
+    first_env = N_ENVS * run.seed
+    env = make_env(run.suite, run.game, N_ENVS, first_env, threads=run.plan.threads)
     begins = log.steps == 0
     if begins:
         played = np.zeros((0, N_ENVS), np.uint8)
         model = build(run.arm, env, run.plan, run.seed, run.learning_rate, run.weights)
+        env.seed(first_env)  # DQN has given them SB3's numbers
         settings = resolved(model, run.arm, run.suite, run.plan, run.learning_rate, run.weights)
-        (folder / "settings.json").write_text(json.dumps({"command": run.command, **settings}))
+        settings = {"command": run.command, "code": [CODE], **settings}
+        (folder / "settings.json").write_text(json.dumps(settings))
     else:
         played = np.load(folder / f"actions-{log.steps}.npy")
         model = _load(run, folder / f"model-{log.steps}.zip", env, _replay(env, played))
@@ -153,6 +158,10 @@ def _same_settings(run: Run, model: DQN, file: Path) -> dict[str, Any]:
     now = resolved(model, run.arm, run.suite, run.plan, run.learning_rate, run.weights)
     if found["shared"] != json.loads(json.dumps(now["shared"])):
         raise ValueError(f"{file} is of a run with other settings, though with the same command: delete {file.parent}")
+    if CODE not in found["code"]:
+        found["code"].append(CODE)
+        with written_whole(file) as (temporary,):
+            temporary.write_text(json.dumps(found))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,8 +110,10 @@ def chances(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], float]:
 
 
 def can_decide(seeds: int, games: int, tests: int) -> bool:
-    """:return: whether so many runs can show a difference: two of all deals are as far apart as any can be"""
-    return bool(2 * tests / math.comb(2 * seeds, seeds) ** games < CHANCE)
+    """:return: whether so many runs can show a difference: that of two arms all of whose runs are apart"""
+    low = np.arange(seeds * games, dtype=float).reshape(seeds, games)
+    (chance,) = chances({"low": low, "high": low + low.size}).values()
+    return tests * chance < CHANCE
 
 
 def _iqm(runs: np.ndarray) -> Any:

@@ -85,7 +85,7 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
     bar.update(sum(run.steps for run in runs) - sum(run.steps for run in missing))
     at_once = 1 if any(run.plan.device == "cuda" for run in runs) else cores()
     done, lock = [len(runs) - len(missing)], threading.Lock()
-    running: set[subprocess.Popen[str]] = set()
+    running = _Running()
 
     def one(run: Run) -> str | None:
         seen = 0
@@ -108,22 +108,44 @@ def execute_all(runs: Sequence[Run], results: Path, checkpoints: Path, processes
             errors = [error for error in pool.map(one, missing) if error is not None]
         except BaseException:  # such as Ctrl-C: nothing more is begun, and what runs ends
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                process.terminate()
+            running.end()
             raise
     if errors:
         raise RuntimeError("\n".join(errors))
     return [*files.values()]
 
 
-def _process(run: Run, results: Path, checkpoints: Path, tell: Any, running: set[subprocess.Popen[str]]) -> str | None:
+class _Running:
+    """Processes that are at work, to be ended all at once."""
+
+    def __init__(self) -> None:
+        self._processes: list[subprocess.Popen[str]] = []
+        self._lock, self._is_over = threading.Lock(), False
+
+    def begin(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
+        """:return: a new process; it ends at once where the others did"""
+        with self._lock:
+            process = subprocess.Popen(command, text=True, **options)
+            self._processes.append(process)
+            if self._is_over:
+                process.terminate()
+        return process
+
+    def end(self) -> None:
+        """End those that are at work, and all that begin after that."""
+        with self._lock:
+            self._is_over = True
+            for process in self._processes:
+                process.terminate()  # nothing happens to one that has ended
+
+
+def _process(run: Run, results: Path, checkpoints: Path, tell: Any, running: _Running) -> str | None:
     """:return: what went wrong, if something did"""
     command = [sys.executable, str(SCRIPT), "run", *run.options(), "--child"]
     command += ["--results", str(results), "--checkpoints", str(checkpoints)]
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = {**os.environ, "OMP_NUM_THREADS": str(run.plan.threads)}
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
-        running.add(process)
+    with running.begin(command, env=environment, **pipes) as process:
         texts: list[str] = []
         reader = threading.Thread(target=lambda: texts.append(process.stderr.read()))
         reader.start()
@@ -132,7 +154,6 @@ def _process(run: Run, results: Path, checkpoints: Path, tell: Any, running: set
             if word == STEPS:  # libraries may print what they like
                 tell(int(number))
         reader.join()
-    running.discard(process)
     return None if process.returncode == 0 else f"{run.name}: {texts[0].strip() or process.returncode}"
 
 

@@ -76,8 +76,8 @@ def read(
             results[result["arm"], result["game"], result["seed"]] = {**result, "times": times, "file": file.name}
     if not results:
         raise FileNotFoundError(f"{folder} holds no results of {steps} steps")
-    _refuse_unknown("--arms", arms, [key[0] for key in results])
-    _refuse_unknown("--games", games and [suite.env_id(game) for game in games], [key[1] for key in results])
+    _refuse_unknown("--arms", arms, [key[0] for key in results], steps)
+    _refuse_unknown("--games", games, [_game(suite, key[1]) for key in results], steps)
     ids = [suite.env_id(game) for game in games or suite.games]
     in_games = {key: result for key, result in results.items() if key[1] in ids}
     counts = Counter(key[0] for key in in_games)
@@ -133,10 +133,11 @@ def _refuse_mixed_arms(results: Sequence[dict[str, Any]]) -> None:
                 )
 
 
-def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str]) -> None:
+def _refuse_unknown(option: str, given: Sequence[str] | None, known: Sequence[str], steps: int) -> None:
     for name in given or ():
         if name not in known:
-            raise ValueError(f"{option}: there is no result of {name}, but of {', '.join(sorted({*known}))}")
+            there = ", ".join(sorted({*known}))
+            raise ValueError(f"{option}: there is no result of {name} with {steps:,} steps, but of {there}")
 
 
 def scores(table: Table, suite: Suite, kind: str) -> dict[str, np.ndarray]:

@@ -101,7 +101,7 @@ def make_played_env(
     frame_stack = None if frame_stack is None else integer("--frame-stack", frame_stack, 1)
     wanted = getattr(player, "observation_space", None)
     if frame_stack is None and wanted is not None:
-        single = make_env(env_id, n_envs, seed, 1, wrapper)
+        single = make_env(env_id, 1, seed, 1, wrapper)
         frame_stack = _frames_of(wanted, single.observation_space)
         single.close()
         frame_stack = None if frame_stack == 1 and wanted != single.observation_space else frame_stack

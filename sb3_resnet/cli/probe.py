@@ -138,12 +138,13 @@ def write(path: Path, rows: Sequence[Row]) -> None:
         writer = csv.writer(file)
         names = [*rows[0].scores]
         kinds = [rows[0].scores[name].kind for name in names]
-        head = ["weights", "last_stage", "pooling", "adapter", "features", "images_per_second", "mean_R2"]
+        head = ["weights", "last_stage", "pooling", "adapter", "features", "images_per_second", "mean_R2", "mean_F1"]
         writer.writerow([*head, *(f"{name} {kind}" for name, kind in zip(names, kinds, strict=True))])
         for row in rows:
             values = [row.scores[name].value for name in names]
             cells = (row.weights, row.last_stage, row.pooling, row.adapter, row.features)
-            rounded = (f"{row.images_per_second:.1f}", f"{row.mean:.4f}")
+            means = ("" if math.isnan(mean) else f"{mean:.4f}" for mean in (row.mean, row.mean_f1))
+            rounded = (f"{row.images_per_second:.1f}", *means)
             writer.writerow([*cells, *rounded, *("" if value is None else f"{value:.4f}" for value in values)])
 
 

@@ -14,7 +14,8 @@ from sb3_resnet.common.labels import CHANGE, label_columns
 
 Array = NDArray[Any]
 
-_ROUNDINGS = 64  # of the largest value: a sum of many steps has more than one
+# Of the largest value, for numbers of up to four bytes and of eight: the change of one has two or more.
+_FEW_ROUNDINGS, _MANY_ROUNDINGS = 4, 64
 _FEW_REWARDS = 5  # different values up to which rewards are classes
 
 
@@ -71,6 +72,7 @@ def _steady(name: str, labels: Mapping[str, Array], led: Array) -> Array:
     if not (np.issubdtype(values.dtype, np.floating) and np.issubdtype(source.dtype, np.floating) and led.any()):
         return values
     largest = float(np.abs(source).max())
-    rounding = _ROUNDINGS * float(np.finfo(source.dtype).eps) * largest
+    roundings = _MANY_ROUNDINGS if source.dtype.itemsize > 4 else _FEW_ROUNDINGS
+    rounding = roundings * float(np.finfo(source.dtype).eps) * largest
     scored = values[led]
     return np.full_like(values, scored[0]) if float(scored.max()) - float(scored.min()) <= rounding else values

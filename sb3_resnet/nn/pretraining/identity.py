@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Iterable, Sequence
+from types import CodeType
 from typing import Any
 
 import gymnasium as gym
@@ -46,7 +46,8 @@ def source_of(
         "space": str(env.observation_space),
         "wrappers": _classes(env),
         "source": player,
-        "labels": [named.__qualname__, *_content(named), *info_keys],
+        "labels": [named.__qualname__, *info_keys],
+        "labels_content": _content(named),
         "labels_module": named.__module__,
         "env_kwargs": _arguments(env),
     }
@@ -65,25 +66,33 @@ def _arguments(env: VecEnv) -> dict[str, str]:
     given = {name: _text(value) for name, value in {**spec.kwargs, _STEPS: spec.max_episode_steps}.items()}
     given.pop("render_mode", None)  # a picture for people changes nothing of what is observed
     found = {name: text for name, text in given.items() if name not in usual or _text(usual[name]) != text}
-    for wrapper in spec.additional_wrappers:
+    for place, wrapper in enumerate(spec.additional_wrappers):
         if wrapper.kwargs:
-            found[wrapper.name] = _text(wrapper.kwargs)
+            found[f"{wrapper.name} {place}"] = _text(wrapper.kwargs)
     return found
 
 
 def _text(value: Any) -> str:
     """:return: the same text in each process, so of other than plain values the name of their class"""
-    return json.dumps(value, sort_keys=True, default=lambda other: type(other).__qualname__)
+    if isinstance(value, dict):
+        return f"{{{', '.join(sorted(f'{_text(key)}: {_text(one)}' for key, one in value.items()))}}}"
+    if isinstance(value, (list, tuple)):
+        return f"({', '.join(map(_text, value))})"
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
+        return f"{value.dtype}{value.shape} {_checksum([value])}"
+    plain = value is None or isinstance(value, (str, bytes, bool, int, float, np.generic))
+    return repr(value) if plain else type(value).__qualname__
 
 
-def _content(function: Any) -> list[str]:
+def _content(function: Any) -> str:
     """:return: what tells a function without a name from others: the names and constants in it"""
-    if "<lambda>" not in function.__qualname__:
-        return []
-    code = function.__code__
-    return [
-        " ".join(map(str, (*code.co_names, *(one for one in code.co_consts if isinstance(one, (str, int, float))))))
-    ]
+    code = getattr(function, "__code__", None)
+    return "" if code is None or function.__name__ != "<lambda>" else _in_code(code)
+
+
+def _in_code(code: CodeType) -> str:
+    parts = [_in_code(one) if isinstance(one, CodeType) else _text(one) for one in code.co_consts]
+    return " ".join([*code.co_names, *parts])
 
 
 def _model(model: Any) -> str:

@@ -29,7 +29,7 @@ CHECKPOINT, CLOCK = "checkpoint.pt", "seconds.json"
 # What a run did whose arguments lack these names; files of version 0.1.0 do.
 _WITHOUT = {"neighbours": 1, "shift_probability": 1.0}
 # What such files do not tell, so that it is not compared.
-_NOT_TOLD = {"wrappers", "labels_module", "env_kwargs"}
+_NOT_TOLD = {"wrappers", "labels_module", "labels_content", "env_kwargs"}
 _SAVE_SECONDS = 60.0  # between checkpoints, beside those of the probes
 _CLOCK_SECONDS = 10.0  # between notes of the time, before there is a checkpoint
 
@@ -199,14 +199,23 @@ def refuse_other(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) 
     :raises ValueError: if they differ, with what differs
     """
     before = {**{name: value for name, value in _WITHOUT.items() if name in now}, **before}
-    compared = {*before} | ({*now} - _NOT_TOLD)
-    names = [name for name in {**before, **now} if name in compared and before.get(name) != now.get(name)]
+    names = differing(before, now)
     if names:
         texts = (f"{name}={before.get(name)!r} instead of {now.get(name)!r}" for name in names)
         raise ValueError(
             f"{str(path)!r} is of a run with other arguments ({', '.join(texts)}): write the same ones, or another "
             "output, or delete it"
         )
+
+
+def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """
+    :param before: arguments of an earlier run
+    :param now: those of this run
+    :return: names of those that differ
+    """
+    compared = {*before} | ({*now} - _NOT_TOLD)
+    return [name for name in {**before, **now} if name in compared and before.get(name) != now.get(name)]
 
 
 def _number(value: float | None) -> float:

@@ -12,6 +12,7 @@ import torch as th
 from sb3_resnet.common.files import written_whole
 from sb3_resnet.common.recording import Recording
 from sb3_resnet.nn.pretraining.frames import Frames
+from sb3_resnet.nn.pretraining.run import differing
 
 _IDENTITY, _IS_WHOLE = "arguments", "is_whole"  # keys of the file's metadata
 _HELD_OUT, _LABEL = "held_out.", "label."  # begin the names of tensors
@@ -51,7 +52,7 @@ def is_stored(path: Path, identity: Mapping[str, Any], has_checkpoint: bool) -> 
         metadata = file.metadata()
     # Frames for which there was no time are for the checkpoint that was trained on them: another attempt may have more.
     is_whole = json.loads(metadata.get(_IS_WHOLE, "true")) or has_checkpoint
-    return bool(is_whole and json.loads(metadata[_IDENTITY]) == identity)
+    return bool(is_whole and not differing(json.loads(metadata[_IDENTITY]), identity))
 
 
 def stored(path: Path, space: Any) -> tuple[Frames, Recording]:
