@@ -15,6 +15,7 @@ from .games import SUITES, suite_of
 from .runs import execute
 from .spec import Run
 from .suite import STEPS, end_with_parent, execute_all, runs_of
+from .table import KINDS
 from .tuning import choose, learning_rate_of
 
 ROOT = Path(__file__).parent.parent.parent
@@ -124,7 +125,7 @@ def _report(given: argparse.Namespace) -> None:
     from .report import report
 
     folder = given.results / given.suite / given.budget
-    print(report(folder, given.suite, given.steps, given.page, given.arms, given.games))
+    print(report(folder, given.suite, given.steps, given.page, given.arms, given.games, given.score))
 
 
 def _pong(given: argparse.Namespace) -> None:
@@ -199,6 +200,9 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[places, kind], help="Markdown, JSON and PNG of all results")
     report.add_argument("--arms", nargs="+", metavar="ARM", help="to compare; default: those with results enough")
     report.add_argument("--games", nargs="+", metavar="GAME", help="to compare; default: those of the suite")
+    report.add_argument(
+        "--score", choices=[*KINDS], default="last", help="evaluation that decides: last, or mean of all"
+    )
     report.add_argument("--page", type=Path, metavar="FILE", help="also put the text between this page's two markers")
     pong = commands.add_parser("pong", parents=[places, files], help="until Pong is won, on two cores")
     pong.add_argument("--seeds", type=int, metavar="N", help="number of seeds, default 5")

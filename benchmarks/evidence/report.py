@@ -6,7 +6,6 @@ import json
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +15,14 @@ from . import figures, statistics
 from . import table as tables
 from .arms import ARMS, LEARNING_RATE
 from .games import SCORES_SOURCE, Suite, suite_of
+from .headline import Compared, summary
 from .statistics import Interval
 from .table import KINDS, Table
 from .tuning import rates_file
 
 #: Around what the report puts into a page of the documentation, followed by the name of the suite and budget.
 BEGIN, END = "<!-- report: {} -->", "<!-- end of report: {} -->"
-_KINDS_OF_CONTROL = {"nature_head": "the same head: what sees is all that differs", "nature": "as SB3 has it"}
 PICTURES = ("report_iqm.png", "report_steps.png", "report_seconds.png")
-
-
-@dataclass(frozen=True)
-class Compared:
-    """
-    What a report says of the arms.
-
-    :param iqm: by kind of score, by arm
-    :param gains: difference, by arm and control
-    :param chances: with which such a difference is one of chance, likewise
-    :param better: probability of improvement, likewise
-    """
-
-    iqm: dict[str, dict[str, Interval]]
-    gains: dict[tuple[str, str], Interval]
-    chances: dict[tuple[str, str], float]
-    better: dict[tuple[str, str], Interval]
-
-    @property
-    def verdict(self) -> dict[str, dict[str, list[str]]]:
-        """Which arms won and lost, by control."""
-        return statistics.verdict(self.iqm["last"], self.chances)
 
 
 def report(
@@ -55,6 +32,7 @@ def report(
     page: Path | None = None,
     arms: Sequence[str] | None = None,
     games: Sequence[str] | None = None,
+    kind: str = "last",
 ) -> str:
     """
     Write ``report.md``, ``report.json`` and three pictures beside the results.
@@ -65,6 +43,7 @@ def report(
     :param page: a page that has the two markers; the text between them is replaced
     :param arms: to compare; ``None``: those that have results enough
     :param games: to compare; ``None``: those of the suite
+    :param kind: of the scores that decide: one of :data:`~evidence.table.KINDS`
     :return: the Markdown text
     :raises FileNotFoundError: if there is no result
     :raises ValueError: if nothing can be compared, or the page has no markers
@@ -73,14 +52,15 @@ def report(
     table = tables.read(folder, suite, steps, arms, games)
     scores = {kind: tables.scores(table, suite, kind) for kind in KINDS}
     iqm = {kind: statistics.interquartile_means(by_arm) for kind, by_arm in scores.items()}
-    better = statistics.improvements(scores["last"])
-    gains, chances = statistics.differences(scores["last"]), statistics.chances(scores["last"])
+    better = statistics.improvements(scores[kind])
+    gains, chances = statistics.differences(scores[kind]), statistics.chances(scores[kind])
     _draw(folder, suite, table, iqm)
     command = f"python benchmarks/atari.py report --suite {name} --budget {folder.name}"
     command += "" if steps is None else f" --steps {steps}"
     for option, values in (("arms", arms), ("games", games)):
         command += f" --{option} {' '.join(values)}" if values else ""
-    compared = Compared(iqm, gains, chances, better)
+    command += "" if kind == "last" else f" --score {kind}"
+    compared = Compared(iqm, gains, chances, better, kind)
     found = _as_json(suite, table, compared, command)
     with written_whole(folder / "report.json") as (file,):
         file.write_text(json.dumps(found, indent=1) + "\n")
@@ -90,36 +70,6 @@ def report(
     if page is not None:
         _into_page(page, f"{name} {folder.name}", text.replace("PLACE", os.path.relpath(folder, page.parent)))
     return text.replace("PLACE/", "")
-
-
-def summary(compared: Compared, shown: str, unit: str) -> list[str]:
-    """
-    The first lines of a report.
-
-    :param compared: what was found
-    :param shown: how many seeds, games and steps
-    :param unit: of the scores
-    :return: what won over each control, by how much, with which interval, what lost, and where nothing was shown
-    """
-    lines = []
-    for control, found in compared.verdict.items():
-        told = _against(compared, control, found)
-        lines += told if len(compared.verdict) == 1 else [" ".join(told)]
-    return [*lines, f"**Measured:** {shown}; {unit}."]
-
-
-def _against(compared: Compared, control: str, found: dict[str, list[str]]) -> list[str]:
-    iqm = compared.iqm["last"]
-
-    def listed(arms: list[str]) -> str:
-        return "; ".join(f"`{arm}` by {compared.gains[arm, control]}, IQM {iqm[arm]}" for arm in arms)
-
-    won = f"**Won** over `{control}`" if found["won"] else f"**Nothing was shown to win** over `{control}`"
-    won += f" ({_KINDS_OF_CONTROL[control]})" if control in _KINDS_OF_CONTROL else ""
-    won += f", IQM {iqm[control]}" + (f": {listed(found['won'])}." if found["won"] else ".")
-    lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
-    rest = f"**Nothing was shown** of {listed(found['open'])}." if found["open"] else "No arm is left undecided."
-    return [won, lost, rest]
 
 
 def _text(
@@ -167,7 +117,7 @@ def _aggregate_rows(table: Table, compared: Compared) -> list[str]:
     by_chance = [f"by chance, to `{control}`" for control in controls]
     heads = ["arm", "what sees", *KINDS.values(), *by_chance, "learning rate", "minutes", "before it"]
     rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for arm in sorted(table.arms, key=lambda arm: -iqm["last"][arm].value):
+    for arm in sorted(table.arms, key=lambda arm: -iqm[compared.kind][arm].value):
         rate = table.results[arm, table.games[0], table.seeds[0]]["learning_rate"]
         cells = [str(iqm[kind][arm]) for kind in KINDS]
         cells += [f"{chances[arm, one]:.2g}" if (arm, one) in chances else "" for one in controls]
@@ -257,6 +207,7 @@ def _as_json(suite: Suite, table: Table, compared: Compared, command: str) -> di
         "games": [*table.games],
         "seeds": [*table.seeds],
         "unit": suite.unit,
+        "score that decides": KINDS[compared.kind],
         "iqm": {kind: {arm: found.as_dict() for arm, found in by_arm.items()} for kind, by_arm in compared.iqm.items()},
         "difference": {f"{arm} over {one}": found.as_dict() for (arm, one), found in compared.gains.items()},
         "probability of such a difference by chance": {

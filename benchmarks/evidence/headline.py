@@ -1,0 +1,65 @@
+"""What a report says first: what won, by how much, what lost, and where nothing was shown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import statistics
+from .statistics import Interval
+from .table import KINDS
+
+_KINDS_OF_CONTROL = {"nature_head": "the same head: what sees is all that differs", "nature": "as SB3 has it"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """
+    What a report says of the arms.
+
+    :param iqm: by kind of score, by arm
+    :param gains: difference, by arm and control
+    :param chances: with which such a difference is one of chance, likewise
+    :param better: probability of improvement, likewise
+    :param kind: of the scores that these three are of
+    """
+
+    iqm: dict[str, dict[str, Interval]]
+    gains: dict[tuple[str, str], Interval]
+    chances: dict[tuple[str, str], float]
+    better: dict[tuple[str, str], Interval]
+    kind: str
+
+    @property
+    def verdict(self) -> dict[str, dict[str, list[str]]]:
+        """Which arms won and lost, by control."""
+        return statistics.verdict(self.iqm[self.kind], self.chances)
+
+
+def summary(compared: Compared, shown: str, unit: str) -> list[str]:
+    """
+    The first lines of a report.
+
+    :param compared: what was found
+    :param shown: how many seeds, games and steps
+    :param unit: of the scores
+    :return: what won over each control, by how much, with which interval, what lost, and where nothing was shown
+    """
+    lines = []
+    for control, found in compared.verdict.items():
+        told = _against(compared, control, found)
+        lines += told if len(compared.verdict) == 1 else [" ".join(told)]
+    return [*lines, f"**Measured:** {KINDS[compared.kind]}, {shown}; {unit}."]
+
+
+def _against(compared: Compared, control: str, found: dict[str, list[str]]) -> list[str]:
+    iqm = compared.iqm[compared.kind]
+
+    def listed(arms: list[str]) -> str:
+        return "; ".join(f"`{arm}` by {compared.gains[arm, control]}, IQM {iqm[arm]}" for arm in arms)
+
+    won = f"**Won** over `{control}`" if found["won"] else f"**Nothing was shown to win** over `{control}`"
+    won += f" ({_KINDS_OF_CONTROL[control]})" if control in _KINDS_OF_CONTROL else ""
+    won += f", IQM {iqm[control]}" + (f": {listed(found['won'])}." if found["won"] else ".")
+    lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
+    rest = f"**Nothing was shown** of {listed(found['open'])}." if found["open"] else "No arm is left undecided."
+    return [won, lost, rest]
