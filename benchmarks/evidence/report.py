@@ -22,6 +22,7 @@ from .tuning import rates_file
 
 #: Around what the report puts into a page of the documentation, followed by the name of the suite and budget.
 BEGIN, END = "<!-- report: {} -->", "<!-- end of report: {} -->"
+_ROOT = Path(__file__).resolve().parent.parent.parent
 PICTURES = ("report_iqm.png", "report_steps.png", "report_seconds.png")
 
 
@@ -60,6 +61,9 @@ def report(
     for option, values in (("arms", arms), ("games", games)):
         command += f" --{option} {' '.join(values)}" if values else ""
     command += "" if kind == "last" else f" --score {kind}"
+    place = folder.resolve().parent.parent
+    if _ROOT in place.parents and place != _ROOT / "benchmarks" / "results":
+        command += f" --results {place.relative_to(_ROOT)}"
     compared = Compared(iqm, gains, chances, better, kind)
     found = _as_json(suite, table, compared, command)
     with written_whole(folder / "report.json") as (file,):
