@@ -38,11 +38,11 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from stable_baselines3 import DQN  # noqa: E402  # after the path of this repository
-from stable_baselines3.common.vec_env import DummyVecEnv  # noqa: E402
-from synthetic import Recipe, fill  # noqa: E402
+from stable_baselines3.common.vec_env import DummyVecEnv  # noqa: E402  # likewise
+from synthetic import Recipe, fill  # noqa: E402  # likewise
 
-import sb3_resnet  # noqa: E402
-from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback  # noqa: E402
+import sb3_resnet  # noqa: E402  # likewise
+from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback  # noqa: E402  # likewise
 
 BATCH = 32
 #: How numbers are computed: of the extractor's frozen stages, of AMP's live ones, and whether float32 may be TF32.

@@ -71,7 +71,7 @@ class Row:
 
     @property
     def mean_f1(self) -> float:
-        """Mean F1 of the classes among the labels, but those of every environment; NaN where there are none."""
+        """Mean F1 of the classes among the labels; ``reward`` and ``action`` do not count. NaN where there are none."""
         return mean_of(self.scores, "F1")
 
     @property
