@@ -23,7 +23,7 @@ from evidence import (  # noqa: E402  # its folder has to be on the path first
     table,
     tuning,
 )
-from evidence import report as reports  # noqa: E402  # and here
+from evidence import report as reports  # noqa: E402  # likewise
 
 __all__ = [
     "ROOT", "SCRIPT", "agent", "arms", "budgets", "commands", "evaluation", "games", "pong", "recording", "reports",

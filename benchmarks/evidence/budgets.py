@@ -46,8 +46,7 @@ class Budget:
                 raise ValueError(f"{name} must be a multiple of {N_ENVS}, the number of environments, got {value}")
 
 
-# Each piece plays and encodes all steps before it again, so they are few.
-_CPU = Budget(100_000, 3, 10_000, 20, 50_000, 100_000, 2_000, N_ENVS)
+_CPU = Budget(100_000, 3, 10_000, 20, 20_000, 100_000, 2_000, N_ENVS)
 #: An update per environment step, as in zoo_configs; the smoke test makes one per eight.
 BUDGETS = {
     "smoke": Budget(5_000, 1, 4_000, 1, 2_000, 5_000, 400, 1),
