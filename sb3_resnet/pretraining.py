@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -23,8 +23,9 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_resnet.common.arguments import listed
 from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_whole
 from sb3_resnet.common.labels import check_labels
-from sb3_resnet.diagnosis.readout import Score, split_episodes
-from sb3_resnet.diagnosis.scores import features_of, mark_of, scores_of
+from sb3_resnet.common.vec_normalize import resting
+from sb3_resnet.diagnosis.readout import Score
+from sb3_resnet.diagnosis.scores import features_of, mark_of, scores_of, splits_of, warn_of_repeated
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
@@ -121,7 +122,7 @@ def pretrain(
     remove_left_overs(folder)
     run = Run(folder, chosen, identity, began)
     collecting = {**source, **chosen.plain(only_collecting=True)}
-    with tensorboard(tensorboard_log, run.next_update) as log:
+    with _cleared_if_empty(folder), tensorboard(tensorboard_log, run.next_update) as log:
         if not is_stored(folder / _FRAMES, collecting, run.next_update is not None):
             held_out = _held_out(env, run, model, labels, info_keys, told)
             store(folder / _FRAMES, _collected(env, model, replay_buffer, run, told), held_out, collecting)
@@ -140,6 +141,17 @@ def _written(path: Path, run: Run, trainer: Trainer, arguments: Mapping[str, Any
         save_with_card(temporary, run.best["trunk"], card)
     _remove(run.folder)
     return Result(path, card)
+
+
+@contextmanager
+def _cleared_if_empty(folder: Path) -> Iterator[None]:
+    """Where an error comes before there is anything to go on from, leave no folder behind."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+        raise
 
 
 def _remove(folder: Path) -> None:
@@ -169,9 +181,9 @@ def _held_out(
 
     seed = settings.seed + _HELD_OUT_SEED
     recording = record(env, settings.held_out, seed, model, settings.epsilon, labels, info_keys, _SPREAD, report)
-    led = recording.actions >= 0
-    if not all((split & led).any() for split in split_episodes(recording.episodes)):  # better found now
-        raise ValueError(f"held_out={settings.held_out} are too few steps to be probed: write held_out=2400 or so")
+    for split in range(_SPLITS):  # better refused now
+        splits_of(recording, settings.seed + split, settings.held_out)
+    warn_of_repeated(recording, settings.seed)
     return recording
 
 
@@ -191,7 +203,8 @@ def _collected(env: VecEnv, model: Any, replay_buffer: Any, run: Run, told: Told
     def may_go_on(frames: int) -> bool:
         return frames < needed or run.may_collect()
 
-    frames = play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report, may_go_on)
+    with resting(env):
+        frames = play(env, settings.frames, channels, settings.seed, model, settings.epsilon, report, may_go_on)
     used = len(frames.pixels)
     is_whole = used + frames.parts.shape[1] > settings.frames
     if not is_whole:

@@ -17,17 +17,18 @@ import numpy as np
 from gymnasium.spaces import Discrete
 from numpy.typing import NDArray
 from stable_baselines3.common.utils import get_device
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv
+from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.arguments import integer, listed, number, read_device
 from sb3_resnet.common.labels import LabelReader
 from sb3_resnet.common.playing import check_model, next_actions
 from sb3_resnet.common.recording import Recording, joined
+from sb3_resnet.common.vec_normalize import resting
 from sb3_resnet.diagnosis.combinations import RANDOM, combinations
 from sb3_resnet.diagnosis.features import features_at
 from sb3_resnet.diagnosis.playing import Progress, played
-from sb3_resnet.diagnosis.readout import Score, split_episodes
-from sb3_resnet.diagnosis.scores import mark_of, mean_of, scores_of
+from sb3_resnet.diagnosis.readout import Score
+from sb3_resnet.diagnosis.scores import mark_of, mean_of, scores_of, warn_of_repeated
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.nn.image_spaces import check_played_images
 
@@ -115,12 +116,14 @@ def record(
         differ between steps, and a key that ``info`` does not have
     :raises TypeError: for wrong types
     """
-    _check(env, model)
+    check_played_images(env)
+    check_model(model, env)
     steps, spread = integer("steps", steps, 1), integer("spread", spread, 1)
     epsilon = number("epsilon", epsilon, 0.0, 1.0)
     reader = LabelReader(env, labels, listed("info_keys", info_keys))
     act = partial(next_actions, env, model=model, epsilon=epsilon, rng=np.random.default_rng(seed))
-    observations, tracks = played(env, seed, act, reader, -(-steps // env.num_envs), spread, progress)
+    with resting(env):
+        observations, tracks = played(env, seed, act, reader, -(-steps // env.num_envs), spread, progress)
     return joined(observations, tracks, env.observation_space, isinstance(env.action_space, Discrete))
 
 
@@ -163,10 +166,7 @@ def probe(
     """
     found = combinations(recording.space, weights, adapter, last_stage, pooling, backbone, frame_channels, image_size)
     where = get_device(read_device(device))
-    led = recording.actions >= 0
-    if not all((split & led).any() for split in split_episodes(recording.episodes, seed)):
-        short = "" if led.any() else ". Episodes that are over after one step cannot be probed"
-        raise ValueError(f"These are too few steps to be probed: record steps=2400 or so{short}")
+    warn_of_repeated(recording, seed)
     rows: list[Row] = []
     for index, one in enumerate(found):
 
@@ -209,10 +209,3 @@ def check_probe(
     space = env.observation_space
     for one in combinations(space, weights, adapter, last_stage, pooling, backbone, frame_channels, image_size):
         one.extractor(space, seed=0)
-
-
-def _check(env: VecEnv, model: Any) -> None:
-    check_played_images(env)
-    if isinstance(env.unwrapped, SubprocVecEnv):
-        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
-    check_model(model, env)

@@ -16,7 +16,7 @@ import torch as th
 from gymnasium import spaces
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import VecFrameStack
 
@@ -442,6 +442,16 @@ def test_a_folder_of_another_run_is_not_gone_on_from(tmp_path):
         pretrain(make_vec_env(TinyGame, 2), path, labels=column, **SMALL)
 
 
+class Labels:
+    def __init__(self, value):
+        self.value = value
+
+    def __call__(self, env):
+        return {"value": float(self.value)}
+
+    read = __call__
+
+
 class OneWrapper(gym.Wrapper):
     pass
 
@@ -468,6 +478,16 @@ def test_models_buffers_and_environments_that_differ_inside_only_are_not_taken_f
     of_labels = [source_of(env, None, None, labels, ["lives"]) for labels in (column, partial(column))]
     assert [one["labels"] for one in of_labels] == [["column", "lives"], ["partial", "lives"]]
     assert [one["labels_module"] for one in of_labels] == [__name__, "functools"]
+
+    def around(value):
+        return lambda env: {"value": float(value)}
+
+    def content(labels):
+        return source_of(env, None, None, labels, [])["labels_content"]
+
+    for make in (around, Labels, lambda value: Labels(value).read, lambda value: partial(column, value)):
+        assert content(make(1)) == content(make(1)) != content(make(2))
+    assert content(column) == ""
     stacked = source_of(VecFrameStack(make_vec_env(TinyGame, 1), 1), None, None, column, [])
     assert stacked["wrappers"] == [f"{VecFrameStack.__module__}.VecFrameStack", *source()["wrappers"]]
     assert source()["wrappers"][-1] == "tests.helpers.TinyGame"
@@ -779,6 +799,29 @@ def test_files_that_are_no_pretraining_are_not_overwritten(tmp_path):
     assert path.read_bytes() == before
 
 
+def test_a_policy_plays_as_its_model_does(tmp_path):
+    model = make_model(extractor={"backbone": "resnet_mini"})
+    cards = [small(tmp_path / f"{n}.safetensors", model=m, updates=1).card for n, m in enumerate((model, model.policy))]
+    assert re.match(r"DQNPolicy, checksum \w+|ResNetCnnPolicy, checksum \w+", cards[1]["arguments"]["source"])
+    assert cards[0]["score"] == cards[1]["score"]
+
+
+def test_numbers_of_numpy_are_settings(tmp_path):
+    result = small(tmp_path / "w.safetensors", updates=1, frame_channels=np.int64(1), use_imagenet_norm=np.True_)
+    assert result.card["arguments"]["frame_channels"] == 1
+
+
+def test_an_error_before_there_is_anything_to_go_on_from_leaves_no_folder(tmp_path):
+    path = tmp_path / "w.safetensors"
+    with pytest.raises(ValueError, match="held_out=2 are too few steps"):
+        small(path, held_out=2)
+    short = partial(TinyGame, length=2)
+    with pytest.raises(ValueError, match="or objective='barlow', for which one step is enough"):
+        small(tmp_path / "other.safetensors", short)
+    assert [*tmp_path.glob("w.*")] == []
+    assert small(tmp_path / "other.safetensors", short, objective="barlow").card["updates"] == 6
+
+
 def test_a_replay_buffer_gives_the_frames(tmp_path):
     model = make_model(extractor={"backbone": "resnet_mini"})
     model.learn(60)
@@ -811,6 +854,9 @@ def test_a_replay_buffer_of_others_is_refused_before_the_environment_is_played(o
         TypeError, match=r"replay_buffer must be a ReplayBuffer of SB3, got 'm.pkl': load it first, such"
     ):
         small(tmp_path / "w.safetensors", objective=objective, replay_buffer="m.pkl")
+    of_dict = DictReplayBuffer(4, spaces.Dict(image=SPACE), same, device="cpu")
+    with pytest.raises(ValueError, match="The replay buffer has Dict observations, and pretraining looks at one image"):
+        small(tmp_path / "w.safetensors", objective=objective, replay_buffer=of_dict)
     for actions in (spaces.Discrete(same.n + 1), spaces.Discrete(same.n, start=1)):
         error = ValueError if objective == "barlow" else PlayedError
         with pytest.raises(error, match="The replay buffer has the actions Discrete" if error is ValueError else None):

@@ -2,7 +2,10 @@ import csv
 import itertools
 import math
 import re
+import sys
 import tracemalloc
+import warnings
+from dataclasses import replace
 from functools import partial
 
 import gymnasium as gym
@@ -13,7 +16,7 @@ from stable_baselines3 import DDPG, DQN, PPO, SAC
 from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.env_util import make_atari_env, make_vec_env, unwrap_wrapper
 from stable_baselines3.common.torch_layers import FlattenExtractor
-from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecTransposeImage
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 import sb3_resnet.probing
 from sb3_resnet import ResNetExtractor
@@ -635,6 +638,82 @@ def test_too_few_episodes_or_steps_are_refused_before_anything_is_encoded(monkey
         probe(at_once, backbone="resnet_mini")
 
 
+class RepeatingGame(TinyGame):
+    """Each episode shows the same pictures."""
+
+    def _observe(self):
+        self.frames = np.full(self.observation_space.shape, self.clock, np.uint8)
+        self.column = self.clock
+        return self.frames
+
+
+def test_episodes_that_repeat_each_other_are_named():
+    repeated = record(make_vec_env(RepeatingGame, 4), 200, labels=tiny_labels)
+    options = {"last_stage": "stem", "pooling": "avg", "adapter": "per_frame", "backbone": "resnet_mini"}
+    with pytest.warns(UserWarning, match="100% of the observations that are scored were fitted too, since episodes re"):
+        probe(repeated, **options)
+    noise = np.random.default_rng(0).integers(0, 256, repeated.observations.shape, np.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        probe(replace(repeated, observations=noise), **options)
+
+
+def test_names_of_labels_are_strings():
+    with pytest.raises(TypeError, match="names of labels must be strings, got 0: write '0'"):
+        record(make_vec_env(TinyGame, 4), 60, labels=lambda env: {0: 1.0})
+
+
+def test_rewards_are_those_of_the_environment_and_the_statistics_of_its_normalizer_stay():
+    env = VecNormalize(make_vec_env(TinyGame, 4), norm_obs=False)
+    one, two = (record(env, 120, labels=tiny_labels) for _ in range(2))
+    raw = record(make_vec_env(TinyGame, 4), 120, labels=tiny_labels)
+    for found in (one, two):
+        assert np.array_equal(found.labels["reward"], raw.labels["reward"])
+    assert env.ret_rms.count == VecNormalize(make_vec_env(TinyGame, 4), norm_obs=False).ret_rms.count
+    assert env.training
+
+
+def test_a_recurrent_model_does_not_play():
+    contrib = pytest.importorskip("sb3_contrib")
+    env = make_vec_env(TinyGame, 4)
+    model = contrib.RecurrentPPO("CnnLstmPolicy", make_vec_env(partial(TinyGame, (4, 36, 36)), 1), n_steps=8)
+    with pytest.raises(ValueError, match="RecurrentActorCriticCnnPolicy is recurrent, and each step is played on its"):
+        record(env, 60, model=model)
+
+
+def test_the_command_finds_modules_in_the_current_folder(tiny_id, tmp_path, monkeypatch):
+    (tmp_path / "own_labels.py").write_text("def state(env):\n    return {'column': float(env.column)}\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [*filter(None, sys.path)])
+    options = ["--env", tiny_id, "--backbone", "resnet_mini", "--last-stage", "stem", "--pooling", "avg"]
+    status, shown, error = run_command("probe", *options, "--steps", 200, "--labels", "own_labels.state")
+    assert status == 0, error
+    assert "column" in shown
+    for path, words in {"own_labels": "no module is named", "own_labels.other": "has no attribute 'other'"}.items():
+        status, _, error = run_command("probe", *options, "--labels", path)
+        assert status == 1
+        assert words in error
+        assert "Write package.module.function" in error
+
+
+def test_files_that_cannot_be_written_are_refused_before_anything_is_played(tiny_id, tmp_path, monkeypatch):
+    monkeypatch.setattr("sb3_resnet.cli.probe.record", None)
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "file").touch()
+    table = tmp_path / "probe.csv"
+    for options, words in {
+        ("-o", tmp_path / "folder.csv"): "is a folder: write the name of a file",
+        ("-o", tmp_path / "file" / "probe.csv"): "File exists",
+        ("--plot", tmp_path / "none" / "probe.png"): "make it first, or write another --plot",
+    }.items():
+        status, _, error = run_command("probe", "--env", tiny_id, *options)
+        assert status == 1
+        assert words in error
+    status, _, error = run_command("probe", "--env", tiny_id, "-o", table, "--backbone", "resnet99")
+    assert status == 1
+    assert not table.exists()
+
+
 def test_memory_of_games_is_read_and_other_environments_have_none():
     ale = pytest.importorskip("ale_py")
     gym.register_envs(ale)
@@ -678,9 +757,11 @@ def test_environments_in_other_processes_are_refused():
 class LastGame(TinyGame):
     """The tiny game, or another shape of it, as it comes before SB3 transposes."""
 
-    def __init__(self, shape=(32, 32, 4)):
+    def __init__(self, shape=(32, 32, 4), dtype=np.uint8):
         super().__init__()
-        self.observation_space = gym.spaces.Box(0, 255, shape, np.uint8)
+        if dtype == np.float32:
+            shape = (64, 64, 3)
+        self.observation_space = gym.spaces.Box(0, 255 if dtype == np.uint8 else 1, shape, dtype)
 
     def _observe(self):
         self.frames = np.zeros((self.observation_space.shape[-1], 32, 32), np.uint8)
@@ -703,9 +784,10 @@ class NeverPlayed(LastGame):
             partial(NeverPlayed, (4,)),
             r"Images are needed, a Box of shape \(channels, height, width\), got Box\(0, 255, \(4,",
         ),
+        (partial(NeverPlayed, dtype=np.float32), r"Images must come channels first, got shape \(64, 64, 3\)"),
         (DictGame, "at one image, not at a Dict: take the image out in a wrapper"),
     ],
-    ids=["last", "vector", "Dict"],
+    ids=["last", "vector", "floats", "Dict"],
 )
 def test_other_than_images_channels_first_is_refused_before_it_is_played(call, env, words):
     with pytest.raises(ValueError, match=words):

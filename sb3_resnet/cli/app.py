@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -56,6 +58,9 @@ def options(
     svg: Annotated[Path | None, typer.Option(metavar="FILE", help="also save what is printed as a picture")] = None,
 ) -> None:
     """Options of all commands."""
+    # The user's own modules are found, as with `python -m`, but never in place of an installed one.
+    if not {"", os.getcwd()} & {*sys.path}:
+        sys.path.append(os.getcwd())
     context.obj = console_for(svg)
     if svg is not None:
         svg = at_home(svg)

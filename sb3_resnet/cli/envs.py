@@ -181,18 +181,21 @@ def _frames_of(wanted: Any, given: Any) -> int:
     return new[axis] // old[axis] if new[axis] % old[axis] == 0 else 1
 
 
-def class_of(option: str, path: str) -> Any:
+def class_of(option: str, path: str, kind: str = "Class") -> Any:
     """
     :param option: option or argument that holds the path, for the error
     :param path: dotted path, ``package.module.Class``
-    :return: the class
+    :param kind: what the path ends with, for the error
+    :return: the class, or whatever has this name
     :raises ValueError: if it cannot be imported
     """
     module, _, name = path.rpartition(".")
+    if not module:
+        raise ValueError(f"{option} {path}: no module is named. Write package.module.{kind}")
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"{option} {path}: {one_line(error)}. Write package.module.Class") from error
+        raise ValueError(f"{option} {path}: {one_line(error)}. Write package.module.{kind}") from error
 
 
 def _brief(owner: Any) -> str:

@@ -17,6 +17,7 @@ from sb3_resnet.cli.extras import import_extra
 from sb3_resnet.cli.pickles import trusted_part, unpickled_data
 from sb3_resnet.cli.texts import one_line
 from sb3_resnet.common.arguments import shown
+from sb3_resnet.common.playing import refuse_memory
 from sb3_resnet.diagnosis.setup_rules import eyes_of
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.extractor_combined import ResNetCombinedExtractor
@@ -45,7 +46,8 @@ def load_model(
     :param only_plays: whether a model without a ResNet will do
     :return: the model
     :raises FileNotFoundError: if there is no such file
-    :raises ValueError: if it is not such a model, has no ResNet, or names other code than ``trust`` allows
+    :raises ValueError: if it is not such a model, has no ResNet, is recurrent, or names other code than ``trust``
+        allows
     """
     device = read_device(device)
     path = model_file(path)
@@ -59,6 +61,7 @@ def load_model(
             model = algorithm.load(io.BytesIO(content), device=device, custom_objects=parts, **options)
     except Exception as error:  # damaged archives and foreign pickles raise almost anything
         raise ValueError(f"{path} cannot be loaded as a {algorithm.__name__} model ({one_line(error)})") from error
+    refuse_memory(model)
     if not only_plays:
         (extractors_of if takes_dict else extractor_of)(model, str(path))
     return model

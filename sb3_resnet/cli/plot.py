@@ -102,16 +102,17 @@ def bootstrap(values: Array, confidence: float) -> tuple[Array, Array]:
     return low, high
 
 
-def refuse_bad_picture(path: Path) -> None:
+def refuse_bad_picture(path: Path, option: str = "--output") -> None:
     """
     :param path: picture to write
+    :param option: that names it, for the error
     :raises FileNotFoundError: if its folder does not exist
     :raises ValueError: if it is a folder itself, or if its suffix is no picture format
     """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: write the name of a picture, such as {path / 'curves.png'}")
     if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another --output")
+        raise FileNotFoundError(f"{path.parent} is no folder: make it first, or write another {option}")
     formats = import_extra("matplotlib.backend_bases").FigureCanvasBase.get_supported_filetypes()
     if path.suffix.lower().removeprefix(".") not in formats:
         suffixes = ", ".join(f".{name}" for name in sorted(formats))

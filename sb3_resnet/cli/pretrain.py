@@ -20,6 +20,7 @@ from sb3_resnet.cli.show import gigabytes
 from sb3_resnet.common.memory import available_bytes
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.nn.cards import extractor_arguments
+from sb3_resnet.nn.pretraining.checks import check_buffer
 from sb3_resnet.nn.pretraining.run import Told
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.pretraining import Result, pretrain
@@ -85,10 +86,11 @@ def command(
     sources: dict[str, Any] = {
         "model": None if model is None else load_model(model, device, trust, only_plays=True),
         "replay_buffer": None if replay_buffer is None else read_pickle(replay_buffer, trust),
-        "labels": ram_labels if labels is None else envs.class_of("--labels", labels),
+        "labels": ram_labels if labels is None else envs.class_of("--labels", labels, "function"),
         "info_keys": info_key or (),
     }
-    player = sources["replay_buffer"] or sources["model"]
+    check_buffer(sources["replay_buffer"])
+    player = sources["model"] if sources["replay_buffer"] is None else sources["replay_buffer"]
     with contextlib.closing(envs.make_played_env(env, n_envs, settings.seed, frame_stack, wrapper, player)) as game:
         _say_memory(context, settings, game.observation_space)
         with _told(context) as told:

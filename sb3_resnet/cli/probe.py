@@ -68,13 +68,13 @@ def command(
     device = read_device(device)
     steps = integer("--steps", steps, 1)
     epsilon = number("--epsilon", epsilon, 0.0, 1.0)
-    if output is not None and output.suffix != ".csv":
-        raise ValueError(f"-o {output}: the name must end with .csv")
+    if output is not None:
+        prepare_table(output)
     if plot is not None:
-        refuse_bad_picture(plot)
+        refuse_bad_picture(plot, "--plot")
     envs.import_packages(gym_packages or [])
     agent = None if model is None else load_model(model, device, trust, only_plays=True)
-    reads = ram_labels if labels is None else envs.class_of("--labels", labels)
+    reads = ram_labels if labels is None else envs.class_of("--labels", labels, "function")
     given = {"weights": weights, "last_stage": last_stage, "pooling": pooling, "adapter": adapter}
     chosen: dict[str, Any] = {name: values for name, values in given.items() if values}
     chosen |= {"backbone": backbone, "frame_channels": frame_channels, "image_size": image_size}
@@ -121,9 +121,28 @@ def show(context: typer.Context, rows: Sequence[Row]) -> None:
         cells += [f"{row.images_per_second:,.0f}", *rounded, _text(scores.get("action"))]
         table.add_row(*map(Text, (*cells, hardest)))
     context.obj.print(table)
-    constant = sorted(name for name, score in rows[0].scores.items() if score.is_constant)
+    constant = sorted(str(name) for name, score in rows[0].scores.items() if score.is_constant)
     if constant:
         context.obj.print(f"Not scored, since they have one value in a split: {', '.join(constant)}", highlight=False)
+
+
+def prepare_table(path: Path) -> None:
+    """
+    Find before anything is played whether a table can be written, and make its folder.
+
+    :param path: of the file to be written
+    :raises ValueError: for another ending, and for a folder
+    :raises OSError: if it cannot be written there
+    """
+    if path.suffix != ".csv":
+        raise ValueError(f"-o {path}: the name must end with .csv")
+    if path.is_dir():
+        raise ValueError(f"-o {path} is a folder: write the name of a file, such as {path / 'probe.csv'}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    existed = path.exists()
+    path.open("a").close()
+    if not existed:
+        path.unlink()
 
 
 def write(path: Path, rows: Sequence[Row]) -> None:
@@ -133,7 +152,6 @@ def write(path: Path, rows: Sequence[Row]) -> None:
     :param path: the file
     :param rows: of :func:`~sb3_resnet.probing.probe`
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         names = [*rows[0].scores]

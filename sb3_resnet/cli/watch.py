@@ -15,7 +15,7 @@ import typer
 from sb3_resnet.cache.frames import Array
 from sb3_resnet.cli import envs, pictures
 from sb3_resnet.cli.explain import default_layer, heat_maps
-from sb3_resnet.cli.loading import load_model
+from sb3_resnet.cli.loading import load_model, model_file
 from sb3_resnet.cli.options import Device, Model, Packages, Trust, Wrapper
 from sb3_resnet.common.arguments import integer, number
 from sb3_resnet.diagnosis.playing import lives_end_episodes
@@ -57,6 +57,7 @@ def command(
         raise ValueError(f"--output {output} is a folder: write the name of a file in it")
     pictures.refuse_unwritable(output.parent)
     envs.import_packages(gym_packages or [])
+    model = model_file(model)
     env = _env_beside(model) if env is None else env
     agent = load_model(model, device, trust, only_plays=not gradcam)
     # An agent of Atari has not learned to go on after a lost life: the wrappers of its training press FIRE for it.
@@ -75,7 +76,7 @@ def command(
 
 def _env_beside(model: Path) -> str:
     """:return: the environment that the card of a model names, as those of ``benchmarks/results/agents`` do"""
-    card = model.expanduser().with_suffix(".json")
+    card = model.with_suffix(".json")
     try:
         found = json.loads(card.read_text(encoding="utf-8"))["environment"]
     except (OSError, ValueError, KeyError, TypeError):

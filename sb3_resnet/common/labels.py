@@ -67,7 +67,7 @@ class LabelReader:
         :param info: that came with its last step
         :param first: whether an episode begins now, so that ``info`` is that of the episode before
         :return: its labels; ``None`` for those that a reset does not tell
-        :raises TypeError: for other than a dict
+        :raises TypeError: for other than a dict, and for names that are no strings
         :raises ValueError: for other than numbers, and for names that are taken or differ from those of the first step
         """
         told = self._labels(inner)
@@ -124,10 +124,13 @@ def checked_labels(labels: Mapping[str, Any]) -> dict[str, Any]:
     """
     :param labels: by name, of one environment
     :return: a copy of them, as NumPy's scalars
+    :raises TypeError: for names that are no strings
     :raises ValueError: for other than one finite number, since nothing could be read out
     """
     found = {}
     for name, value in labels.items():
+        if not isinstance(name, str):
+            raise TypeError(f"names of labels must be strings, got {shown(name)}: write {str(name)!r}")
         array = np.asarray(value)
         if array.dtype == np.longdouble:  # files have no wider numbers
             array = array.astype(np.float64)

@@ -18,12 +18,13 @@ def check_model(model: Any, env: VecEnv) -> None:
     :param model: an SB3 model that shall play, or ``None``
     :param env: environments
     :raises TypeError: for other than a model
-    :raises ValueError: for a model of other observations or actions
+    :raises ValueError: for a recurrent model, and for one of other observations or actions
     """
     if model is None:
         return
     if not all(hasattr(model, name) for name in ("predict", "observation_space", "action_space")):
         raise TypeError(f"model must be an SB3 model, got {shown(model)}: load it first, such as with DQN.load(path)")
+    refuse_memory(model)
     for kind in ("observation", "action"):
         own, given = (getattr(one, f"{kind}_space") for one in (model, env))
         if own != given:
@@ -31,6 +32,18 @@ def check_model(model: Any, env: VecEnv) -> None:
                 f"The model has the {kind}s {own}, and the environment {given}: give the environment of its training, "
                 "with the same wrappers"
             )
+
+
+def refuse_memory(model: Any) -> None:
+    """
+    :param model: an SB3 model
+    :raises ValueError: if it is recurrent: each step is played on its own here, and it would forget the ones before
+    """
+    if hasattr(getattr(model, "policy", model), "lstm_actor"):
+        raise ValueError(
+            f"{type(getattr(model, 'policy', model)).__name__} is recurrent, and each step is played on its own here: "
+            "give a model without an LSTM"
+        )
 
 
 def begin(env: VecEnv, seed: int) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sb3_resnet.common.labels import CHANGE, label_columns
+from sb3_resnet.common.unique_rows import unique_rows
 
 Array = NDArray[Any]
 
@@ -39,6 +41,11 @@ class Recording:
     labels: Mapping[str, Array]
     space: Any
     parts: Array | None = None
+
+    @cached_property
+    def kinds(self) -> Array:
+        """A number for each observation, the same where they are equal, ``(rows,)``."""
+        return unique_rows(np.ascontiguousarray(self.observations).reshape(len(self.observations), -1))[1]
 
 
 def joined(

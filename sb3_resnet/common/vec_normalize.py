@@ -1,10 +1,15 @@
-"""VecNormalize around images: where it would change their scale, or hand them over in two layouts."""
+"""VecNormalize around images: where it would change their scale, hand them over in two layouts, or learn from play."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from gymnasium import spaces
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 #: What to write instead; goes on after a colon or a comma.
 INSTEAD = (
@@ -51,3 +56,32 @@ def check_stored_layout(model: BaseAlgorithm) -> None:
             f"VecFrameStack. The replay buffer would get shape {stored}, and the network takes "
             f"{model.observation_space.shape}. Put VecNormalize on top and {INSTEAD}. In RL-Zoo leave normalize out"
         )
+
+
+@contextmanager
+def resting(env: VecEnv) -> Iterator[None]:
+    """
+    Play without a change to the statistics of a ``VecNormalize``.
+
+    :param env: environments, with or without one
+    """
+    normalizer = unwrap_vec_normalize(env)
+    if normalizer is None:
+        yield
+        return
+    learned = normalizer.training
+    normalizer.training = False
+    try:
+        yield
+    finally:
+        normalizer.training = learned
+
+
+def raw_rewards(env: VecEnv, rewards: Any) -> Any:
+    """
+    :param env: environments that were stepped
+    :param rewards: what they gave
+    :return: the rewards before a ``VecNormalize`` scaled them
+    """
+    normalizer = unwrap_vec_normalize(env)
+    return rewards if normalizer is None else normalizer.get_original_reward()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import torch as th
 from numpy.typing import NDArray
 
+from sb3_resnet.common.unique_rows import unique_rows
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.pooling import Pooling
 
@@ -35,7 +35,7 @@ def features_at(
     """
     images = np.ascontiguousarray(extractor.preprocessing.as_images(th.as_tensor(observations)).numpy())
     # Stacks share frames, and each is encoded once.
-    first, which = _unique(images.reshape(len(images), -1))
+    first, which = unique_rows(images.reshape(len(images), -1))
     device = extractor.input_mean.device
     found: dict[tuple[str, str], list[Array]] = {end: [] for end in ends}
     seconds = {stage: 0.0 for stage, _ in ends}
@@ -55,15 +55,6 @@ def features_at(
     for (stage, pooling), parts in found.items():
         features = np.concatenate(parts)[which].reshape(len(observations), -1)
         yield stage, pooling, features, len(first) / seconds[stage]
-
-
-def _unique(rows: Array) -> tuple[Array, Array]:
-    """As ``np.unique`` gives index and inverse of whole rows, without its copy of all of them."""
-    order = rows.view(np.dtype((np.void, rows[0].nbytes))).ravel().argsort(kind="stable")
-    is_new = np.array([True, *(rows[before].tobytes() != rows[now].tobytes() for before, now in pairwise(order))])
-    which = np.empty(len(rows), int)
-    which[order] = is_new.cumsum() - 1
-    return order[is_new], which
 
 
 def _now(device: th.device) -> float:

@@ -12,6 +12,7 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_resnet.common.labels import LabelReader
 from sb3_resnet.common.playing import begin
+from sb3_resnet.common.vec_normalize import raw_rewards
 from sb3_resnet.envs.vec_env import AtariVecEnv
 
 Array = NDArray[Any]
@@ -56,6 +57,7 @@ def played(
         actions = act(observations)
         choices = (actions - getattr(space, "start", 0)).reshape(env.num_envs, -1)
         observations, rewards, starts, infos = env.step(actions)
+        rewards = raw_rewards(env, rewards)
         games = np.array(["episode" in info or info.get("TimeLimit.truncated", False) for info in infos])
         progress(step + 1, each * spread)
     return kept.reshape(-1, *kept.shape[2:]), tracks

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,7 @@ from sb3_resnet.extractor import ResNetExtractor
 
 Array = NDArray[Any]
 
+_OFTEN = 0.5  # share of repeated observations
 _ACTION, _REWARD = "action", "reward"  # labels of every environment
 
 
@@ -30,6 +32,45 @@ def features_of(recording: Recording, extractor: ResNetExtractor) -> Array:
     return features
 
 
+def splits_of(recording: Recording, seed: int = 0, held_out: int | None = None) -> tuple[Array, Array, Array]:
+    """
+    Divide a recording into whole episodes, without the rows to which no action led.
+
+    :param recording: of :func:`~sb3_resnet.probing.record`
+    :param seed: of the order in which episodes are dealt out
+    :param held_out: as :class:`~sb3_resnet.nn.pretraining.settings.Settings` has it, where it says how many steps there
+        are, for the error
+    :return: masks of the rows, ``(rows,)``: to fit, to choose the penalty, to score
+    :raises ValueError: where one has no rows
+    """
+    led = recording.actions >= 0
+    fit, choose, score = (split & led for split in split_episodes(recording.episodes, seed))
+    given, more = ("These", "record steps=2400 or so")
+    if held_out is not None:
+        given, more = (f"held_out={held_out}", "write held_out=2400 or so")
+    if not (fit.any() and choose.any() and score.any()):
+        short = "" if led.any() else ". Episodes that are over after one step cannot be probed"
+        raise ValueError(f"{given} are too few steps to be probed: {more}{short}")
+    return fit, choose, score
+
+
+def warn_of_repeated(recording: Recording, seed: int = 0) -> None:
+    """
+    Say so where episodes repeat each other, so that a readout may know by heart what is scored.
+
+    :param recording: of :func:`~sb3_resnet.probing.record`
+    :param seed: of the splits
+    """
+    fit, _, score = splits_of(recording, seed)
+    share = float(np.isin(recording.kinds[score], recording.kinds[fit]).mean())
+    if share > _OFTEN:
+        warnings.warn(
+            f"{share:.0%} of the observations that are scored were fitted too, since episodes repeat each other. A "
+            "readout may know them by heart, so high scores say little. If a model plays, write a larger epsilon.",
+            stacklevel=3,
+        )
+
+
 def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str, Score]:
     """
     :param recording: of :func:`~sb3_resnet.probing.record`
@@ -38,7 +79,7 @@ def scores_of(recording: Recording, features: Array, seed: int = 0) -> dict[str,
     :return: how well each label can be read from them
     """
     led = recording.actions >= 0
-    fit, choose, score = (split[led] for split in split_episodes(recording.episodes, seed))
+    fit, choose, score = (split[led] for split in splits_of(recording, seed))
     labels = {name: values[led] for name, values in recording.labels.items()}
     found = read_out(features[led], labels, (fit, choose, score))
     # Inverse dynamics: which action led from the observation before to this one?

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from gymnasium import spaces
 from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
-from stable_baselines3.common.vec_env import VecEnv, VecTransposeImage, is_vecenv_wrapped
+from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecTransposeImage, is_vecenv_wrapped
 
 from sb3_resnet.common.arguments import shown
 from sb3_resnet.common.vec_normalize import INSTEAD
@@ -77,7 +77,7 @@ def check_played_images(env: VecEnv) -> None:
 
     :param env: environments
     :raises TypeError: for other than a ``VecEnv``
-    :raises ValueError: for other than images, and for images whose channels come last
+    :raises ValueError: for environments in other processes, other than images, and images whose channels come last
     """
     if not isinstance(env, VecEnv):
         raise TypeError(f"env must be a VecEnv, got {shown(env)}: write DummyVecEnv([lambda: env])")
@@ -86,10 +86,12 @@ def check_played_images(env: VecEnv) -> None:
         raise ValueError("This looks at one image, not at a Dict: take the image out in a wrapper")
     if not isinstance(space, spaces.Box) or len(space.shape) != 3:
         raise ValueError(f"Images are needed, a Box of shape (channels, height, width), got {space}")
-    if is_vecenv_wrapped(env, VecTransposeImage) or not is_image_space(space):
-        return
-    if not is_image_space_channels_first(space):
+    is_transposed = is_vecenv_wrapped(env, VecTransposeImage) or not is_image_space(space)
+    if not is_transposed and not is_image_space_channels_first(space):
         raise ValueError(f"Images of shape {space.shape} come channels last: write VecTransposeImage(env)")
+    scale_of(space)
+    if isinstance(env.unwrapped, SubprocVecEnv):
+        raise ValueError("Labels are read from environments in this process: make a DummyVecEnv, not a SubprocVecEnv")
 
 
 def policy_for(space: Any) -> str:

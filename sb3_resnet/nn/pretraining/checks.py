@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.vec_env import VecEnv
 
@@ -51,13 +52,9 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
             "several: write objective='atc'"
         )
     check_model(model, env)
+    check_buffer(replay_buffer)
     if replay_buffer is None:
         return
-    if not isinstance(replay_buffer, ReplayBuffer):
-        raise TypeError(
-            f"replay_buffer must be a ReplayBuffer of SB3, got {shown(replay_buffer)}: load it first, such as with "
-            "stable_baselines3.common.save_util.load_from_pkl(path)"
-        )
     if replay_buffer.observation_space != env.observation_space:
         raise ValueError(
             f"The replay buffer has {replay_buffer.observation_space}, and the environment {env.observation_space}: "
@@ -67,6 +64,26 @@ def check_player(settings: Settings, env: VecEnv, model: Any, replay_buffer: Any
         raise ValueError(
             f"The replay buffer has the actions {replay_buffer.action_space}, and the environment {env.action_space}: "
             "give the environment of that run, or write objective='atc'"
+        )
+
+
+def check_buffer(replay_buffer: Any) -> None:
+    """
+    :param replay_buffer: what the user gave, or ``None``
+    :raises TypeError: for other than a replay buffer
+    :raises ValueError: for one of Dict observations
+    """
+    if replay_buffer is None:
+        return
+    if not isinstance(replay_buffer, ReplayBuffer):
+        raise TypeError(
+            f"replay_buffer must be a ReplayBuffer of SB3, got {shown(replay_buffer)}: load it first, such as with "
+            "stable_baselines3.common.save_util.load_from_pkl(path)"
+        )
+    if isinstance(replay_buffer.observation_space, spaces.Dict):
+        raise ValueError(
+            "The replay buffer has Dict observations, and pretraining looks at one image: leave it out, and play an "
+            "environment whose wrapper takes the image out"
         )
 
 

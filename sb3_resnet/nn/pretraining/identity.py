@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Sequence
+from functools import partial
+from inspect import ismethod
 from types import CodeType
 from typing import Any
 
@@ -40,6 +42,7 @@ def source_of(
     if replay_buffer is not None:
         player = f"{_buffer(replay_buffer)}, probe: {player}"
     named = labels if hasattr(labels, "__qualname__") else type(labels)
+    content = " ".join(part for part in (_content(named), _held(labels)) if part)
     return {
         "env": name_of(env),
         "n_envs": env.num_envs,
@@ -47,7 +50,7 @@ def source_of(
         "wrappers": _classes(env),
         "source": player,
         "labels": [named.__qualname__, *info_keys],
-        "labels_content": _content(named),
+        "labels_content": content,
         "labels_module": named.__module__,
         "env_kwargs": _arguments(env),
     }
@@ -90,6 +93,17 @@ def _content(function: Any) -> str:
     return "" if code is None or function.__name__ != "<lambda>" else _in_code(code)
 
 
+def _held(function: Any) -> str:
+    """:return: what a function holds of its own: arguments of a ``partial``, variables around it, an object's values"""
+    if isinstance(function, partial):
+        own = getattr(function.func, "__qualname__", type(function.func).__qualname__)
+        return " ".join([own, _held(function.func), _text(function.args), _text(function.keywords)])
+    held: list[Any] = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    owner = function.__self__ if ismethod(function) else None if hasattr(function, "__qualname__") else function
+    values = [] if owner is None else [getattr(owner, "__dict__", {})]
+    return " ".join(map(_text, [*held, *values]))
+
+
 def _in_code(code: CodeType) -> str:
     parts = [_in_code(one) if isinstance(one, CodeType) else _text(one) for one in code.co_consts]
     return " ".join([*code.co_names, *parts])
@@ -97,10 +111,12 @@ def _in_code(code: CodeType) -> str:
 
 def _model(model: Any) -> str:
     # What else a state dict holds, such as the boundary of what is frozen, does not act.
-    tensors = [value for value in model.policy.state_dict().values() if isinstance(value, th.Tensor)]
+    policy = getattr(model, "policy", model)
+    tensors = [value for value in policy.state_dict().values() if isinstance(value, th.Tensor)]
     # As bytes, since NumPy has no bfloat16.
     values = [value.detach().cpu().contiguous().reshape(-1).view(th.uint8).numpy() for value in tensors]
-    return f"{type(model).__name__} of {model.num_timesteps:,} steps, checksum {_checksum(values)}"
+    steps = f" of {model.num_timesteps:,} steps" if policy is not model else ""
+    return f"{type(model).__name__}{steps}, checksum {_checksum(values)}"
 
 
 def _buffer(buffer: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch as th
 
-from sb3_resnet.common.arguments import choice, integer, no_unknown, number, read_device, shown
+from sb3_resnet.common.arguments import choice, flag, integer, no_unknown, number, read_device, shown
 from sb3_resnet.nn.adapters import ADAPTERS, read_frame_channels
 from sb3_resnet.nn.backbones import STAGES, available
 from sb3_resnet.nn.pooling import POOLINGS, Pooling
@@ -108,6 +108,10 @@ class Settings:
         choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
         device = read_device(self.device)
         self._set("device", ("cuda" if th.cuda.is_available() else "cpu") if device == "auto" else device)
+        if self.frame_channels is not None:
+            self._set("frame_channels", integer("frame_channels", self.frame_channels, 1))
+        if self.use_imagenet_norm is not None:
+            self._set("use_imagenet_norm", flag("use_imagenet_norm", self.use_imagenet_norm))
         if self.adapter is not None:
             choice("adapter", self.adapter, ADAPTERS)
         self._set("image_size", read_image_size(self.image_size))

@@ -38,9 +38,11 @@ class Trainer:
         if objective.needs_actions:
             self._starts = self._starts[frames.actions[self._starts] >= 0]
         if not len(self._starts):
+            shorter = [name for name, other in OBJECTIVES.items() if other.gap < objective.gap and n_actions]
+            instead = f", or objective={shorter[0]!r}, for which one step is enough" if shorter else ""
             raise ValueError(
                 f"No two observations of an episode are {objective.gap} steps apart: write more frames (and more "
-                "minutes, if these left no time for them), or use an environment with longer episodes"
+                f"minutes, if these left no time for them), or use an environment with longer episodes{instead}"
             )
         with th.random.fork_rng(devices=[]):
             th.manual_seed(settings.seed)
