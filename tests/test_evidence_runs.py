@@ -60,7 +60,7 @@ def test_a_run_of_pong_stops_at_the_evaluation_that_wins(tmp_path, monkeypatch):
     assert found == json.loads((tmp_path / "results" / "atari" / "pong" / "random_frozen.json").read_text())
     assert found[pong.SHARE] == "1 of 1"
     assert found["runs"][0]["steps"] == 320
-    assert found["command"] == "python benchmarks/atari.py pong --minutes 60"
+    assert found["command"] == "python benchmarks/atari.py pong --minutes 60 --seeds 1"
     assert (tmp_path / "results" / "atari" / "pong" / "random_frozen.png").stat().st_size > 5_000
     assert len([*(tmp_path / "checkpoints").rglob("agent.zip")]) == 1
 
@@ -164,7 +164,25 @@ def test_a_seed_has_environments_of_its_own_in_each_piece(seed, tmp_path, monkey
     assert [number for number, _ in pictures if number is not None][:1] == [games.N_ENVS * seed]
 
 
-def test_wrong_words_are_said_in_one_line(capsys):
+WRONG = {
+    "pong --minutes 0": "--minutes must be above 0, got 0",
+    "pong --minutes nan": "--minutes must be above 0, got nan",
+    "pong --weights pong=x.safetensors": "--weights pong=...: pong is not played here, but Pong",
+    "pong --weights Pong=x.safetensors": "x.safetensors is no file: the weights of Pong",
+    "pong --learning-rate -1": "--learning-rate must be above 0, got -1",
+    "--budget smoke --weights Pnog=x": "--weights Pnog=...: Pnog is not played here, but Pong",
+    "tune --rates 0": "--rates must be above 0, got 0",
+    "tune --rates 1e-4 1e-4": "--rates has the same rate twice: 0.0001 0.0001",
+    "run --game Zaxxon --arm nature": "'Zaxxon' has no human score here: write one of Alien, ",
+    "run --suite minigrid --game foo --arm nature": "MiniGrid-foo-v0 is not registered: write the game as in DoorKey",
+    "run --game Pong --arm nature --steps 2000": "--steps 2000: nothing is trained before step 2,000, so write more",
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_wrong_words_are_said_in_one_line(capsys, tmp_path):
+    pytest.importorskip("ale_py")
+    pytest.importorskip("minigrid")
     assert commands.main(["--arms", "natur"]) == 1
     assert capsys.readouterr().err.startswith("Error: --arms must be of nature, ")
     assert commands.main(["report", "--results", "none"]) == 1
@@ -177,6 +195,14 @@ def test_wrong_words_are_said_in_one_line(capsys):
         assert f"--learning-rate must be above 0, got {rate}" in capsys.readouterr().err
     assert commands.main(["tune", "--games", "Boxing"]) == 1
     assert "--games must be of Pong, Breakout, which are never reported, got 'Boxing'" in capsys.readouterr().err
+    for words, said in WRONG.items():
+        assert commands.main([*words.split(), "--results", str(tmp_path), "--checkpoints", str(tmp_path)]) == 1
+        assert said in capsys.readouterr().err
+    assert [*tmp_path.iterdir()] == []
+    for words in ("--processes -1", "--processes 0", "report --steps 0", "run --game Pong --arm nature --steps x"):
+        with pytest.raises(SystemExit):
+            commands.main(words.split())
+        assert "write a whole number of at least 1, got" in capsys.readouterr().err
     if not th.cuda.is_available():
         assert (
             commands.main(["agent", "--budget", "gpu", "--game", "Pong", "--arm", "nature", "--results", "none"]) == 1

@@ -14,10 +14,11 @@ from stable_baselines3 import DQN
 
 from sb3_resnet.common.files import written_whole
 
+from .arms import ARMS
 from .evaluation import evaluate
 from .games import suite_of
 from .results import cpu_name
-from .runs import AGENT
+from .runs import AGENT, refuse_other_settings
 from .spec import Run
 
 #: Bytes that the repository has room for.
@@ -39,12 +40,14 @@ def export(run: Run, results: Path, checkpoints: Path, folder: Path) -> Path:
     :param folder: where to write
     :return: the agent's file, which ``DQN.load`` reads; its card, if it would be larger than :data:`LARGEST`
     :raises FileNotFoundError: without the run's result or agent
+    :raises ValueError: if the result is of another run of this name
     """
     file = checkpoints / run.folder / run.name / AGENT
     result_file = results / run.folder / f"{run.name}.json"
     for needed in (file, result_file):
         if not needed.is_file():
             raise FileNotFoundError(f"{needed} is not there: write first `{run.command}`")
+    refuse_other_settings(run, result_file)
     result = json.loads(result_file.read_text())
     small = folder / f"{run.game}-{run.arm}.zip"
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +92,17 @@ def save_small(model: DQN, path: Path) -> None:
         model.save(file, exclude=_EXCLUDED)
 
 
+def _watch(run: Run) -> str:
+    """:return: the command that plays it; modules of the suite are found by ``PYTHONPATH``"""
+    needs = []
+    if run.suite == "minigrid":
+        needs += ["--gym-packages minigrid", "--wrapper evidence.games.minigrid_images"]
+    if not ARMS[run.arm].is_resnet and ARMS[run.arm].policy != "CnnPolicy":
+        needs.append("--trust")
+    path = "PYTHONPATH=benchmarks " if needs else ""
+    return f"{path}sb3-resnet watch {run.game}-{run.arm}.zip {' '.join(needs)}".rstrip()
+
+
 def _card(run: Run, result: dict[str, Any], returns: list[float], size: int, results: Path) -> dict[str, Any]:
     place = os.path.relpath(results)
     return {
@@ -104,6 +118,7 @@ def _card(run: Run, result: dict[str, Any], returns: list[float], size: int, res
             [one["step"], round(float(np.mean(one["returns"])), 2)] for one in result["evaluations"]
         ],
         "trained by": result["command"],
+        "watch": _watch(run),
         "written by": f"python benchmarks/atari.py agent {' '.join(run.named_options())} --results {place}",
         "result": f"{place}/{run.folder}/{run.name}.json",
         "pretraining": ((result["settings"].get("trunk") or {}).get("weights") or {}).get("pretraining"),

@@ -28,6 +28,8 @@ def intervals(path: Path, iqm: dict[str, dict[str, Interval]], unit: str, shown:
         axis.set_yticks(range(len(by_arm)), [*reversed(by_arm)])
         axis.set(title=kind, xlabel=f"IQM of the {unit}")
         axis.xaxis.label.set_size(8)
+        axis.use_sticky_edges = False  # a bar would end at the edge of the picture, as if it went on
+        axis.autoscale_view()
         axis.grid(axis="x", alpha=0.3)
     _save(plt, figure, path, f"{shown}; bars: 95 % stratified bootstrap")
 

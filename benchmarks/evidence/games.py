@@ -81,14 +81,20 @@ def _atari(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -
     return make_atari_vec_env(env_id, n_envs, seed, n_threads=threads, clip_reward=not evaluates)
 
 
-def _minigrid(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
+def minigrid_images(env: gym.Env[Any, Any]) -> gym.Env[Any, Any]:
+    """
+    What the arms see of MiniGrid; ``sb3-resnet watch`` takes it as ``--wrapper evidence.games.minigrid_images``.
+
+    :param env: of MiniGrid
+    :return: the same, with images of 84 x 84 pixels as an Atari frame has here, in colour
+    """
     from minigrid.wrappers import ImgObsWrapper, RGBImgPartialObsWrapper
 
-    def make() -> gym.Env[Any, Any]:
-        # 7 x 7 tiles of 12 pixels are 84 x 84 pixels, as an Atari frame is here; in colour.
-        return Monitor(ImgObsWrapper(RGBImgPartialObsWrapper(gym.make(env_id), tile_size=12)))
+    return ImgObsWrapper(RGBImgPartialObsWrapper(env, tile_size=12))  # it sees 7 x 7 tiles
 
-    env = DummyVecEnv([make] * n_envs)
+
+def _minigrid(env_id: str, n_envs: int, seed: int, evaluates: bool, threads: int) -> VecEnv:
+    env = DummyVecEnv([lambda: Monitor(minigrid_images(gym.make(env_id)))] * n_envs)
     env.seed(seed)
     return env
 

@@ -35,23 +35,27 @@ class Compared:
         return statistics.verdict(self.iqm[self.kind], self.chances)
 
 
-def summary(compared: Compared, shown: str, unit: str) -> list[str]:
+def summary(compared: Compared, shown: str, unit: str, decides: bool) -> list[str]:
     """
     The first lines of a report.
 
     :param compared: what was found
     :param shown: how many seeds, games and steps
     :param unit: of the scores
+    :param decides: whether so many runs can show a difference at all
     :return: what won over each control, by how much, with which interval, what lost, and where nothing was shown
     """
     lines = []
-    for control, found in compared.verdict.items():
-        told = _against(compared, control, found)
+    if not compared.verdict:
+        ((arm, found),) = compared.iqm[compared.kind].items()
+        lines.append(f"**Nothing was compared**: there is one arm, `{arm}`, IQM {found}.")
+    for control, arms in compared.verdict.items():
+        told = _against(compared, control, arms, decides)
         lines += told if len(compared.verdict) == 1 else [" ".join(told)]
     return [*lines, f"**Measured:** {KINDS[compared.kind]}, {shown}; {unit}."]
 
 
-def _against(compared: Compared, control: str, found: dict[str, list[str]]) -> list[str]:
+def _against(compared: Compared, control: str, found: dict[str, list[str]], decides: bool) -> list[str]:
     iqm = compared.iqm[compared.kind]
 
     def listed(arms: list[str]) -> str:
@@ -61,5 +65,9 @@ def _against(compared: Compared, control: str, found: dict[str, list[str]]) -> l
     won += f" ({_KINDS_OF_CONTROL[control]})" if control in _KINDS_OF_CONTROL else ""
     won += f", IQM {iqm[control]}" + (f": {listed(found['won'])}." if found["won"] else ".")
     lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
-    rest = f"**Nothing was shown** of {listed(found['open'])}." if found["open"] else "No arm is left undecided."
+    why = "" if decides else ", since so few runs can show no difference, however large it is"
+    rest = "No arm is left undecided."
+    if found["open"]:
+        differences = (f"`{arm}` (difference {compared.gains[arm, control]}, IQM {iqm[arm]})" for arm in found["open"])
+        rest = f"**Nothing was shown** of {'; '.join(differences)}{why}."
     return [won, lost, rest]

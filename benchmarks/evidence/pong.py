@@ -21,11 +21,19 @@ from .runs import execute
 from .spec import Run
 from .statistics import Interval
 
+SEEDS = 5
 WON = 18.0  # of 21 points, the mean of 20 games
 SHARE = "share of seeds at or above 18"
 
 
-def pong(results: Path, checkpoints: Path, seeds: Sequence[int], minutes: float, weights: str | None) -> dict[str, Any]:
+def pong(
+    results: Path,
+    checkpoints: Path,
+    seeds: Sequence[int],
+    minutes: float,
+    weights: str | None,
+    learning_rate: float = LEARNING_RATE,
+) -> dict[str, Any]:
     """
     Train one seed after the other with both cores, each until an evaluation is won or its time is over.
 
@@ -34,12 +42,13 @@ def pong(results: Path, checkpoints: Path, seeds: Sequence[int], minutes: float,
     :param seeds: the seeds
     :param minutes: of a run, its evaluations included
     :param weights: file of the trunk's weights, for the pretrained arm; ``None``: the random one
+    :param learning_rate: of the head
     :return: what is written into ``<arm>.json``
     """
     arm = "random_frozen" if weights is None else "pretrained_frozen"
     steps, files = budget_of("pong").steps, []
     for seed in seeds:
-        run = Run("atari", "pong", "Pong", arm, seed, steps, LEARNING_RATE, weights, minutes=minutes)
+        run = Run("atari", "pong", "Pong", arm, seed, steps, learning_rate, weights, minutes=minutes)
         with tqdm(total=steps, desc=f"seed {seed}", unit="step", unit_scale=True, dynamic_ncols=True) as bar:
             files += [execute(run, results, checkpoints, lambda done, bar=bar: bar.update(done - bar.n), ends(minutes))]
     found = summary(files, minutes)
@@ -73,8 +82,9 @@ def summary(files: Sequence[Path], minutes: float) -> dict[str, Any]:
         row = {"seed": result["seed"], "file": file.name, "steps": spent[0], "minutes": round(spent[3] / 60, 1)}
         rows.append({**row, "best evaluation": best, "last evaluation": result["last evaluation"], "cpu": times["cpu"]})
     won = sum(row["best evaluation"] is not None and row["best evaluation"] >= WON for row in rows)
+    command = json.loads(files[0].read_text())["command"]
     return {
-        "command": json.loads(files[0].read_text())["command"],
+        "command": command if len(files) == SEEDS else f"{command} --seeds {len(files)}",
         "minutes of a run at most": minutes,
         "threads": budget_of("pong").threads,
         SHARE: f"{won} of {len(rows)}",

@@ -50,6 +50,8 @@ def report(
     :raises ValueError: if nothing can be compared, or the page has no markers
     """
     suite = suite_of(name)
+    if page is not None:
+        _check_page(page, f"{name} {folder.name}")
     table = tables.read(folder, suite, steps, arms, games)
     scores = {kind: tables.scores(table, suite, kind) for kind in KINDS}
     iqm = {kind: statistics.interquartile_means(by_arm) for kind, by_arm in scores.items()}
@@ -88,9 +90,8 @@ def _text(
     note = f"; {', '.join(tuning)}: games for tuning, so no evidence for games that were not seen" if tuning else ""
     if "nature" in table.arms and "nature_head" not in table.arms:
         note += "; `nature_head` is not among them, so what sees and the head are not told apart"
-    if not statistics.can_decide(len(table.seeds), len(table.games), len(compared.chances)):
-        note += "; so few runs can show nothing, however far apart they are"
-    *first, last = summary(compared, _shown(table), f"{suite.unit}{note}")
+    decides = not compared.chances or statistics.can_decide(len(table.seeds), len(table.games), len(compared.chances))
+    *first, last = summary(compared, _shown(table), f"{suite.unit}{note}", decides)
     # Each a line of its own, also where Markdown joins lines.
     lines = [*(f"{line}<br>" for line in first), last, ""]
     lines += [f"`{command}` made all of this from [the result files](PLACE/report.json).", ""]
@@ -167,7 +168,8 @@ def _about(folder: Path, name: str, table: Table) -> str:
     chosen = json.loads(rates.read_text())["arms"] if rates.exists() else {}
     trained = {arm: table.results[arm, table.games[0], table.seeds[0]]["learning_rate"] for arm in table.arms}
     tuned = [arm for arm in table.arms if arm in chosen and chosen[arm]["learning_rate"] == trained[arm]]
-    untuned = [arm for arm in table.arms if arm not in tuned]
+    other = [arm for arm in table.arms if arm in chosen and arm not in tuned]
+    untuned = [arm for arm in table.arms if arm not in chosen]
     whose, _ = tables.seconds(table)
     lines = [
         f"* Evaluation: {evaluation['episodes']} whole games every {evaluation['every']:,} steps, greedy with epsilon "
@@ -183,6 +185,9 @@ def _about(folder: Path, name: str, table: Table) -> str:
     if untuned:
         named = ", ".join(f"`{arm}` ({trained[arm]:g})" for arm in untuned)
         lines.append(f"* Learning rate not tuned (RL-Zoo's is {LEARNING_RATE:g}): {named}.")
+    if other:
+        named = ", ".join(f"`{arm}` ({trained[arm]:g}, tuned {chosen[arm]['learning_rate']:g})" for arm in other)
+        lines.append(f"* Learning rate other than the one that tuning chose ([tries](PLACE/{rates.name})): {named}.")
     if tuned:
         named, played = ", ".join(f"`{arm}`" for arm in tuned), ", ".join(chosen[tuned[0]]["games"])
         lines.append(f"* Learning rate tuned on {played}: {named} ([tries](PLACE/{rates.name})).")
@@ -193,10 +198,10 @@ def _about(folder: Path, name: str, table: Table) -> str:
         )
     missing = [arm for arm in suite.arms if arm not in table.arms]
     if missing:
-        lines.append(f"* Not run, or not to the end: {', '.join(f'`{arm}`' for arm in missing)}.")
+        lines.append(f"* Arms not run, or not to the end: {', '.join(f'`{arm}`' for arm in missing)}.")
     lacking = [game for game in suite.games if suite.env_id(game) not in table.games]
     if lacking:
-        lines.append(f"* Games of the suite that are not run, or not to the end: {', '.join(lacking)}.")
+        lines.append(f"* Games of the suite without runs of all these arms: {', '.join(lacking)}.")
     if table.left_out:
         lines.append(f"* Results that are not compared: {', '.join(table.left_out)}.")
     if name == "atari":
@@ -242,11 +247,18 @@ def _shown(table: Table) -> str:
     return f"{numbers}, {table.steps:,} steps"
 
 
+def _check_page(page: Path, name: str) -> None:
+    begin, end = BEGIN.format(name), END.format(name)
+    if not page.is_file():
+        raise FileNotFoundError(f"--page {page} is no file: write a page that has the lines {begin} and {end}")
+    _, marker, after = page.read_text().partition(begin)
+    if not marker or end not in after:
+        raise ValueError(f"--page {page} lacks a line {begin} and, below it, a line {end}")
+
+
 def _into_page(page: Path, name: str, text: str) -> None:
     begin, end = BEGIN.format(name), END.format(name)
     before = page.read_text()
-    if begin not in before or end not in before:
-        raise ValueError(f"{page} lacks a line {begin} and, below it, a line {end}")
     pattern = re.compile(f"{re.escape(begin)}.*{re.escape(end)}", re.DOTALL)
     with written_whole(page) as (file,):
         file.write_text(pattern.sub(lambda match: f"{begin}\n{text}\n{end}", before))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from .arms import ARMS
+from .arms import ARMS, LEARNING_RATE
 from .budgets import Budget, budget_of
 
 
@@ -72,6 +72,7 @@ class Run:
         """What a result file names."""
         if self.budget == "pong":
             given = "" if self.weights is None else f" --weights Pong={Path(self.weights).name}"
+            given += "" if self.learning_rate == LEARNING_RATE else f" --learning-rate {self.learning_rate}"
             return f"python benchmarks/atari.py pong --minutes {self.minutes:g}{given}"
         return f"python benchmarks/atari.py run {' '.join(self.named_options())}"
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,7 @@ REPS = 2_000  # bootstrap samples, as many as rliable's own examples take at lea
 CONTROLS = ("nature_head", "nature")
 CHANCE = 0.05  # with which a difference may be said to be shown where all arms are alike
 PERMUTATIONS = 20_000
+ALL_DEALS = 200_000  # up to which each way to deal out the runs is tried
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,24 @@ def chances(by_arm: dict[str, np.ndarray]) -> dict[tuple[str, str], float]:
     for arm, control in pairs:
         seeds, games = by_arm[arm].shape
         runs = np.concatenate([by_arm[arm], by_arm[control]])
-        order = np.random.default_rng(0).random((PERMUTATIONS, 2 * seeds, games)).argsort(axis=1)
+        order, sampled = _deals(seeds, games)
         dealt = np.take_along_axis(runs[None], order, axis=1)
-        first, second = (_iqm(part.reshape(PERMUTATIONS, -1)) for part in (dealt[:, :seeds], dealt[:, seeds:]))
+        first, second = (_iqm(part.reshape(len(order), -1)) for part in (dealt[:, :seeds], dealt[:, seeds:]))
         seen = abs(float(_iqm(by_arm[arm].reshape(-1)) - _iqm(by_arm[control].reshape(-1))))
         as_large = np.count_nonzero(np.abs(first - second) >= seen - 1e-9)
-        found[arm, control] = min(1.0, len(pairs) * (1 + as_large) / (1 + PERMUTATIONS))
+        # Of a sample, the deal that was seen counts too.
+        found[arm, control] = min(1.0, len(pairs) * (sampled + as_large) / (sampled + len(order)))
     return found
+
+
+def _deals(seeds: int, games: int) -> tuple[np.ndarray, int]:
+    """:return: ways to deal out the runs of each game, ``(ways, 2 seeds, games)``; 0 if these are all, 1 if a sample"""
+    if math.comb(2 * seeds, seeds) ** games > ALL_DEALS:
+        return np.random.default_rng(0).random((PERMUTATIONS, 2 * seeds, games)).argsort(axis=1), 1
+    runs = range(2 * seeds)
+    ways = [[*some, *(run for run in runs if run not in some)] for some in itertools.combinations(runs, seeds)]
+    chosen = np.array([*itertools.product(range(len(ways)), repeat=games)])  # a way for each game
+    return np.array(ways)[chosen].transpose(0, 2, 1), 0
 
 
 def can_decide(seeds: int, games: int, tests: int) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from .arms import ARMS
 from .games import Suite
 from .results import SECONDS
 
+Key = tuple[str, str, int]  # arm, game, seed
 KINDS = {"last": "last evaluation", "mean": "mean of all evaluations"}
 
 
@@ -31,7 +32,7 @@ class Table:
     :param left_out: files of results that are not compared
     """
 
-    results: dict[tuple[str, str, int], dict[str, Any]]
+    results: dict[Key, dict[str, Any]]
     steps: int
     arms: tuple[str, ...]
     games: tuple[str, ...]
@@ -55,9 +56,9 @@ def read(
     :param folder: of result files
     :param suite: what they are of
     :param steps: of the runs; ``None``: those of most results
-    :param arms: to compare; ``None``: all that have at least half as many results as the arm that has most
-    :param games: to compare, by name; ``None``: those of the suite that all these arms have
-    :return: what can be compared
+    :param arms: to compare; ``None``: those with which most results are compared
+    :param games: to compare, by name; ``None``: those of the suite, or those for tuning where only these were played
+    :return: what can be compared: games and seeds that all arms have, as many runs as possible
     :raises FileNotFoundError: if there is no result
     :raises ValueError: if nothing can be compared, and for results of arms with other settings
     """
@@ -66,7 +67,7 @@ def read(
     found = {file: json.loads(file.read_text()) for file in files}
     found = {file: result for file, result in found.items() if "evaluations" in result}
     if not found:
-        raise FileNotFoundError(f"{folder} holds no results: run `python benchmarks/atari.py` first")
+        raise FileNotFoundError(f"{folder} holds no results: {_elsewhere(folder)}")
     numbers = Counter(result["steps"] for result in found.values())
     steps = steps or max(numbers, key=lambda number: (numbers[number], number))
     results = {}
@@ -78,25 +79,59 @@ def read(
         raise FileNotFoundError(f"{folder} holds no results of {steps} steps")
     _refuse_unknown("--arms", arms, [key[0] for key in results], steps)
     _refuse_unknown("--games", games, [_game(suite, key[1]) for key in results], steps)
-    ids = [suite.env_id(game) for game in games or suite.games]
-    in_games = {key: result for key, result in results.items() if key[1] in ids}
-    counts = Counter(key[0] for key in in_games)
-    enough = max(counts.values(), default=0) / 2
-    compared = tuple(arm for arm in ARMS if (counts[arm] >= enough and counts[arm] if arms is None else arm in arms))
-    played = tuple(game for game in ids if all(any(k[:2] == (arm, game) for k in in_games) for arm in compared))
-    seeds = sorted({key[2] for key in in_games})
-    common = tuple(s for s in seeds if all((arm, game, s) in in_games for arm in compared for game in played))
-    if not (compared and played and common):
-        named = ", ".join(compared or arms or ["any"])
+    in_suite = [game for game in suite.games if suite.env_id(game) in {key[1] for key in results}]
+    wanted = games or in_suite or suite.tuning
+    ids = [suite.env_id(game) for game in wanted]
+    compared = tuple(arm for arm in ARMS if arm in arms) if arms else _compared(results, ids)
+    played, common = _common({*results}, compared, ids)
+    if not (compared and played):
         raise ValueError(
-            f"{folder}: no game of {', '.join(games or suite.games)} has the same seed of all arms ({named}): finish "
-            "the suite, or write --arms and --games"
+            f"{folder}: no game of {', '.join(wanted)} has the same seed of all arms ({', '.join(arms or ARMS)}): "
+            "finish the suite, or write --arms and --games"
         )
     used = {(arm, game, seed) for arm in compared for game in played for seed in common}
     _refuse_other_settings([results[key] for key in sorted(used)])
     _refuse_mixed_arms([results[key] for key in sorted(used)])
     left_out = tuple(result["file"] for key, result in sorted(results.items()) if key not in used)
     return Table({key: results[key] for key in sorted(used)}, steps, compared, played, common, left_out)
+
+
+def _elsewhere(folder: Path) -> str:
+    """:return: which other budgets have results, or how to make some"""
+    others = sorted({file.parent.name for file in folder.parent.glob("*/*-s[0-9]*.json")})
+    if others:
+        return f"there are some of --budget {' and '.join(others)}"
+    return "run `python benchmarks/atari.py` first"
+
+
+def _compared(results: Iterable[Key], ids: Sequence[str]) -> tuple[str, ...]:
+    """:return: the arms with which most results are compared: one that was run in part costs the others nothing"""
+    keys = {key for key in results if key[1] in ids}
+    counts = Counter(key[0] for key in keys)
+    fullest = sorted(counts, key=lambda arm: (-counts[arm], [*ARMS].index(arm)))
+    ways = [tuple(arm for arm in ARMS if arm in fullest[:number]) for number in range(1, len(fullest) + 1)]
+
+    def size(arms: tuple[str, ...]) -> tuple[int, int]:
+        played, common = _common(keys, arms, ids)
+        runs = len(arms) * len(played) * len(common)
+        return runs * (len(arms) > 1), runs  # one arm alone is no comparison
+
+    return max(reversed(ways), key=size, default=())
+
+
+def _common(keys: set[Key], arms: Sequence[str], ids: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """:return: games and seeds of which there is a result of each arm: as many runs as possible, and then seeds"""
+    of_game = {game: [{key[2] for key in keys if key[:2] == (arm, game)} for arm in arms] for game in ids}
+    shared = {game: set.intersection(*by_arm) if by_arm else set() for game, by_arm in of_game.items()}
+    often = Counter(seed for seeds in shared.values() for seed in seeds)
+    ordered = sorted(often, key=lambda seed: (-often[seed], seed))
+    ways = []
+    for number in range(1, len(ordered) + 1):
+        seeds = {*ordered[:number]}
+        games = tuple(game for game in ids if seeds <= shared[game])
+        ways.append((len(games) * number, number, games, tuple(sorted(seeds))))
+    best = max(ways, default=(0, 0, (), ()))
+    return (best[2], best[3]) if best[0] else ((), ())
 
 
 def _refuse_other_settings(results: Sequence[dict[str, Any]]) -> None:

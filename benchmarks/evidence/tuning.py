@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,37 @@ def choose(files: Sequence[Path], suite: str, budget: str, results: Path, comman
     file = rates_file(results, suite, budget)
     if file.exists():  # arms that were tuned before stay
         chosen["arms"] = {**json.loads(file.read_text())["arms"], **chosen["arms"]}
+    _refuse_other_tries(chosen["arms"], file)
+    with written_whole(file) as (temporary,):
+        temporary.write_text(json.dumps(chosen, indent=1) + "\n")
+    return chosen
+
+
+def check_tries(arms: Collection[str], tries: tuple[Sequence[float], Sequence[str], int, int], file: Path) -> None:
+    """
+    Refuse before anything is run what :func:`choose` would refuse.
+
+    :param arms: that are to be tuned
+    :param tries: rates, games, seeds and steps
+    :param file: of :func:`rates_file`
+    :raises ValueError: if arms that were tuned before had other tries
+    """
+    rates, games, seeds, steps = tries
+    planned = {"tries": dict.fromkeys(f"{rate:g}" for rate in sorted(rates)), "games": sorted(games)}
+    planned |= {"runs per try": len(games) * seeds, "steps": steps}
+    before = json.loads(file.read_text())["arms"] if file.exists() else {}
+    _refuse_other_tries({**before, **dict.fromkeys(arms, planned)}, file)
+
+
+def _refuse_other_tries(arms: Mapping[str, Mapping[str, Any]], file: Path) -> None:
     tried = {
-        arm: ([*found["tries"]], found["games"], found["runs per try"], found["steps"])
-        for arm, found in chosen["arms"].items()
+        arm: ([*found["tries"]], found["games"], found["runs per try"], found["steps"]) for arm, found in arms.items()
     }
     if len({*map(str, tried.values())}) > 1:
         raise ValueError(
             f"Each arm must have the same tries, and here are (rates, games, runs of each, steps) {tried}: tune with "
             f"the same --rates, --games, --seeds and --steps, or delete {file}"
         )
-    with written_whole(file) as (temporary,):
-        temporary.write_text(json.dumps(chosen, indent=1) + "\n")
-    return chosen
 
 
 def learning_rate_of(arm: str, results: Path, suite: str, budget: str) -> float:
