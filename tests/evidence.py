@@ -31,9 +31,9 @@ __all__ = [
 ]  # fmt: skip
 
 
-def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, ratio=1.0, **others):
+def result(folder, arm, game, seed, returns, steps=20_000, rate=1e-4, ratio=1.0, suite="atari", **others):
     """A result file and its times, as a run writes them: one evaluation after each half of the steps."""
-    run = spec.Run("atari", "cpu", game, arm, seed, steps, rate, **others)
+    run = spec.Run(suite, "cpu", game, arm, seed, steps, rate, **others)
     log = recording.Log(steps=steps)
     for index, value in enumerate(returns):
         step = steps * (index + 1) // len(returns)

@@ -234,3 +234,14 @@ def test_code_in_a_model_runs_only_with_trust(drawn_id, tmp_path):
     assert status == 1
     assert "--trust" in error
     assert run_command(*arguments, "--trust")[0] == 0
+
+
+def test_a_missing_model_is_named_before_its_card(tmp_path):
+    make_model(extractor={"backbone": "resnet_mini"}).save(tmp_path / "model.zip")
+    status, _, error = run_command("watch", tmp_path / "none.zip")
+    assert status == 1
+    assert "none.zip is no file; models there: " in error
+    status, _, error = run_command("watch", tmp_path / "model")
+    assert status == 1
+    assert "there is no" in error
+    assert "model.json that names one" in error

@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from sb3_resnet.callbacks import FeatureCacheCallback
 from sb3_resnet.nn import cards
 from tests.evidence import agent, arms, budgets, commands, evaluation, games, recording, result, spec, suite
-from tests.helpers import make_model, observations
+from tests.helpers import make_model, observations, run_command
 
 NEEDS_WEIGHTS = {name for name, arm in arms.ARMS.items() if arm.weights}
 
@@ -147,6 +147,25 @@ def test_minigrid_is_seen_in_colour_and_plays_the_same_again():
         games.check_game("minigrid", game)
 
 
+def test_an_agent_of_minigrid_is_watched_with_the_command_of_its_card(tmp_path, monkeypatch):
+    pytest.importorskip("minigrid", reason="pip install -e '.[evidence]'")
+    run = spec.Run("minigrid", "cpu", "LavaGapS5", "random_frozen", 0, 20_000, 1e-4)
+    env = games.make_env("minigrid", run.game, 8, 0)
+    place = tmp_path / "checkpoints" / run.folder / run.name
+    place.mkdir(parents=True)
+    arms.build(run.arm, env, budgets.budget_of("smoke"), 0, 1e-4, None).save(place / "agent.zip")
+    result(tmp_path, run.arm, run.game, 0, [1.0], suite="minigrid")
+    monkeypatch.setattr(agent, "evaluate", lambda *_: [1.0])
+    agent.export(run, tmp_path, tmp_path / "checkpoints", tmp_path)
+    card = json.loads((tmp_path / "LavaGapS5-random_frozen.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    path, command, *words = card["watch"].split()
+    assert (path, command) == ("PYTHONPATH=benchmarks", "sb3-resnet")
+    status, said, error = run_command(*words, "--steps", 5, "-o", "film.gif")
+    assert status == 0, error
+    assert "film.gif: return" in said
+
+
 def test_an_evaluation_encodes_each_frame_once_and_acts_as_the_network_does():
     model = make_model(extractor={"backbone": "resnet_mini", "adapter": "per_frame"})
     extractor = model.policy.online.features_extractor
@@ -273,6 +292,9 @@ def test_an_agent_that_is_too_large_leaves_its_card_and_the_command_that_trains_
     card = json.loads((tmp_path / "agents" / "Pong-random_frozen.json").read_text())
     assert card["mean return of this file"] == 2.0
     assert card["environment"] == "PongNoFrameskip-v4"
+    assert card["watch"] == "sb3-resnet watch Pong-random_frozen.zip"
+    with pytest.raises(ValueError, match=r"is of another run .*--learning-rate 0\.0001"):
+        agent.export(dataclasses.replace(run, learning_rate=3e-4), tmp_path, tmp_path / "checkpoints", tmp_path)
     assert file.suffix == (".zip" if limit > 1_000 else ".json")
     assert ("file" in card) == (limit == 1_000)
     if limit == 1_000:
