@@ -256,6 +256,6 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--page", type=Path, metavar="FILE", help="also put the text between this page's two markers")
     pong = commands.add_parser("pong", parents=[places, trunks], help="until Pong is won, on two cores")
     pong.add_argument("--seeds", type=int, metavar="N", help="number of seeds, default 5")
-    pong.add_argument("--learning-rate", type=float, dest="learning_rate", default=LEARNING_RATE)
+    pong.add_argument("--learning-rate", type=float, dest="learning_rate", default=LEARNING_RATE, help="of the head")
     pong.add_argument("--minutes", type=float, default=60.0, help="of a run, at most")
     return parser

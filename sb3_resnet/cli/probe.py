@@ -121,7 +121,7 @@ def show(context: typer.Context, rows: Sequence[Row]) -> None:
         cells += [f"{row.images_per_second:,.0f}", *rounded, _text(scores.get("action"))]
         table.add_row(*map(Text, (*cells, hardest)))
     context.obj.print(table)
-    constant = sorted(str(name) for name, score in rows[0].scores.items() if score.is_constant)
+    constant = sorted(name for name, score in rows[0].scores.items() if score.is_constant)
     if constant:
         context.obj.print(f"Not scored, since they have one value in a split: {', '.join(constant)}", highlight=False)
 
