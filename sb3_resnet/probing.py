@@ -148,8 +148,8 @@ def probe(
         written without a list
     :param last_stage: where the trunk is cut
     :param pooling: of the last map
-    :param adapter: how frames reach the trunk; ``None``: ``"conv1x1"`` and ``"per_frame"``, only ``"conv1x1"`` for RGB
-        images, and for weights of a pretraining the one with which they were trained
+    :param adapter: how frames reach the trunk; ``None``: ``"conv1x1"`` and ``"per_frame"``, only ``"conv1x1"`` for
+        one RGB or grey frame, and for weights of a pretraining the one with which they were trained
     :param seed: of random weights and of the splits
     :param backbone: a torchvision ResNet
     :param device: where features are computed; ``"auto"``: on a GPU where there is one

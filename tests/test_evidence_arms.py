@@ -69,6 +69,15 @@ def test_what_is_shared_is_read_from_the_model_and_holds_what_decides_learning(s
     assert (changed["gamma"], changed["optimizer"]["eps"]) == (0.5, 1e-3)
 
 
+def test_a_trunk_that_trains_says_in_which_type(settings):
+    trains = {"pretrained_phases", "scratch", "imagenet_phases"}
+    assert {arm for arm, found in settings.items() if "trains in" in found["trunk"]} == trains
+    assert {settings[arm]["trunk"]["trains in"] for arm in trains} <= {"torch.bfloat16", "torch.float32"}
+    for arm in arms.ARMS:
+        found = {type(callback).__name__ for callback in arms.callbacks_of(arm, budgets.budget_of("smoke"))}
+        assert ("AMPCallback" in found) == (arm in trains)
+
+
 def test_no_arm_that_needs_weights_trains_with_random_ones(tmp_path, capsys):
     env = DummyVecEnv([FakeImageEnv] * 8)
     for arm in NEEDS_WEIGHTS:

@@ -842,6 +842,12 @@ def test_the_command_asks_whether_three_channels_are_one_image(tmp_path):
     del gym.envs.registration.registry["Three-v0"]
 
 
+def test_one_grey_frame_is_probed_once():
+    grey = record(make_vec_env(lambda: TinyGame((1, 32, 32)), 4), 200, labels=tiny_labels)
+    rows = probe(grey, last_stage="layer1", pooling="avg", backbone="resnet_mini")
+    assert [row.adapter for row in rows] == ["conv1x1"]
+
+
 @pytest.mark.parametrize("algorithm", ["dqn", "ppo", "sac", "ddpg"])
 def test_the_command_lets_any_model_play(algorithm, tmp_path):
     kwargs = {"buffer_size": 10} if algorithm != "ppo" else {"n_steps": 8, "batch_size": 8}

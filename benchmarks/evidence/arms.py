@@ -16,9 +16,10 @@ from torch import nn
 
 import sb3_resnet  # noqa: F401  # registers "ResNetCnnPolicy"
 from sb3_resnet.buffers import FrameNStepReplayBuffer
-from sb3_resnet.callbacks import FeatureCacheCallback, UnfreezeCallback
+from sb3_resnet.callbacks import AMPCallback, FeatureCacheCallback, UnfreezeCallback
 from sb3_resnet.nn.cards import read_card
 from sb3_resnet.nn.heads import make_head
+from sb3_resnet.nn.precision import resolve_dtype
 
 from .budgets import Budget
 from .games import N_ENVS, suite_of
@@ -39,7 +40,9 @@ TRUNK = {
     "frozen_dtype": "auto",
 }
 #: Shares of the steps at which a stage and all above it begin to train.
-PHASES = ((0.4, "layer2"), (0.7, "layer1"))
+PHASES = ((0.6, "layer2"), (0.9, "layer1"))
+#: In what the stages compute that train: bfloat16 where the hardware has it, which takes half the time.
+TRAINED_DTYPE = "auto"
 
 
 class StandardizedQNetwork(QNetwork):
@@ -89,6 +92,11 @@ class Arm:
     def caches(self) -> bool:
         """Whether some stages are frozen, so that their results can be kept."""
         return self.is_resnet and self.extractor.get("freeze_backbone", True)
+
+    @property
+    def trains_trunk(self) -> bool:
+        """Whether stages of a ResNet train, at least in the end."""
+        return self.is_resnet and (self.phases or not self.caches)
 
 
 def _choice(words: str, **other: str) -> Arm:
@@ -192,6 +200,7 @@ def callbacks_of(arm: str, budget: Budget) -> list[BaseCallback]:
     phases = [{"at_timestep": int(share * budget.steps), "unfreeze_from": stage} for share, stage in PHASES]
     return [
         *([UnfreezeCallback(phases, verbose=0)] if chosen.phases else []),
+        *([AMPCallback(TRAINED_DTYPE, verbose=0)] if chosen.trains_trunk else []),
         *([FeatureCacheCallback()] if chosen.caches else []),
     ]
 
@@ -251,6 +260,7 @@ def resolved(
         "weights": None if weights is None else provenance(weights),
         "phases": [list(phase) for phase in PHASES] if chosen.phases else [],
         "share of the learning rate": chosen.lr_share if chosen.is_resnet else 1.0,
+        **({"trains in": str(resolve_dtype(TRAINED_DTYPE, model.device))} if chosen.trains_trunk else {}),
     }
     return {"shared": shared, "head": _head(model), "trunk": trunk, "learning_rate": learning_rate}
 

@@ -79,8 +79,8 @@ def combinations(
     stages = _names("last_stage", stages, STAGES)
     poolings = _names("pooling", poolings, POOLINGS)
     channels = space.shape[0]
-    one_image = (channels, read_frame_channels(frame_channels, channels)) == (3, 3)
-    usual = ["conv1x1"] if one_image else ["conv1x1", "per_frame"]
+    is_one_frame = channels == read_frame_channels(frame_channels, channels)
+    usual = ["conv1x1"] if is_one_frame else ["conv1x1", "per_frame"]
     wanted = None if adapters is None else _names("adapter", adapters, ADAPTERS)
     size = read_image_size(image_size)
     common: dict[str, Any] = {"backbone": choice("backbone", backbone, available()), "image_size": size}

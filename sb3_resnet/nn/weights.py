@@ -27,7 +27,10 @@ from sb3_resnet.nn.state_dicts import choose, shorten, unwrap, without_copies
 #: Endings by which a value of ``weights=`` is known as a path, beside those of files that exist.
 SUFFIXES = (".pth", ".pt", ".safetensors", ".zip", ".ckpt", ".bin", ".tar", ".th", ".pkl")
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")  # a Path of a URL has one slash
-_WHAT = "Write the path of a .pth, .pt or .safetensors file, or pretrained=True for torchvision's ImageNet weights."
+_WHAT = (
+    "Write the path of a .pth, .pt or .safetensors file, or pretrained=True for torchvision's ImageNet weights "
+    "(in a probe: 'pretrained')."
+)
 _COUNTER = "num_batches_tracked"
 
 _overwritten: ContextVar[bool] = ContextVar("overwritten", default=False)
