@@ -25,7 +25,7 @@ from sb3_resnet.common.files import prepare_folder, remove_left_overs, written_w
 from sb3_resnet.common.labels import check_labels
 from sb3_resnet.common.vec_normalize import resting
 from sb3_resnet.diagnosis.readout import Score
-from sb3_resnet.diagnosis.scores import features_of, mark_of, scores_of, splits_of, warn_of_repeated
+from sb3_resnet.diagnosis.scores import features_of, know_state, mark_of, scores_of, splits_of, warn_of_repeated
 from sb3_resnet.envs.atari_ram import ram_labels
 from sb3_resnet.extractor import ResNetExtractor
 from sb3_resnet.nn.cards import read_card, save_with_card
@@ -34,7 +34,7 @@ from sb3_resnet.nn.pretraining.board import tensorboard
 from sb3_resnet.nn.pretraining.checks import check_memory, check_player, read_output
 from sb3_resnet.nn.pretraining.frames import Frames
 from sb3_resnet.nn.pretraining.identity import source_of
-from sb3_resnet.nn.pretraining.run import CHECKPOINT, CLOCK, Probe, Run, Told, refuse_other
+from sb3_resnet.nn.pretraining.run import CHECKPOINT, CLOCK, Probe, Probed, Run, Told, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.sources import from_buffer, n_actions, play
 from sb3_resnet.nn.pretraining.store import is_stored, store, stored
@@ -63,7 +63,12 @@ class Result:
 
     @property
     def score(self) -> float:
-        """Probe score of the weights, over several ways to split: see :attr:`sb3_resnet.probing.Row.mark`."""
+        """
+        Probe score of the weights, over several ways to split: see :attr:`sb3_resnet.probing.Row.mark`.
+
+        Where no label tells the state of the environment it is that of the actions. It does not tell good weights from
+        bad ones, so it chooses nothing: ``card["kept"]`` is ``"last"`` then, and ``"best"`` otherwise.
+        """
         return _number(self.card["score"])
 
     @property
@@ -93,7 +98,8 @@ def pretrain(
     :param output: file to write, ``.safetensors``
     :param model: an SB3 model whose greedy actions are played, beside random ones; ``None``: random actions only
     :param replay_buffer: of a finished run: its frames are trained on, and ``env`` is played for the probe only
-    :param labels: what the probe reads, as in :func:`~sb3_resnet.probing.record`
+    :param labels: what the probe reads, as in :func:`~sb3_resnet.probing.record`. The weights with the best score are
+        kept; without labels of the state the last ones are, and the run does not end early
     :param info_keys: likewise
     :param tensorboard_log: folder for TensorBoard
     :param told: called with what goes on, such as ``"Pretraining"``, the share of it that is done, and figures as text
@@ -222,14 +228,14 @@ def _probe_of(held_out: Recording, settings: Settings) -> Probe:
         extractor = ResNetExtractor(held_out.space, **settings.extractor(held_out.space))
     extractor.eval().to(settings.device)
 
-    def probe(weights: Mapping[str, th.Tensor]) -> tuple[float, dict[str, float | None], Any]:
+    def probe(weights: Mapping[str, th.Tensor]) -> Probed:
         extractor.backbone.load_state_dict(weights)
         features = features_of(held_out, extractor)
         found = [scores_of(held_out, features, settings.seed + split) for split in range(_SPLITS)]
         kinds = {name: score.kind for one in found for name, score in one.items() if score.value is not None}
         scores = {name: _mean([one[name].value for one in found]) for name in sorted(found[0])}
-        score = mark_of({name: Score(scores[name], kind) for name, kind in kinds.items()})
-        return score, scores, features
+        means = {name: Score(scores[name], kind) for name, kind in kinds.items()}
+        return Probed(mark_of(means), know_state(means), scores, features)
 
     return probe
 
@@ -249,6 +255,7 @@ def _card(run: Run, trainer: Trainer, identity: Mapping[str, Any]) -> dict[str, 
         "env": identity["env"],
         "frames": len(trainer.frames.pixels),
         "history": run.history,
+        "kept": "best" if run.best.get("knows_state", True) else "last",
         "objective": settings.objective,
         "observed_size": [*images.observed_size],
         "random_score": run.history[0]["score"],

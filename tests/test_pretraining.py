@@ -31,7 +31,7 @@ from sb3_resnet.nn.pretraining.collapse import CollapseError, spread_and_rank
 from sb3_resnet.nn.pretraining.frames import Frames
 from sb3_resnet.nn.pretraining.identity import source_of
 from sb3_resnet.nn.pretraining.objective import Objective
-from sb3_resnet.nn.pretraining.run import refuse_other
+from sb3_resnet.nn.pretraining.run import Probed, refuse_other
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.trainer import Trainer
 from sb3_resnet.pretraining import pretrain
@@ -635,7 +635,7 @@ def test_a_run_without_a_better_score_ends_early_and_the_best_weights_are_writte
     def probe_of(held_out, settings):
         def probe(weights):
             states.append(weights)
-            return next(scores), {"column": None}, np.random.default_rng(0).normal(size=(50, 4))
+            return Probed(next(scores), True, {"column": None}, np.random.default_rng(0).normal(size=(50, 4)))
 
         return probe
 
@@ -655,16 +655,31 @@ def test_a_score_that_is_not_finite_never_counts_as_best_where_there_is_a_finite
     given = iter(scores)
 
     def probe_of(held_out, settings):
-        return lambda weights: (next(given), {"column": None}, np.random.default_rng(0).normal(size=(50, 4)))
+        features = np.random.default_rng(0).normal(size=(50, 4))
+        return lambda weights: Probed(next(given), True, {"column": None}, features)
 
     monkeypatch.setattr(sb3_resnet.pretraining, "_probe_of", probe_of)
     result = small(tmp_path / "w.safetensors", updates=len(scores) - 1, probe_every=1)
     assert result.card["update"] == update
 
 
+def test_a_score_of_the_actions_neither_chooses_weights_nor_ends_the_run(tmp_path, monkeypatch):
+    scores = iter([0.5, 0.4, 0.3, 0.2, 0.1])
+
+    def probe_of(held_out, settings):
+        features = np.random.default_rng(0).normal(size=(50, 4))
+        return lambda weights: Probed(next(scores), False, {"action": None}, features)
+
+    monkeypatch.setattr(sb3_resnet.pretraining, "_probe_of", probe_of)
+    result = small(tmp_path / "w.safetensors", updates=4, probe_every=1, patience=1)
+    assert (result.card["updates"], result.card["update"], result.score) == (4, 4, 0.1)
+    assert result.card["kept"] == "last"
+
+
 def test_labels_that_are_classes_are_the_score_where_none_is_a_number(tmp_path):
     result = small(tmp_path / "w.safetensors", OneAxisGame, labels=lambda env: {"column": env.column}, updates=2)
     assert result.score == result.card["scores"]["column"]
+    assert result.card["kept"] == "best"
 
 
 @pytest.mark.parametrize(
@@ -721,6 +736,8 @@ def test_frames_of_a_version_that_told_less_are_gone_on_with(tmp_path, monkeypat
 def test_without_numbers_as_labels_the_action_is_the_score_and_without_any_the_last_weights_are_kept(tmp_path):
     result = small(tmp_path / "a.safetensors", labels=lambda env: {})
     assert result.score == result.card["scores"]["action"]
+    assert result.card["kept"] == "last"
+    assert result.card["update"] == result.card["updates"]
     numbers = small(tmp_path / "n.safetensors", OneAxisGame, labels=lambda env: {}, updates=2)
     assert numbers.score == numbers.card["scores"]["action"]
     none = small(tmp_path / "b.safetensors", OneActionGame, labels=lambda env: {}, updates=2)
@@ -893,6 +910,17 @@ def test_a_missing_tensorboard_is_found_before_anything_is_played(tmp_path, monk
     monkeypatch.setattr(sb3_resnet.pretraining, "record", None)
     with pytest.raises(ImportError, match="tensorboard_log needs TensorBoard: pip install"):
         small(tmp_path / "w.safetensors", tensorboard_log=tmp_path / "board")
+
+
+def test_the_command_says_why_the_last_weights_were_kept(tiny_id, tmp_path):
+    options = ["--updates", 2, "--frames", 160, "--held-out", 120, "--batch-size", 8, "--backbone", "resnet_mini"]
+    status, text, error = run_command(
+        "pretrain", "--env", tiny_id, "-o", tmp_path / "w.safetensors", *options, "--last-stage", "layer1"
+    )
+    assert status == 0, error
+    said = " ".join(text.split())
+    assert "the weights of update 2, score" in said
+    assert "the last weights were kept. Labels of the state, --labels or --info-key, would choose the best" in said
 
 
 def test_the_command_collects_pretrains_and_says_how_to_use_the_file_which_probe_and_check_take(tiny_id, tmp_path):

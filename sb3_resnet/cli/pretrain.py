@@ -35,6 +35,11 @@ Labels = Annotated[
     str | None, typer.Option(metavar="PATH", help="function of the innermost environment: package.module.name")
 ]
 
+_NO_LABELS = (
+    "This is the score of the actions, which does not tell good weights from bad ones, so the last weights were kept. "
+    "Labels of the state, --labels or --info-key, would choose the best ones"
+)
+
 
 def command(
     context: typer.Context,
@@ -125,13 +130,20 @@ def show(context: typer.Context, result: Result) -> None:
     context.obj.print(table)
     told = f"Written to {result.path}: the weights of update {best:,}"
     if result.card["score"] is not None and result.card["random_score"] is not None:
-        told += f", score {result.score:.3f}; random weights had {result.random_score:.3f}"
-        if result.score <= result.random_score:
-            told += ". They show less than random weights do: train longer, or on other frames"
+        told += f", {_scores(result)}"
     arguments = {"weights": str(result.path), **extractor_arguments(result.card)}
     arguments["pooling"] = result.card["arguments"]["pooling"]  # what objective and score stood on
     used = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
     context.obj.print(f"{told}.\nUse: features_extractor_kwargs=dict({used})", highlight=False)
+
+
+def _scores(result: Result) -> str:
+    scores = f"score {result.score:.3f}; random weights had {result.random_score:.3f}"
+    if result.card.get("kept") == "last":
+        return f"{scores}. {_NO_LABELS}"
+    if result.score <= result.random_score:
+        return f"{scores}. They show less than random weights do: train longer, or on other frames"
+    return scores
 
 
 def _say_memory(context: typer.Context, settings: Settings, space: Any) -> None:

@@ -100,6 +100,14 @@ def mark_of(scores: Mapping[str, Score]) -> float:
     return next((mark for mark in marks if not math.isnan(mark)), math.nan)
 
 
+def know_state(scores: Mapping[str, Score]) -> bool:
+    """
+    :param scores: of each label
+    :return: whether :func:`mark_of` is of labels of the state, and not of the actions alone
+    """
+    return not all(math.isnan(mean_of(scores, kind)) for kind in ("R2", "F1"))
+
+
 def mean_of(scores: Mapping[str, Score], kind: str) -> float:
     """
     :param scores: of each label

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch as th
 from numpy.typing import NDArray
@@ -17,8 +17,26 @@ from sb3_resnet.nn.pretraining.collapse import CollapseError, refuse_collapse, s
 from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.trainer import Trainer
 
-#: From weights to a score, the scores of which it is the mean, and the features of held-out observations.
-Probe = Callable[[Mapping[str, th.Tensor]], tuple[float, dict[str, float | None], NDArray[Any]]]
+
+class Probed(NamedTuple):
+    """
+    What weights show of the observations held out.
+
+    :param score: the one number by which weights are compared
+    :param knows_state: whether it is of labels of the state. Else it is that of the actions, which does not tell good
+        weights from bad ones
+    :param scores: of each label
+    :param features: of each observation
+    """
+
+    score: float
+    knows_state: bool
+    scores: dict[str, float | None]
+    features: NDArray[Any]
+
+
+#: From weights to what they show.
+Probe = Callable[[Mapping[str, th.Tensor]], Probed]
 #: Told what goes on, the share of it that is done, and figures as text.
 Told = Callable[[str, float, str], None]
 #: Told a name, a value and an update.
@@ -54,7 +72,7 @@ class Run:
         self._identity, self._began = dict(identity), began
         #: By probe: update, mean loss since the one before, score, spread, effective rank; the first of random weights.
         self.history: list[dict[str, Any]] = []
-        #: Update, score, scores and weights of the best probe of trained weights.
+        #: Of the best probe of trained weights, or of the last if none knows the state: update, score, scores, weights.
         self.best: dict[str, Any] = {}
         #: Scores of the random weights.
         self.random_scores: dict[str, Any] = {}
@@ -148,10 +166,10 @@ class Run:
 
     def _probe(self, trainer: Trainer, probe: Probe, log: Log) -> None:
         weights = trainer.trunk.weights()
-        score, scores, features = probe(weights)
-        spread, rank = spread_and_rank(features)
+        probed = probe(weights)
+        spread, rank = spread_and_rank(probed.features)
         loss = sum(self._losses) / len(self._losses) if self._losses else None
-        known = score if math.isfinite(score) else None
+        known = probed.score if math.isfinite(probed.score) else None
         entry = {"update": trainer.update, "loss": loss, "score": known, "spread": spread, "effective_rank": rank}
         for name, value in (("score", known), ("spread", spread), ("effective_rank", rank)):
             if value is not None:
@@ -160,9 +178,10 @@ class Run:
         self.history.append(entry)
         self._losses = []
         if trainer.update == 0:
-            self.random_scores = scores
-        elif self._is_best(known):
-            self.best = {"update": trainer.update, "score": known, "scores": scores, "trunk": weights}
+            self.random_scores = probed.scores
+        elif not probed.knows_state or self._is_best(known):
+            best = {"update": trainer.update, "score": known, "scores": probed.scores, "trunk": weights}
+            self.best = {**best, "knows_state": probed.knows_state}
 
     def _is_best(self, score: float | None) -> bool:
         best = self.best.get("score")
