@@ -117,7 +117,7 @@ def test_one_seed_shows_nothing_however_large_the_difference(tmp_path):
     fill(tmp_path, {"nature": 0.0, "random_frozen": 0.9}, seeds=1)
     text = reports.report(tmp_path / "atari" / "cpu", "atari")
     assert text.startswith("**Nothing was shown to win** over `nature`")
-    assert text.splitlines()[2].endswith("since so few runs can show no difference, however large it is.<br>")
+    assert text.splitlines()[2].endswith(". So few runs can show no difference, however large it is.<br>")
     assert "one seed: no interval" in text.splitlines()[0]
     found = json.loads((tmp_path / "atari" / "cpu" / "report.json").read_text())
     assert found["iqm"]["last"]["nature"]["low"] is None

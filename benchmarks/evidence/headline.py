@@ -65,9 +65,9 @@ def _against(compared: Compared, control: str, found: dict[str, list[str]], deci
     won += f" ({_KINDS_OF_CONTROL[control]})" if control in _KINDS_OF_CONTROL else ""
     won += f", IQM {iqm[control]}" + (f": {listed(found['won'])}." if found["won"] else ".")
     lost = f"**Lost** to it: {listed(found['lost'])}." if found["lost"] else "**Nothing was shown to lose** to it."
-    why = "" if decides else ", since so few runs can show no difference, however large it is"
+    why = "" if decides else " So few runs can show no difference, however large it is."
     rest = "No arm is left undecided."
     if found["open"]:
         differences = (f"`{arm}` (difference {compared.gains[arm, control]}, IQM {iqm[arm]})" for arm in found["open"])
-        rest = f"**Nothing was shown** of {'; '.join(differences)}{why}."
+        rest = f"**Nothing was shown** of {'; '.join(differences)}.{why}"
     return [won, lost, rest]
