@@ -6,8 +6,9 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch as th
 from numpy.typing import NDArray
@@ -18,7 +19,8 @@ from sb3_resnet.nn.pretraining.settings import Settings
 from sb3_resnet.nn.pretraining.trainer import Trainer
 
 
-class Probed(NamedTuple):
+@dataclass(frozen=True)
+class Probed:
     """
     What weights show of the observations held out.
 

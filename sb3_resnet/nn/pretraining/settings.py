@@ -56,7 +56,8 @@ class Settings:
     :param warmup: updates in which the learning rate rises to it
     :param max_grad_norm: gradients are clipped at this norm
     :param probe_every: updates between two probes
-    :param patience: probes without a better score after which the run ends
+    :param patience: probes without a better score after which the run ends; where no label tells the state, only the
+        budget ends it, and the last weights are kept
     :param seed: of everything
     :param device: where to train: ``"cpu"``, ``"cuda"``, or ``"auto"`` for a GPU where there is one
     :param dtype: of activations: ``"float32"``, ``"bfloat16"``, or ``"auto"``: bfloat16 where the hardware has it
