@@ -98,7 +98,7 @@ def pretrain(
     :param output: file to write, ``.safetensors``
     :param model: an SB3 model whose greedy actions are played, beside random ones; ``None``: random actions only
     :param replay_buffer: of a finished run: its frames are trained on, and ``env`` is played for the probe only
-    :param labels: what the probe reads, as in :func:`~sb3_resnet.probing.record`; without them the last weights are kept
+    :param labels: what the probe reads, as in :func:`~sb3_resnet.probing.record`; without any the last weights are kept
     :param info_keys: likewise
     :param tensorboard_log: folder for TensorBoard
     :param told: called with what goes on, such as ``"Pretraining"``, the share of it that is done, and figures as text
