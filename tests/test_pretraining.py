@@ -139,6 +139,7 @@ def test_the_card_says_what_the_weights_were_trained_on(pretrained):
     assert 150 < card["frames"] <= 160
     assert [entry["update"] for entry in card["history"]] == [0, 2, 4, 6]
     assert card["random_score"] == card["history"][0]["score"]
+    assert card["kept"] == "best"
     assert card["score"] == max(entry["score"] for entry in card["history"][1:])
     assert card["score"] == pytest.approx(
         np.mean([card["scores"][name] for name in ("column", "delta_column") if card["scores"][name] is not None])

@@ -39,9 +39,9 @@ TRUNK = {
     "pooling": "spatial_softmax",
     "frozen_dtype": "auto",
 }
-#: Shares of the steps at which a stage and all above it begin to train.
+#: Shares of the steps at which a stage and all above it begin to train; late, since such updates are slow on a CPU.
 PHASES = ((0.6, "layer2"), (0.9, "layer1"))
-#: In what the stages compute that train: bfloat16 where the hardware has it, which takes half the time.
+#: In what the stages compute that train: bfloat16 where the hardware has it, which is faster.
 TRAINED_DTYPE = "auto"
 
 
